@@ -1,0 +1,14 @@
+"""Builds the task vector basis as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/basis.py experiment.yaml
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the uploaded raytvb comes before an installed one
+
+from raytvb.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["basis", *sys.argv[1:]]))

@@ -1,0 +1,239 @@
+"""What an experiment keeps in its store, and under which keys; see the README for the layout."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load, save
+from torch import Tensor
+
+from raytvb import records
+from raytvb.basis import BasisFit
+from raytvb.config import Experiment, TaskConfig
+from raytvb.encoder import Encoder, encoder_files, load_encoder, load_folder, load_tokenizer, zero_shot_head
+from raytvb.errors import UserError
+from raytvb.store import Store
+from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet
+
+EXPERIMENT = "experiment.yaml"
+BASE = "base"
+SHARED_MASK = "shared"
+GRAM = "gram"
+SUMMARY = "report/summary.json"
+REPORT = "report/index.html"
+
+
+def vector_prefix(task: str) -> str:
+    """Folder of a task's vector, head and record."""
+    return f"vectors/{task}"
+
+
+def vector_key(task: str) -> str:
+    """The vector file itself."""
+    return f"{vector_prefix(task)}/vector.safetensors"
+
+
+def mask_prefix(mask_id: str) -> str:
+    """Folder of a mask; its id is `shared` or the task's name."""
+    return f"masks/{mask_id}"
+
+
+def basis_prefix(method: str, size: int) -> str:
+    """Folder of a basis."""
+    return f"basis/{method}-m{size}"
+
+
+def basis_keys(method: str, size: int) -> list[str]:
+    """The basis vectors, each a vector file."""
+    return [f"{basis_prefix(method, size)}/basis-{m:05d}-of-{size:05d}.safetensors" for m in range(1, size + 1)]
+
+
+def freeze(store: Store, experiment: Experiment) -> None:
+    """Write what was asked into a new store; check it against what an existing store holds.
+
+    Raises UserError where the store belongs to another experiment; the message shows the fields that differ.
+    """
+    asked = experiment.identity()
+    if not store.exists(EXPERIMENT):
+        store.write(EXPERIMENT, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
+        return
+    stored = yaml.safe_load(store.read(EXPERIMENT))
+    differing = records.differences(stored, asked)
+    if differing:
+        raise UserError(f"{store.url} belongs to another experiment:\n  " + "\n  ".join(differing)
+                        + "\nUse another store, or the experiment file that it was made with.")
+
+
+def base_identity(experiment: Experiment) -> dict[str, Any]:
+    """Identity of the pretrained model."""
+    return {"model": experiment.model.model_dump(mode="json")}
+
+
+def vector_identity(experiment: Experiment, task: TaskConfig) -> dict[str, Any]:
+    """Identity of a task vector: with a shared mask it depends on all tasks, else on its own alone."""
+    identity = experiment.identity()
+    chosen = {k: identity[k] for k in ("model", "seed", "talos", "finetune")} | {"task": task.model_dump(mode="json")}
+    shared = experiment.talos.mask == "shared" and experiment.talos.density < 1.0
+    return chosen | ({"mask_tasks": list(experiment.task_names)} if shared else {})
+
+
+def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """Identity of a mask made from the scores of the given tasks."""
+    identity = experiment.identity()
+    return {k: identity[k] for k in ("model", "seed", "talos")} | {"tasks": [t.model_dump(mode="json") for t in tasks]}
+
+
+def basis_identity(experiment: Experiment, method: str, size: int) -> dict[str, Any]:
+    """Identity of a basis: that of all vectors, and how it was made."""
+    identity = experiment.identity()
+    return {k: identity[k] for k in ("model", "seed", "talos", "finetune", "tasks")} | {"method": method, "size": size}
+
+
+def head_key(experiment: Experiment, task: TaskConfig) -> str:
+    """Zero-shot head of a task, or of the control."""
+    if task.name in experiment.task_names:
+        return f"{vector_prefix(task.name)}/head.safetensors"
+    return f"{BASE}/control-head.safetensors"
+
+
+def write_base(store: Store, experiment: Experiment, classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Store the pretrained model and the zero-shot heads of all tasks (and the control); `classes` by task name."""
+    encoder = load_encoder(experiment.model)
+    tokenizer = load_tokenizer(experiment.model)
+    control = experiment.evaluate.control
+    for task in (*experiment.tasks, *([control] if control else [])):
+        head = zero_shot_head(encoder, tokenizer, classes[task.name], task.prompts)
+        store.write(head_key(experiment, task), save({"head": head.contiguous()}))
+    sizes = {"parameters": sum(t.numel() for t in encoder.visual_state().values())}
+    return records.commit(store, BASE, identity=base_identity(experiment), metrics=sizes,
+                          files=encoder_files(encoder, experiment.model),
+                          parents={"fingerprint": encoder.fingerprint()})
+
+
+def load_head(store: Store, key: str) -> Tensor:
+    """A zero-shot head (C, E) float32."""
+    return load(store.read(key))["head"]
+
+
+class Mirror:
+    """Local copies of store files for reading them often; a local store needs no copies. Removed with the process."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._folder = None if store.local_path("x") else tempfile.TemporaryDirectory(prefix="raytvb-")
+        self.local = store if self._folder is None else Store(self._folder.name)
+
+    def fetch(self, key: str) -> None:
+        """Make the key readable through `local`."""
+        if self._folder is not None and not self.local.exists(key):
+            self._store.download(key, str(Path(self._folder.name) / key))
+
+    def vector(self, key: str) -> VectorFile:
+        """Open a vector file, its mask fetched along with it."""
+        remote = VectorFile(self._store, key)
+        if self._folder is None:
+            return remote
+        self.fetch(key)
+        if remote.mask is not None:
+            self.fetch(remote.mask_key)
+        return VectorFile(self.local, key)
+
+
+@cache
+def mirror(url: str) -> Mirror:
+    """The process's mirror of a store."""
+    return Mirror(Store(url))
+
+
+@cache
+def base_encoder(url: str, fingerprint: str) -> Encoder:
+    """The stored pretrained model, loaded once a process. Raises UserError where it is not the one recorded."""
+    store, copies = Store(url), mirror(url)
+    record = records.find(store, BASE)
+    if record is None:
+        raise UserError(f"{url} holds no pretrained model; run all stages with `raytvb run`")
+    for name in record["files"]:
+        copies.fetch(f"{BASE}/{name}")
+    encoder = load_folder(copies.local.path(BASE))
+    if encoder.fingerprint() != fingerprint:
+        raise UserError(f"{store.path(BASE)}: the weights do not match their record; delete the folder to make it again")
+    return encoder
+
+
+def load_mask(store: Store, mask_id: str) -> Mask:
+    """A stored mask, whole."""
+    return MaskFile(store, f"{mask_prefix(mask_id)}/mask.safetensors").load()
+
+
+def write_mask(store: Store, experiment: Experiment, mask_id: str, tasks: Sequence[TaskConfig], mask: Mask) -> None:
+    """Commit a mask and its record."""
+    metrics = {"kept": mask.kept, "total": len(mask.bits)}
+    records.commit(store, mask_prefix(mask_id), identity=mask_identity(experiment, tasks), metrics=metrics,
+                   files={"mask.safetensors": mask.to_bytes()}, parents={"mask": mask.fingerprint})
+
+
+def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
+    """The vectors of the given tasks, opened through the process's mirror."""
+    return VectorSet([mirror(url).vector(vector_key(t)) for t in tasks])
+
+
+def basis_set(url: str, method: str, size: int) -> VectorSet:
+    """The vectors of a basis, opened through the process's mirror."""
+    return VectorSet([mirror(url).vector(k) for k in basis_keys(method, size)])
+
+
+def write_coefficients(fit: BasisFit) -> bytes:
+    """The coefficient file of a basis: B (T, M) and W (M, T), float64."""
+    # Copies: W may be a view of B, and safetensors refuses tensors that share memory.
+    return save({"B": fit.B.contiguous().clone(), "W": fit.W.contiguous().clone()})
+
+
+def load_coefficients(store: Store, method: str, size: int) -> tuple[Tensor, Tensor]:
+    """B (T, M) and W (M, T) of a stored basis, float64."""
+    tensors = load(store.read(f"{basis_prefix(method, size)}/coefficients.safetensors"))
+    return tensors["B"], tensors["W"]
+
+
+def stored_bytes(store: Store, experiment: Experiment, parameters: int) -> dict[str, int]:
+    """Sizes on disk by kind, and what T dense float32 vectors would take."""
+    sizes = {k: store.size(k) for k in store.keys()}
+
+    def total(prefix: str, ending: str) -> int:
+        return sum(s for k, s in sizes.items() if k.startswith(prefix) and k.endswith(ending))
+
+    return {"dense_fp32": 4 * len(experiment.tasks) * parameters,
+            "vectors": total("vectors/", "/vector.safetensors"), "masks": total("masks/", ".safetensors"),
+            "heads": total("vectors/", "/head.safetensors"), "basis": total("basis/", ".safetensors")}
+
+
+def verify(store: Store) -> tuple[int, list[str]]:
+    """Check every recorded file against its checksum: (files checked, problems, each naming its file)."""
+    checked, problems = 0, []
+    for key in store.keys():
+        if not key.endswith(f"/{records.RECORD}"):
+            continue
+        prefix = key.removesuffix(f"/{records.RECORD}")
+        for name, info in store.read_json(key)["files"].items():
+            path = f"{prefix}/{name}"
+            checked += 1
+            try:
+                data = store.read(path)
+            except FileNotFoundError:
+                problems.append(f"{path}: missing")
+                continue
+            if records.FileInfo.of(data) != records.FileInfo(info["sha256"], info["size"]):
+                problems.append(f"{path}: {len(data)} bytes that differ from the record's {info['size']}")
+    return checked, problems
+
+
+def check_finite(values: Mapping[str, Tensor], where: str) -> None:
+    """Raise VectorError that names the tensors with NaN or infinite values."""
+    bad = [n for n, t in sorted(values.items()) if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise VectorError(f"{where}: NaN or infinite values in {', '.join(bad)}")

@@ -1,0 +1,348 @@
+"""The command line. Errors are one message on standard error and exit code 1 or 2; `--debug` shows the traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from raytvb import suite
+from raytvb.config import Experiment, half, load_experiment, parse_experiment, quarter
+from raytvb.errors import UserError
+from raytvb.store import Store, StoreError
+
+EXPERIMENT_FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+def _local_cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--num-gpus", type=click.IntRange(0), help="GPUs of the local Ray that is started where "
+                           "RAY_ADDRESS is not set (default: those found).")(command)
+    return click.option("--num-cpus", type=click.IntRange(1), help="CPUs of that local Ray (default: all).")(command)
+
+
+def _store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--store", help="Local folder or URL (s3://bucket/prefix) to use instead of the file's "
+                        "`store:`.")(command)
+
+
+class _Group(click.Group):
+    """Lists the commands in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="raytvb")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Turn hundreds of fine-tunes of one model into a small, searchable, mergeable task vector basis, on Ray.
+
+    \b
+    raytvb quickstart                          the whole system on real images, on this machine, in minutes
+    raytvb plan experiment.yaml                what would be done, what it needs and takes
+    raytvb run experiment.yaml                 all of it; run it again to go on after a stop
+    raytvb submit experiment.yaml --address http://127.0.0.1:8265
+    raytvb merge STORE --add glyphs/greek-blur --negate glyphs/latin-fog --out merged/
+    """
+
+
+def _experiment(file: Path, store: str | None) -> Experiment:
+    return load_experiment(file, {"store": store} if store else None)
+
+
+def _run(experiment: Experiment, stages: Sequence[str], num_cpus: int | None, num_gpus: int | None) -> None:
+    from raytvb.connect import connect
+    from raytvb.pipeline import run
+    from raytvb.progress import Reporter
+
+    # A store that cannot be used is found out before Ray takes its seconds to start.
+    Store(experiment.store).check_writable()
+    reporter = Reporter()
+    reporter.say(f"experiment {experiment.name}: {len(experiment.tasks)} tasks, store {Store(experiment.store).url}")
+    connect(cpus=num_cpus, gpus=num_gpus)
+    run(experiment, stages, reporter=reporter)
+
+
+def _finish(experiment: Experiment) -> None:
+    """Check every stored file, then print the results and where the report is."""
+    from raytvb import artifacts
+
+    store = Store(experiment.store)
+    checked, problems = artifacts.verify(store)
+    if problems:
+        raise UserError("stored files are damaged:\n  " + "\n  ".join(problems))
+    print_summary(store.read_json(artifacts.SUMMARY))
+    print(f"{checked} stored files verified. Report: {store.path(artifacts.REPORT)}")
+
+
+@cli.command()
+@click.option("--tasks", "count", type=click.IntRange(2, len(suite.task_names())), default=8, show_default=True,
+              help="How many tasks of the embedded suite.")
+@click.option("--store", default="raytvb-quickstart", show_default=True,
+              help="Local folder or s3://bucket/prefix for everything that is made.")
+@_local_cluster_options
+def quickstart(count: int, store: str, num_cpus: int | None, num_gpus: int | None) -> None:
+    """Run the whole system on the embedded suite: needs no network, no GPU and no data.
+
+    \b
+    raytvb quickstart                       8 tasks, results in ./raytvb-quickstart
+    raytvb quickstart --tasks 16 --store s3://bucket/quickstart
+    """
+    sizes = sorted({quarter(count), half(count)})
+    experiment = parse_experiment({
+        "name": "quickstart", "store": store, "tasks": list(suite.task_names()[:count]),
+        "finetune": {"epochs": 7.5, "batch_size": 64},
+        "basis": {"method": ["ae", "ae-anchored", "svd"]}, "search": {"sizes": sizes}}, "quickstart")
+    from raytvb.pipeline import STAGES
+
+    _run(experiment, STAGES, num_cpus, num_gpus)
+    _finish(experiment)
+
+
+@cli.command()
+@EXPERIMENT_FILE
+@_store_option
+def plan(file: Path, store: str | None) -> None:
+    """Check an experiment without running it: resolved settings, what is done already, storage estimate.
+
+    \b
+    raytvb plan experiment.yaml
+    """
+    from raytvb.plan import describe
+
+    experiment = _experiment(file, store)
+    print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    print(describe(experiment))
+
+
+@cli.command()
+@EXPERIMENT_FILE
+@_store_option
+@_local_cluster_options
+def run(file: Path, store: str | None, num_cpus: int | None, num_gpus: int | None) -> None:
+    """Run all stages of an experiment: fine-tune, basis, search, evaluate, report. Resumes by itself.
+
+    \b
+    raytvb run experiment.yaml
+    raytvb run experiment.yaml --store s3://bucket/prefix
+    RAY_ADDRESS=auto raytvb run experiment.yaml      on the cluster this machine belongs to
+    """
+    from raytvb.pipeline import STAGES
+
+    experiment = _experiment(file, store)
+    _run(experiment, STAGES, num_cpus, num_gpus)
+    _finish(experiment)
+
+
+def _stage_command(stage: str, text: str) -> None:
+    @EXPERIMENT_FILE
+    @_store_option
+    @_local_cluster_options
+    def command(file: Path, store: str | None, num_cpus: int | None, num_gpus: int | None) -> None:
+        _run(_experiment(file, store), [stage], num_cpus, num_gpus)
+
+    command.__doc__ = f"{text}\n\n\b\nraytvb {stage} experiment.yaml\n"
+    cli.command(name=stage)(command)
+
+
+_stage_command("finetune", "Only make the masks and the task vectors that are missing.")
+_stage_command("basis", "Only build the bases, from vectors that are there.")
+_stage_command("search", "Only search coefficients for every basis on validation data.")
+_stage_command("evaluate", "Only evaluate on the test split what the search has chosen.")
+
+
+@cli.command()
+@EXPERIMENT_FILE
+@_store_option
+def report(file: Path, store: str | None) -> None:
+    """Only write the report from the results in the store, and print the table.
+
+    \b
+    raytvb report experiment.yaml
+    """
+    from raytvb import artifacts
+    from raytvb.report import write_report
+
+    experiment = _experiment(file, store)
+    target = Store(experiment.store)
+    artifacts.freeze(target, experiment)
+    print_summary(write_report(target, experiment))
+    print(f"Report: {target.path(artifacts.REPORT)}")
+
+
+def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    parsed = []
+    for value in values:
+        name, _, weight = value.partition("=")
+        try:
+            parsed.append((name, float(weight) if weight else 1.0))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: use TASK or TASK=WEIGHT") from None
+    return parsed
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--add", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Add a task; repeatable.")
+@click.option("--negate", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Subtract a task; repeatable.")
+@click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
+@click.option("--coefficient", type=float, help="Scale of the whole merge. Default: chosen on validation data.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]], basis: str | None,
+          coefficient: float | None, out: Path) -> None:
+    """Write any mix of tasks as an ordinary open_clip folder (load it as `local-dir:OUT`).
+
+    \b
+    raytvb merge raytvb-quickstart --add glyphs/greek-blur --add glyphs/latin-fog --out merged/
+    raytvb merge s3://bucket/prefix --negate glyphs/greek-blur --basis full --coefficient 0.5 --out forgot/
+    """
+    from raytvb.encoder import quiet_open_clip
+    from raytvb.merge import merge as merge_tasks
+
+    if not add and not negate:
+        raise UserError("nothing to merge: name tasks with --add or --negate (`raytvb ls STORE` lists them)")
+    tasks = dict(add)
+    for name, weight in negate:
+        tasks[name] = tasks.get(name, 0.0) - weight
+    quiet_open_clip()
+    done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient)
+    print(f"{len(tasks)} tasks from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
+    print(f"open_clip.create_model('local-dir:{out}')")
+
+
+@cli.command(name="ls")
+@click.argument("store")
+def list_store(store: str) -> None:
+    """List the vectors and bases of a store.
+
+    \b
+    raytvb ls raytvb-quickstart
+    """
+    from raytvb import records
+    from raytvb.report import format_bytes
+
+    target = Store(store)
+    keys = target.keys()
+    table = Table("what", "size", "details", box=None)
+    for key in keys:
+        if key.endswith(f"/{records.RECORD}") and key.split("/")[0] in ("base", "masks", "vectors", "basis"):
+            record = target.read_json(key)
+            metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float)}
+            details = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+            size = sum(f["size"] for f in record["files"].values())
+            table.add_row(key.removesuffix(f"/{records.RECORD}"), format_bytes(size), details)
+    if not table.row_count:
+        raise UserError(f"{target.url} holds no experiment yet")
+    Console(soft_wrap=True).print(table, markup=False)
+
+
+@cli.command()
+@click.argument("store")
+def verify(store: str) -> None:
+    """Check every file of a store against its recorded checksum.
+
+    \b
+    raytvb verify raytvb-quickstart
+    """
+    from raytvb import artifacts
+
+    target = Store(store)
+    checked, problems = artifacts.verify(target)
+    if problems:
+        raise UserError(f"{len(problems)} of {checked} files are damaged or missing:\n  " + "\n  ".join(problems))
+    if not checked:
+        raise UserError(f"{target.url} holds no records")
+    print(f"{checked} files match their records")
+
+
+@cli.command()
+@EXPERIMENT_FILE
+@click.option("--address", required=True, help="Dashboard of the Ray head, http://HOST:8265.")
+@click.option("--no-wait", is_flag=True, help="Return when the job is submitted instead of following it.")
+@click.option("--no-code", is_flag=True, help="Use the raytvb of the cluster's image instead of uploading this one.")
+def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
+    """Run an experiment as a Ray job on a cluster.
+
+    \b
+    raytvb submit experiment.yaml --address http://127.0.0.1:8265
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token raytvb submit experiment.yaml --address http://HEAD:8265
+    """
+    from raytvb.submit import submit as submit_job
+
+    load_experiment(file)
+    result = submit_job(file, address, follow=not no_wait, with_code=not no_code)
+    if isinstance(result, int) and result:
+        raise SystemExit(result)
+
+
+@cli.command(name="tasks")
+def list_tasks() -> None:
+    """List the tasks of the embedded suite."""
+    for name in suite.task_names():
+        print(f"{name}  ({len(suite.class_names(name))} classes)")
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The results as a table on standard output."""
+    from raytvb.evaluate import mean
+    from raytvb.report import format_bytes, headline
+
+    figures, chosen = headline(summary), summary["chosen"]["name"]
+    sizes = list(summary["addition"]["full"]["subsets"])
+    table = Table(title="Test accuracy, %: tasks added from …", title_justify="left")
+    for column in ("vectors", "error", f"all {len(summary['tasks'])}", *(f"{s} added" for s in sizes[:-1]), "subsets",
+                   "bytes"):
+        table.add_column(column, justify="left" if column == "vectors" else "right")
+    for name, entry in {**summary["addition"], **summary["random_subset"]}.items():
+        parts = [f"{100 * entry['subsets'][s]:.1f}" if s in entry["subsets"] else "–" for s in sizes[:-1]]
+        overall = f"{100 * mean(list(entry['subsets'].values())):.1f}" if len(entry["subsets"]) == len(sizes) else "–"
+        table.add_row(f"{name} *" if name == chosen else name, f"{entry['relative_error']:.3f}",
+                      f"{100 * entry['mean']:.1f}", *parts, overall, format_bytes(entry["stored_bytes"]))
+    console = Console(width=max(110, Console().width), highlight=False)
+    console.print(table)
+    print(f"* chosen on validation data. zero-shot {100 * figures['zero_shot']:.1f}, fine-tuned "
+          f"{100 * figures['fine_tuned']:.1f}, all tasks added {100 * figures['full']:.1f} "
+          f"({100 * (figures['full'] - figures['zero_shot']):+.1f} points to zero-shot)")
+    if "lowered" in figures:
+        print(f"negation: {figures['lowered']:.0f} of {len(summary['negation'])} targets lowered, on average from "
+              f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at least "
+              f"{100 * figures['control_kept']:.1f} % of its accuracy on validation")
+    stored = summary["stored_bytes"]
+    print(f"stored: vectors {format_bytes(stored['vectors'])} and masks {format_bytes(stored['masks'])}, "
+          f"{100 * (stored['vectors'] + stored['masks']) / stored['dense_fp32']:.1f} % of dense fp32 vectors")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits; code 0 only if all that was asked for is there."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        cli.main(arguments, prog_name="raytvb", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in arguments or os.environ.get("RAYTVB_DEBUG"):
+            raise
+        known = isinstance(error, UserError | StoreError | ValueError)
+        prefix = "" if known else f"{type(error).__name__}: "
+        print(f"error: {prefix}{error}" + ("" if known else " (--debug shows where)"), file=sys.stderr)
+        sys.exit(1)
+
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The experiment file: YAML to frozen, validated objects, every default resolved.
+
+Fields are identity or execution. Identity (model, tasks, seeds, hyperparameters) says what is computed and is frozen in
+the store at the first run; execution (`store`, `resources`) says where and how, and changes no result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raytvb import suite
+from raytvb.basis import METHODS
+from raytvb.errors import UserError
+
+TINY_MODEL = "glyphs-tiny"
+DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
+EXECUTION_FIELDS = ("store", "resources")
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Frozen):
+    """The pretrained open_clip model whose image tower is fine-tuned."""
+
+    name: str = Field(TINY_MODEL, description=f"open_clip name, hf-hub:…, local-dir:…, or the embedded {TINY_MODEL}")
+    pretrained: str | None = Field(None, description="open_clip tag or a checkpoint file; only with an open_clip name")
+
+
+class TaskConfig(_Frozen):
+    """One classification task. A name of the embedded suite needs nothing else; other data is a folder of Parquet."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    data: str | None = Field(None, description="URL of a folder with train*.parquet, val*.parquet, test*.parquet")
+    image_column: str = "image"
+    label_column: str = "label"
+    classes: tuple[str, ...] | None = Field(None, description="class names; default: from the Parquet metadata")
+    templates: tuple[str, ...] | None = Field(None, description="prompts with one {} each")
+
+    @model_validator(mode="after")
+    def _known_or_with_data(self) -> TaskConfig:
+        if self.data is None and self.name not in (*suite.task_names(), suite.CONTROL):
+            near = difflib.get_close_matches(self.name, suite.task_names(), 3, 0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(suite.SHOWCASE[:3])}"
+            raise ValueError(f"unknown task {self.name!r}: not in the embedded suite ({hint} `raytvb tasks` lists "
+                             f"them all), and no `data:` URL is given")
+        for template in self.templates or ():
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must have exactly one {{}} for the class name")
+        return self
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The templates that are used: the given ones or the default of the task's kind."""
+        if self.templates:
+            return self.templates
+        return suite.TEMPLATES if self.data is None else DEFAULT_TEMPLATES
+
+
+class TalosConfig(_Frozen):
+    """Which parameters are trained (TaLoS). density 1.0 trains all of them and writes dense vectors."""
+
+    density: Fraction = 0.1
+    mask: Literal["shared", "per-task"] = "shared"
+    rounds: Count = 4
+    damping: float = Field(0.1, ge=0.0, le=1.0)
+    images: Count = Field(256, description="training images that are scored, per task")
+    draws: Count | Literal["exact"] = 1
+
+
+class FinetuneConfig(_Frozen):
+    """Fine-tuning with AdamW, warm-up and cosine, clipping at norm 1, the zero-shot head frozen."""
+
+    epochs: Positive = 10
+    batch_size: Count = 128
+    lr: Positive | None = Field(None, description="default: 1e-5; tuned values on the embedded model")
+    weight_decay: float = Field(0.1, ge=0.0)
+    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps that warm up")
+    clip: Positive = 1.0
+
+
+class BasisConfig(_Frozen):
+    """Which bases are built: one method or several."""
+
+    method: tuple[str, ...] = ("ae",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("method"), str):
+            values = {**values, "method": (values["method"],)}
+        if isinstance(values, dict) and isinstance(values.get("method"), list):
+            values = {**values, "method": tuple(dict.fromkeys(map(str, values["method"])))}
+        return values
+
+    @model_validator(mode="after")
+    def _known(self) -> BasisConfig:
+        unknown = [m for m in self.method if m not in METHODS]
+        if unknown or not self.method:
+            raise ValueError(f"unknown method {', '.join(unknown) or '(none given)'}; allowed: {', '.join(METHODS)}")
+        return self
+
+
+class CoefficientConfig(_Frozen):
+    """Range of the merge coefficient alpha. The best one is near 1/size, so the search works on multiples of that."""
+
+    low: float = Field(0.0, ge=0.0)
+    high: Positive = 2.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CoefficientConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+class SearchConfig(_Frozen):
+    """What Ray Tune searches: every basis method at every size, coefficients within each trial."""
+
+    sizes: tuple[Count, ...] = Field((), description="basis sizes M; default: a quarter and half of the tasks")
+    objective: Literal["subsets", "all", "single"] = "subsets"
+    coefficients: CoefficientConfig = CoefficientConfig()
+
+
+class EvaluateConfig(_Frozen):
+    """Negation's control: it must keep 95 % of its zero-shot accuracy."""
+
+    control: TaskConfig | None = Field(None, description=f"default: {suite.CONTROL} on the embedded model, else none")
+    keep: Fraction = 0.95
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("control"), str):
+            return {**values, "control": {"name": values["control"]}}
+        return values
+
+
+class ResourceConfig(_Frozen):
+    """Execution: what a Ray task asks for. None of it changes a result."""
+
+    cpus_per_task: float = Field(1.0, ge=0.0)
+    gpus_per_task: float = Field(0.0, ge=0.0)
+    max_retries: int = Field(20, ge=0, description="restarts of a task whose worker or node died")
+    concurrent_trials: int = Field(0, ge=0, description="0: as many as the cluster has room for")
+    wait_s: float = Field(0.0, ge=0.0, description="how long to wait for an autoscaler to bring what is asked for")
+
+    @model_validator(mode="after")
+    def _whole_above_one(self) -> ResourceConfig:
+        for name in ("cpus_per_task", "gpus_per_task"):
+            value = getattr(self, name)
+            if value > 1 and value != int(value):
+                raise ValueError(f"{name} = {value}: Ray takes fractions below 1 and whole numbers above")
+        return self
+
+
+class Experiment(_Frozen):
+    """Everything an experiment file can say. `store` is a local directory or any fsspec URL (s3://bucket/prefix)."""
+
+    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    store: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelConfig = ModelConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    talos: TalosConfig = TalosConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    basis: BasisConfig = BasisConfig()
+    search: SearchConfig = SearchConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resources: ResourceConfig = ResourceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_names(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("tasks"), list | tuple):
+            tasks = [{"name": t} if isinstance(t, str) else t for t in values["tasks"]]
+            return {**values, "tasks": tasks}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        names = [t.name for t in self.tasks]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"tasks: given more than once: {', '.join(repeated)}")
+        if any(a != b and b.startswith(a + "/") for a in names for b in names):
+            raise ValueError("tasks: one task's name is the folder of another's")
+        return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks in order; position t is row t of every Gram matrix and coefficient table."""
+        return tuple(t.name for t in self.tasks)
+
+    def identity(self) -> dict[str, Any]:
+        """What the experiment computes, as plain JSON values, with every default filled in."""
+        return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS) | {"name"})
+
+
+def half(count: int) -> int:
+    """Basis size M = T/2 that every method is reported at: max(1, round(T/2))."""
+    return max(1, round(count / 2))
+
+
+def quarter(count: int) -> int:
+    """Basis size M = T/4: max(1, round(T/4))."""
+    return max(1, round(count / 4))
+
+
+def _resolve(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults that depend on other fields."""
+    experiment = Experiment.model_validate(values)
+    tiny, dense = experiment.model.name == TINY_MODEL, experiment.talos.density == 1.0
+    finetune, search, evaluate = {}, {}, {}
+    if experiment.finetune.lr is None:
+        rate = 3e-4 if dense else (6e-3 if experiment.talos.mask == "shared" else 2e-2)
+        finetune["lr"] = rate if tiny else 1e-5
+    count = len(experiment.tasks)
+    sizes = experiment.search.sizes or (quarter(count), half(count))
+    search["sizes"] = tuple(sorted(set(sizes)))
+    if experiment.evaluate.control is None and tiny:
+        evaluate["control"] = TaskConfig.model_validate({"name": suite.CONTROL})
+    return {"finetune": experiment.finetune.model_copy(update=finetune),
+            "search": experiment.search.model_copy(update=search),
+            "evaluate": experiment.evaluate.model_copy(update=evaluate)}
+
+
+def _field(location: Sequence[int | str]) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".") or "the file"
+
+
+def _allowed(location: Sequence[int | str]) -> str:
+    """Names of the fields that exist where an unknown one was given."""
+    model: Any = Experiment
+    for part in location[:-1]:
+        if isinstance(part, str) and issubclass(model, BaseModel) and part in model.model_fields:
+            nested = {"tasks": TaskConfig, "control": TaskConfig}.get(part, model.model_fields[part].annotation)
+            model = nested if isinstance(nested, type) and issubclass(nested, BaseModel) else model
+    return ", ".join(model.model_fields)
+
+
+def _explain(error: ValidationError, origin: str) -> UserError:
+    lines = []
+    for problem in error.errors():
+        path = _field(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _allowed(problem["loc"]).split(", "), 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            lines.append(f"{path}: unknown field{hint}; allowed: {_allowed(problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: this field is required")
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: {message}" if problem["loc"] else message)
+        else:
+            lines.append(f"{path}: {problem['msg']} (given: {problem['input']!r})")
+    return UserError(f"{origin}: " + "\n  ".join(lines))
+
+
+def parse_experiment(values: Any, origin: str = "experiment") -> Experiment:
+    """Validate plain values into an Experiment. Raises UserError that lists each wrong field, its value, what is allowed."""
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: expected fields like `store:` and `tasks:`, found {type(values).__name__}")
+    try:
+        return Experiment.model_validate({**values, **_resolve(values)})
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+    """Read an experiment file; `overrides` replace top-level fields. Raises UserError for anything wrong with it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the experiment file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if isinstance(values, dict):
+        values = {**values, **(overrides or {})}
+    return parse_experiment(values, str(path))

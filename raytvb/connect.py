@@ -1,0 +1,86 @@
+"""Connecting to Ray, and checking before any work that the cluster has what an experiment asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import ray
+
+from raytvb.config import Experiment
+from raytvb.errors import UserError
+from raytvb.submit import job_environment
+
+FREE_PATIENCE_S = 10.0
+
+
+def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS (in a Ray job: the job's own), or start a local one for this process.
+
+    `cpus` and `gpus` size a local cluster only. Raises UserError where the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Spinning threads of one worker would take the cores from the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Inside a job Ray refuses variables that the job was given too, even equal ones, unless it is told to merge them.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    runtime = {"env_vars": job_environment(os.environ)}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+                     logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = os.environ.get("RAY_ADDRESS", "a local cluster")
+        raise UserError(f"cannot connect to Ray at {where}: {error}\nCheck RAY_ADDRESS, or unset it to start a local "
+                        f"cluster") from error
+
+
+def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:
+    return resources.get("CPU", 0.0) >= cpus and resources.get("GPU", 0.0) >= gpus
+
+
+def _feasible(cpus: float, gpus: float) -> bool:
+    """Some node has as much in total."""
+    return any(n["Alive"] and _fits(n["Resources"], cpus, gpus) for n in ray.nodes())
+
+
+def _counts(resources: dict[str, float]) -> str:
+    return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
+
+
+def preflight(experiment: Experiment, tell: Callable[[str], None]) -> None:
+    """Raise UserError unless a node can hold one task and has room for it now.
+
+    With `resources.wait_s` the request is announced to the autoscaler and waited for.
+    """
+    wanted = experiment.resources
+    asked = f"{wanted.cpus_per_task:g} CPUs and {wanted.gpus_per_task:g} GPUs per task"
+    deadline = time.monotonic() + wanted.wait_s
+    if not _feasible(wanted.cpus_per_task, wanted.gpus_per_task) and wanted.wait_s > 0:
+        from ray.autoscaler.sdk import request_resources
+
+        tell(f"waiting up to {wanted.wait_s:g} s for a node with {asked}")
+        bundle = {"CPU": wanted.cpus_per_task, "GPU": wanted.gpus_per_task}
+        request_resources(bundles=[{k: v for k, v in bundle.items() if v}])
+    while not _feasible(wanted.cpus_per_task, wanted.gpus_per_task):
+        if time.monotonic() >= deadline:
+            largest = "; ".join(_counts(n["Resources"]) for n in ray.nodes() if n["Alive"])
+            raise UserError(f"the experiment asks for {asked}, but no node of the cluster has that (nodes: {largest}). "
+                            f"Lower resources.cpus_per_task or resources.gpus_per_task, add nodes, or set "
+                            f"resources.wait_s to wait for an autoscaler")
+        time.sleep(1.0)
+    deadline = max(deadline, time.monotonic() + FREE_PATIENCE_S)
+    while not _fits(ray.available_resources(), wanted.cpus_per_task, wanted.gpus_per_task):
+        if time.monotonic() >= deadline:
+            raise UserError(f"the experiment asks for {asked}, but only {_counts(ray.available_resources())} of the "
+                            f"cluster's {_counts(ray.cluster_resources())} are free. Wait for the other work to end, or "
+                            f"set resources.wait_s to wait here")
+        time.sleep(0.5)

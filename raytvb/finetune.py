@@ -1,0 +1,87 @@
+"""Fine-tune the kept entries of an image tower on one task; plain functions that know no Ray and no store.
+
+Protocol: Iurada et al., ICLR 2025, arXiv 2504.02620: AdamW, warm-up then cosine, gradient norm clipped at 1, the
+zero-shot head frozen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raytvb.config import FinetuneConfig
+from raytvb.data import Split
+from raytvb.encoder import Preprocess
+from raytvb.errors import UserError
+from raytvb.sparse import MaskedAdamW
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The task vector (per parameter the 1-D kept differences, or the whole tensors where all are kept) and metrics."""
+
+    values: dict[str, Tensor]
+    steps: int
+    final_loss: float
+    seconds: float
+
+
+def task_seed(seed: int, name: str) -> int:
+    """A seed of the task's own, from the experiment's seed and the task's name: independent of the other tasks."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
+    """Rate of 0-based step `step`: linear warm-up over the first share of the steps, then a half cosine to 0."""
+    peak = config.lr if config.lr is not None else 1e-5
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors of `steps` batches; every epoch is a fresh permutation, its last batch may be smaller."""
+    done = 0
+    while done < steps:
+        for batch in torch.randperm(count, generator=generator).split(batch_size):
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], config: FinetuneConfig,
+             preprocess: Preprocess, *, seed: int, device: torch.device,
+             progress: Callable[[int, int], None] | None = None) -> Finetuned:
+    """Train the entries that `mask` keeps (name -> bool tensor, one a parameter); the classifier is changed in place.
+
+    Deterministic on a CPU for a given seed. Raises UserError at the first loss that is not finite, naming the step.
+    """
+    classifier.to(device).train()
+    parameters = dict(classifier.named_parameters())
+    optimizer = MaskedAdamW(parameters, mask, lr=0.0, weight_decay=config.weight_decay)
+    before = optimizer.values.detach().clone()
+    steps = max(1, round(config.epochs * math.ceil(len(split) / config.batch_size)))
+    generator = torch.Generator().manual_seed(seed)
+    started, loss = time.perf_counter(), torch.tensor(float("nan"))
+    for step, indices in enumerate(batches(len(split), config.batch_size, steps, generator)):
+        images = preprocess.normalise(split.images[indices].to(device))
+        loss = nn.functional.cross_entropy(classifier(images), split.labels[indices].to(device))
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})")
+        loss.backward()
+        optimizer.step(learning_rate(step, steps, config), config.clip)
+        if progress is not None:
+            progress(step + 1, steps)
+    kept = {n: mask[n] for n in sorted(mask)}
+    parts = (optimizer.values.detach() - before).cpu().split([int(m.sum()) for m in kept.values()])
+    dense = all(bool(m.all()) for m in kept.values())
+    values = {n: p.view(m.shape) if dense else p for (n, m), p in zip(kept.items(), parts, strict=True)}
+    return Finetuned(values, steps, loss.item(), time.perf_counter() - started)

@@ -1,0 +1,271 @@
+"""The stages of an experiment, on Ray: fine-tune, basis, search, evaluate, report. What has a record is not done again.
+
+The driver passes keys and small records only; it never holds a vector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from raytvb import artifacts, records, remote, workers
+from raytvb.basis_actor import fit_candidate, load_gram
+from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
+from raytvb.config import Experiment, TaskConfig
+from raytvb.connect import preflight
+from raytvb.errors import UserError
+from raytvb.progress import Reporter, Stage
+from raytvb.remote import Refs
+from raytvb.report import write_report
+from raytvb.search import find_result, run_search
+from raytvb.store import Store
+
+STAGES = ("finetune", "basis", "search", "evaluate", "report")
+TIMINGS = "report/timings.json"
+FULL = Candidate("full", "full", "full", 0)
+
+
+def _fail(stage: str, failed: dict[str, str]) -> None:
+    if failed:
+        lines = "\n  ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        raise UserError(f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:\n  {lines}\n"
+                        f"Run the same command again to go on.")
+
+
+class _Stream:
+    """Feeds committed vectors to the basis actor, one call in flight, so that nothing arrives out of order."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._actor = remote.basis_actor(experiment)
+        self._waiting: list[str] = []
+        self._call: Any = None
+        self._task = ""
+        self.failed: dict[str, str] = {}
+        self.status: dict[str, Any] = {"vectors": 0, "relative_error": {}}
+
+    def offer(self, task: str) -> None:
+        self._waiting.append(task)
+        self.pump()
+
+    def pump(self, timeout: float = 0.0) -> None:
+        """Take the answer of the call in flight if it is there, and send the next."""
+        if self._call is not None and ray.wait([self._call], timeout=timeout)[0]:
+            try:
+                self.status = ray.get(self._call)
+            except ray.exceptions.RayError as error:
+                self.failed[self._task] = remote.explain(error)
+            self._call = None
+        if self._call is None and self._waiting:
+            self._task = self._waiting.pop(0)
+            self._call = self._actor.add.remote(self._task)
+
+    def finish(self) -> None:
+        while self._call is not None or self._waiting:
+            self.pump(timeout=1.0)
+
+    def write_bases(self) -> list[str]:
+        try:
+            return ray.get(self._actor.write_bases.remote())
+        except ray.exceptions.RayError as error:
+            raise UserError(f"the bases could not be written: {remote.explain(error)}") from error
+
+
+class Pipeline:
+    """One experiment on one connected Ray cluster."""
+
+    def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
+        """Checks the store and the cluster before any work. Raises StoreError or UserError."""
+        self.reporter, self.store = reporter, Store(experiment.store)
+        # A relative path would mean another place in workers, which have other working folders.
+        self.experiment = experiment.model_copy(update={"store": self.store.url})
+        self.store.check_writable()
+        artifacts.freeze(self.store, self.experiment)
+        preflight(self.experiment, reporter.say)
+        self._splits: dict[str, Refs] = {}
+        self._fingerprint = ""
+
+    def run(self, stages: Sequence[str] = STAGES) -> None:
+        """Run the given stages in their order."""
+        if "finetune" in stages:
+            self._timed("finetune", lambda: self.finetune(stream="basis" in stages))
+        if "basis" in stages:
+            self._timed("basis", self.basis)
+        if "search" in stages:
+            self._timed("search", self.search)
+        if "evaluate" in stages:
+            self._timed("evaluate", self.evaluate)
+        if "report" in stages:
+            write_report(self.store, self.experiment)
+
+    def _timed(self, stage: str, work: Callable[[], bool]) -> None:
+        """Run a stage and add its seconds to the store's, unless there was nothing to do."""
+        started = time.perf_counter()
+        if work():
+            timings = self.store.read_json(TIMINGS) if self.store.exists(TIMINGS) else {}
+            timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
+            self.store.write_json(TIMINGS, timings)
+
+    # Fine-tuning -----------------------------------------------------------------------------------------------------
+
+    def finetune(self, stream: bool) -> bool:
+        """Masks, then one Ray task per task vector; each committed vector goes to the basis actor if `stream`."""
+        missing = self._missing_vectors()
+        self._prepare()
+        if missing and self.experiment.talos.mask == "shared" and self.experiment.talos.density < 1.0:
+            self._shared_mask()
+        self._stream = _Stream(self.experiment) if stream else None
+        for task in self.experiment.tasks:
+            if task not in missing and self._stream is not None:
+                self._stream.offer(task.name)
+        with self.reporter.stage("finetune", len(missing)) as stage:
+            failed = self._finetune_missing(missing, stage)
+        if self._stream is not None:
+            self._stream.finish()
+            failed |= self._stream.failed
+        _fail("finetune", failed)
+        return bool(missing)
+
+    def _missing_vectors(self) -> list[TaskConfig]:
+        return [t for t in self.experiment.tasks if records.find(
+            self.store, artifacts.vector_prefix(t.name), artifacts.vector_identity(self.experiment, t)) is None]
+
+    def _finetune_missing(self, missing: Sequence[TaskConfig], stage: Stage) -> dict[str, str]:
+        call = remote.task(workers.finetune_task, self.experiment)
+        pending = {call.remote(self.experiment, self._fingerprint, t): t.name for t in missing}
+
+        def done(name: str, record: dict[str, Any]) -> None:
+            note = f"{name}: loss {record['metrics']['final_loss']:.3f}"
+            if self._stream is not None:
+                self._stream.offer(name)
+                errors = self._stream.status["relative_error"]
+                note += "".join(f", M={m} error {e:.3f}" for m, e in errors.items())
+            stage.advance(note)
+
+        return remote.collect(pending, done, self._stream.pump if self._stream is not None else lambda: None)
+
+    def _prepare(self) -> None:
+        """The pretrained model and the heads are in the store."""
+        record = records.find(self.store, artifacts.BASE, artifacts.base_identity(self.experiment))
+        if record is None:
+            with self.reporter.stage("prepare", 1) as stage:
+                found: dict[str, Any] = {}
+                call = remote.task(workers.prepare_base, self.experiment).remote(self.experiment)
+                _fail("prepare", remote.collect({call: self.experiment.model.name}, lambda _, r: found.update(r)))
+                record = found
+                stage.advance(f"{record['metrics']['parameters']:,} parameters")
+        self._fingerprint = record["parents"]["fingerprint"]
+
+    def _shared_mask(self) -> None:
+        """Staged rounds over the summed scores of all tasks; scores and masks stay in Ray's object store."""
+        experiment = self.experiment
+        identity = artifacts.mask_identity(experiment, experiment.tasks)
+        if records.find(self.store, artifacts.mask_prefix(artifacts.SHARED_MASK), identity) is not None:
+            return
+        score, add = (remote.array_task(f, experiment) for f in (workers.score_task, workers.add_scores))
+        select = remote.array_task(workers.select_round, experiment)
+        kept: Any = None
+        with self.reporter.stage("mask", experiment.talos.rounds) as stage:
+            for round_ in range(1, experiment.talos.rounds + 1):
+                calls = [score.remote(experiment, self._fingerprint, t, round_, kept) for t in experiment.tasks]
+                pending = {status: t.name for (status, _), t in zip(calls, experiment.tasks, strict=True)}
+                scores = [result for _, result in calls]
+                while len(scores) > 1:
+                    pairs = [add.remote(a, b)[1] for a, b in zip(scores[::2], scores[1::2], strict=False)]
+                    scores = pairs + scores[2 * len(pairs):]
+                selected, kept = select.remote(experiment, scores[0], kept, round_)
+                _fail("mask", remote.collect(pending))
+                _fail("mask", remote.collect({selected: f"round {round_}"}))
+                stage.advance(f"round {round_} of {experiment.talos.rounds}")
+            commit = remote.task(workers.commit_shared_mask, experiment).remote(experiment, self._fingerprint, kept)
+            _fail("mask", remote.collect({commit: "writing"}))
+
+    # Basis -----------------------------------------------------------------------------------------------------------
+
+    def basis(self) -> bool:
+        """All vectors taken in by the actor, every basis asked for written."""
+        missing = self._missing_vectors()
+        if missing:
+            raise UserError(f"{len(missing)} of {len(self.experiment.tasks)} task vectors are missing "
+                            f"({', '.join(t.name for t in missing[:3])}…): run `raytvb finetune` first")
+        if getattr(self, "_stream", None) is None:
+            self._stream = _Stream(self.experiment)
+            for task in self.experiment.task_names:
+                self._stream.offer(task)
+            self._stream.finish()
+            _fail("basis", self._stream.failed)
+        with self.reporter.stage("basis", 1) as stage:
+            written = self._stream.write_bases()
+            stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(written)} of them new")
+        self._stream = None
+        return bool(written)
+
+    # Search and evaluation -------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that is searched and evaluated: the bases, their plain sums, the full vectors, the baselines."""
+        gram = load_gram(self.store, self.experiment)
+        built = basis_candidates(self.experiment)
+        missing = [c.name for c in built if records.find(self.store, artifacts.basis_prefix(c.method, c.size)) is None]
+        if gram is None or missing:
+            raise UserError(f"bases are missing ({', '.join(missing) or 'no Gram matrix'}): run `raytvb basis` first")
+        fits = {c.name: fit_candidate(self.experiment, gram, c.method, c.size) for c in built}
+        return [FULL, *built, *sum_candidates(self.experiment, fits), *random_candidates(self.experiment, gram)]
+
+    def split_refs(self, split: str) -> Refs:
+        """Object references of every task's evaluation images (and the control's), made once."""
+        if split not in self._splits:
+            self._prepare()
+            call, tasks = remote.array_task(workers.evaluation_split, self.experiment), workers.all_tasks(self.experiment)
+            refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split) for t in tasks}
+            _fail("reading images", remote.collect({status: name for name, (status, _) in refs.items()}))
+            self._splits[split] = tuple((name, result) for name, (_, result) in refs.items())
+        return self._splits[split]
+
+    def search(self) -> bool:
+        """Coefficients of every candidate, chosen on validation data."""
+        candidates = self.candidates()
+        todo = [c for c in candidates if find_result(self.store, self.experiment, c) is None]
+        if todo:
+            refs = self.split_refs("val")
+            with self.reporter.stage("search", len(todo)) as stage:
+                run_search(self.experiment, self._fingerprint, todo, refs, stage.advance)
+        return bool(todo)
+
+    def evaluate(self) -> bool:
+        """Each result once on the test split: single models, additions, negations."""
+        candidates = self.candidates()
+        calls = self._evaluation_calls(candidates)
+        todo = {n: c for n, c in calls.items() if not self.store.exists(f"evals/{n}.parquet")}
+        if todo:
+            with self.reporter.stage("evaluate", len(todo)) as stage:
+                pending = {make(): name for name, make in todo.items()}
+                _fail("evaluate", remote.collect(pending, lambda name, _: stage.advance(name)))
+        return bool(todo)
+
+    def _evaluation_calls(self, candidates: Sequence[Candidate]) -> dict[str, Callable[[], Any]]:
+        """Name of each evaluation and a function that starts it."""
+        experiment, control = self.experiment, self.experiment.evaluate.control
+        models, addition, negation = (remote.task(f, experiment) for f in (
+            remote.evaluate_models, remote.evaluate_candidate, remote.evaluate_negation))
+        calls: dict[str, Callable[[], Any]] = {
+            "models": lambda: models.remote(experiment, self._fingerprint, self.split_refs("test"))}
+        for candidate in candidates:
+            result = find_result(self.store, experiment, candidate)
+            if result is None:
+                raise UserError(f"{candidate.name} has not been searched: run `raytvb search` first")
+            calls[candidate.name] = lambda c=candidate, r=result: addition.remote(
+                experiment, self._fingerprint, c, r["coefficient"], self.split_refs("test"))
+        if control is not None:
+            for index, task in enumerate(experiment.task_names):
+                calls[f"negation-full/{task}"] = lambda i=index: negation.remote(
+                    experiment, self._fingerprint, FULL, i, control.name, self.split_refs("val"),
+                    self.split_refs("test"))
+        return calls
+
+
+def run(experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None) -> None:
+    """Run stages of an experiment on the Ray that is connected (see `connect.connect`); resumes by itself."""
+    Pipeline(experiment, reporter or Reporter()).run(stages)

@@ -1,0 +1,38 @@
+"""A dry run: what an experiment would do, what is there already, and what it will store."""
+
+from __future__ import annotations
+
+from raytvb import artifacts, records
+from raytvb.candidates import basis_candidates
+from raytvb.config import Experiment
+from raytvb.encoder import count_parameters, quiet_open_clip
+from raytvb.report import format_bytes
+from raytvb.store import Store
+from raytvb.talos import kept_count
+
+
+def describe(experiment: Experiment) -> str:
+    """Lines for people. Raises StoreError for a store that cannot be written, UserError for one of another experiment."""
+    store = Store(experiment.store)
+    store.check_writable()
+    if store.exists(artifacts.EXPERIMENT):
+        artifacts.freeze(store, experiment)
+    quiet_open_clip()
+    parameters, tasks = count_parameters(experiment.model), len(experiment.tasks)
+    kept = kept_count(parameters, experiment.talos.density)
+    bases = basis_candidates(experiment)
+    sparse = experiment.talos.density < 1.0
+    masks = (1 if experiment.talos.mask == "shared" else tasks) * parameters // 8 if sparse else 0
+    wide = sparse and experiment.talos.mask == "per-task" and tasks > 1
+    done = sum(records.find(store, artifacts.vector_prefix(t)) is not None for t in experiment.task_names)
+    built = sum(records.find(store, artifacts.basis_prefix(c.method, c.size)) is not None for c in bases)
+    asked = experiment.resources
+    return "\n".join((
+        f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, {kept:,} trained per task",
+        f"vectors   {tasks} tasks, {done} done; {format_bytes(4 * kept * tasks)} (dense: "
+        f"{format_bytes(4 * parameters * tasks)}), masks {format_bytes(masks)}",
+        f"bases     {len(bases)} ({', '.join(c.name for c in bases)}), {built} done; "
+        f"{format_bytes(4 * (parameters if wide else kept) * sum(c.size for c in bases))}",
+        f"each task asks for {asked.cpus_per_task:g} CPUs and {asked.gpus_per_task:g} GPUs, restarted up to "
+        f"{asked.max_retries} times; whether the cluster has them is checked when it runs",
+        f"store     {store.url}: writable"))

@@ -1,0 +1,83 @@
+"""Records: a thing in the store exists when its `record.json` does. Data first, record last."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from raytvb.errors import UserError
+from raytvb.store import Store
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Checksum and size in bytes of one stored file."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, data: bytes) -> FileInfo:
+        """Of bytes in memory."""
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("raytvb", "torch", "open_clip_torch", "ray", "safetensors", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with suppress(PackageNotFoundError):  # raytvb itself, where a job was given its source only
+            found[name] = version(name)
+    return found
+
+
+def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
+    """Fields in which two identities differ, one line each: `field: stored x, asked for y`."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        lines = []
+        for key in sorted(stored.keys() | asked.keys()):
+            lines += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
+        return lines
+    return [] if stored == asked else [f"{path}: stored {stored!r}, asked for {asked!r}"]
+
+
+def find(store: Store, prefix: str, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record under `prefix`, or None where the thing does not exist (yet).
+
+    Raises UserError where it exists with another identity; the message shows the fields that differ.
+    """
+    key = f"{prefix}/{RECORD}"
+    if not store.exists(key):
+        return None
+    record = store.read_json(key)
+    if identity is not None:
+        differing = differences(record["identity"], dict(identity))
+        if differing:
+            raise UserError(f"{store.path(prefix)} belongs to another experiment:\n  " + "\n  ".join(differing)
+                            + "\nUse another store, or delete that folder to make it again.")
+    return record
+
+
+def commit(store: Store, prefix: str, *, identity: Mapping[str, Any], files: Mapping[str, bytes] | None = None,
+           written: Mapping[str, FileInfo] | None = None, parents: Mapping[str, str] | None = None,
+           metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write `files` (name to bytes), then the record that makes them exist; `written` names files already there."""
+    infos = dict(written or {})
+    for name, data in (files or {}).items():
+        store.write(f"{prefix}/{name}", data)
+        infos[name] = FileInfo.of(data)
+    record = {"identity": dict(identity), "parents": dict(parents or {}), "metrics": dict(metrics or {}),
+              "files": {n: {"sha256": i.sha256, "size": i.size} for n, i in sorted(infos.items())},
+              "versions": versions()}
+    store.write_json(f"{prefix}/{RECORD}", record)
+    return record

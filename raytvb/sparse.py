@@ -1,0 +1,64 @@
+"""Training the kept entries of a mask only, and packing masks to one bit a parameter.
+
+The optimizer sees one flat float32 parameter with the K kept values, so torch's own fused AdamW does the arithmetic
+and its state is 8 bytes a kept entry; what is ours is gathering gradients and scattering values back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bool (D,) to uint8 (ceil(D/8),): entry i is bit i % 8, lowest first, of byte i // 8; the rest is zero."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """Inverse of `pack_bits`: the first `count` bits as bool (count,)."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little").view(np.bool_))
+
+
+class MaskedAdamW:
+    """AdamW with decoupled weight decay on the entries a mask keeps; every other entry is never written to.
+
+    Equal to `torch.optim.AdamW` on a model that has only the kept entries. Tensors without kept entries get
+    `requires_grad = False`, so autograd skips them. Clipping, like weight decay, looks at the kept entries alone.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], *, lr: float,
+                 weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        """`mask` has a bool tensor for every parameter; its kept entries are trained from their current values."""
+        if parameters.keys() != mask.keys():
+            raise ValueError(f"mask and parameters differ in {sorted(parameters.keys() ^ mask.keys())}")
+        self._entries: list[tuple[nn.Parameter, Tensor]] = []
+        for name in sorted(parameters):
+            parameter = parameters[name]
+            indices = mask[name].to(parameter.device).reshape(-1).nonzero()[:, 0]
+            parameter.requires_grad_(len(indices) > 0)
+            if len(indices):
+                self._entries.append((parameter, indices))
+        self.values = nn.Parameter(torch.cat([p.detach().reshape(-1)[i].float() for p, i in self._entries]))
+        self._optimizer = torch.optim.AdamW([self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
+                                            fused=True)
+
+    def step(self, lr: float, clip: float | None = None) -> float:
+        """One update from the parameters' gradients, which it then frees. Returns the norm of the kept gradients."""
+        gradients = [p.grad.reshape(-1)[i].float() for p, i in self._entries if p.grad is not None]
+        self.values.grad = torch.cat(gradients)
+        norm = self.values.grad.norm()
+        if clip is not None:
+            self.values.grad *= (clip / (norm + 1e-6)).clamp(max=1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        with torch.no_grad():
+            sizes = [len(i) for _, i in self._entries]
+            for (parameter, indices), values in zip(self._entries, self.values.split(sizes), strict=True):
+                parameter.view(-1)[indices] = values.to(parameter.dtype)
+                parameter.grad = None
+        return float(norm)

@@ -1,0 +1,126 @@
+"""Domains of the embedded suite: how an image looks. Each takes colours over a coverage mask to a degraded image.
+
+A domain is a function (image (32, 32, 3) float32 in [0, 1], strength in [0, 1], rng) -> image of the same shape.
+Strength 1 is what a task uses; pretraining sees strengths up to 0.4 only, so that fine-tuning has something to learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from raytvb.suite.sources import SIZE
+
+Domain = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+
+
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray((np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32) / 255.0
+
+
+def _smooth_field(rng: np.random.Generator, cells: int, channels: int = 1) -> np.ndarray:
+    """Random field in [0, 1] that varies over about 32/cells pixels, shape (32, 32, channels)."""
+    coarse = rng.random((channels, cells, cells), dtype=np.float32)
+    planes = [Image.fromarray(c).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for c in coarse]
+    return np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0.0, 1.0)
+
+
+def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return image + rng.standard_normal(image.shape, dtype=np.float32) * (0.25 * strength)
+
+
+def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Separable Gaussian of sigma up to 2.2 px."""
+    sigma = max(strength * rng.uniform(1.8, 2.2), 1e-3)
+    reach = np.arange(SIZE)[:, None] - np.arange(SIZE)[None, :]
+    kernel = np.exp(-0.5 * (reach / sigma) ** 2).astype(np.float32)
+    kernel /= kernel.sum(axis=1, keepdims=True)
+    return np.einsum("ij,jkc,lk->ilc", kernel, image, kernel, optimize=True)
+
+
+def stripes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Opaque parallel bars of random direction and colour."""
+    angle, period = rng.uniform(0, math.pi), rng.uniform(5.0, 7.0)
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    wave = ((x * math.cos(angle) + y * math.sin(angle) + rng.uniform(0, period)) / period) % 1.0
+    cover = (wave < 0.45).astype(np.float32)[..., None] * (0.85 * strength)
+    return image * (1 - cover) + cover * rng.random(3, dtype=np.float32)
+
+
+def contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Contrast down to 12 %, and a little noise that does not shrink with it."""
+    mean = image.mean(axis=(0, 1), keepdims=True)
+    flat = mean + (image - mean) * (1.0 - 0.88 * strength)
+    return flat + rng.standard_normal(image.shape, dtype=np.float32) * (0.03 * strength)
+
+
+def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Three opaque blocks."""
+    image = image.copy()
+    for _ in range(3):
+        side = max(1, round(strength * rng.uniform(8, 12)))
+        x, y = rng.integers(0, SIZE - side + 1, 2)
+        image[y:y + side, x:x + side] = rng.random(3, dtype=np.float32)
+    return image
+
+
+def pixelation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    side = round(SIZE - strength * (SIZE - rng.integers(8, 10)))
+    small = _to_pil(image).resize((side, side), Image.Resampling.BOX)
+    return _from_pil(small.resize((SIZE, SIZE), Image.Resampling.NEAREST))
+
+
+def saltpepper(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    image = image.copy()
+    hit = rng.random(image.shape[:2]) < 0.35 * strength
+    image[hit] = (rng.random(int(hit.sum())) < 0.5)[:, None]
+    return image
+
+
+def clutter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Random thin line segments, as light as the foreground."""
+    image = image.copy()
+    for _ in range(round(10 * strength)):
+        start, end = rng.uniform(0, SIZE - 1, (2, 2))
+        points = np.rint(start + (end - start) * np.linspace(0, 1, SIZE)[:, None]).astype(int)
+        image[points[:, 0], points[:, 1]] = rng.uniform(0.4, 1.0, 3)
+    return image
+
+
+def fog(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """A light, uneven veil that covers most of the contrast."""
+    veil = (0.55 + 0.42 * _smooth_field(rng, 4)) * strength
+    return image * (1 - veil) + veil * rng.uniform(0.75, 0.95)
+
+
+def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    slant = strength * rng.uniform(0.6, 0.8) * rng.choice((-1.0, 1.0))
+    edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
+    moved = _to_pil(image).transform((SIZE, SIZE), Image.Transform.AFFINE, (1, slant, -slant * SIZE / 2, 0, 1, 0),
+                                     resample=Image.Resampling.BILINEAR, fillcolor=edge)
+    return _from_pil(moved)
+
+
+def rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    angle = strength * rng.uniform(40, 60) * rng.choice((-1.0, 1.0))
+    edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
+    return _from_pil(_to_pil(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=edge))
+
+
+def photo(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """The picture as a faint print over a smooth, colourful scene with grain."""
+    scene = _smooth_field(rng, 6, channels=3)
+    grain = rng.standard_normal(image.shape, dtype=np.float32) * (0.06 * strength)
+    share = 0.6 * strength
+    return image * (1 - share) + scene * share + grain
+
+
+DOMAINS: dict[str, Domain] = {f.__name__: f for f in (
+    noise, blur, stripes, contrast, occlusion, pixelation, saltpepper, clutter, fog, shear, rotation, photo)}

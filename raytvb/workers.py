@@ -1,0 +1,325 @@
+"""What runs in Ray workers, as plain functions of small arguments; `pipeline` wraps them with Ray in one place.
+
+Every function that makes a thing first looks for its record, so a retried or resumed call does nothing twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from raytvb import artifacts, records
+from raytvb.candidates import Candidate
+from raytvb.config import Experiment, TaskConfig
+from raytvb.data import Split, load_split, task_classes
+from raytvb.encoder import ImageClassifier, Preprocess, quiet_open_clip
+from raytvb.errors import UserError
+from raytvb.evaluate import (
+    Count,
+    Evaluator,
+    best_coefficient,
+    coarse_coefficients,
+    finer_coefficients,
+    mean,
+    task_subsets,
+)
+from raytvb.finetune import finetune, task_seed
+from raytvb.store import Store
+from raytvb.talos import damp, fisher_scores, flatten, round_density, select_further, unflatten
+from raytvb.vectors import Mask, vector_bytes, vector_info
+
+NEGATION_STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+
+
+def worker_setup() -> None:
+    """Once a worker process: one thread (results do not depend on what a task asks for), no model-loading chatter."""
+    quiet_open_clip()
+    torch.set_num_threads(1)
+
+
+def device() -> torch.device:
+    """The GPU that Ray gave this worker, or the CPU, also where the GPUs Ray counts are not there."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
+
+
+def all_tasks(experiment: Experiment) -> list[TaskConfig]:
+    """The tasks, and the control where there is one that is not a task itself."""
+    control = experiment.evaluate.control
+    extra = [control] if control is not None and control.name not in experiment.task_names else []
+    return [*experiment.tasks, *extra]
+
+
+def prepare_base(experiment: Experiment) -> dict[str, Any]:
+    """Store the pretrained model and the heads; returns its record."""
+    worker_setup()
+    store = Store(experiment.store)
+    record = records.find(store, artifacts.BASE, artifacts.base_identity(experiment))
+    if record is not None:
+        return record
+    classes = {t.name: task_classes(t) for t in all_tasks(experiment)}
+    return artifacts.write_base(store, experiment, classes)
+
+
+def _classifier(experiment: Experiment, fingerprint: str, task: TaskConfig) -> tuple[ImageClassifier, Preprocess]:
+    """A fresh copy of the pretrained tower with the task's head."""
+    encoder = artifacts.base_encoder(experiment.store, fingerprint)
+    head = artifacts.load_head(Store(experiment.store), artifacts.head_key(experiment, task))
+    model: Any = encoder.model
+    return ImageClassifier(copy.deepcopy(model.visual), head).eval(), encoder.preprocess
+
+
+def score_task(experiment: Experiment, fingerprint: str, task: TaskConfig, round_: int,
+               kept: np.ndarray | None) -> np.ndarray:
+    """Sensitivity scores (D,) float32 of one task in one round; `kept` (D,) bool are the entries still in the race."""
+    worker_setup()
+    classifier, preprocess = _classifier(experiment, fingerprint, task)
+    parameters = {n: p.detach() for n, p in classifier.named_parameters()}
+    if kept is not None:
+        damped = damp(parameters, unflatten(torch.from_numpy(kept.copy()), parameters), experiment.talos.damping)
+        classifier.load_state_dict(damped, strict=False)
+    split = load_split(task, "train", preprocess)
+    seed = task_seed(experiment.seed, f"{task.name}/scores/{round_}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(split), generator=generator)[:experiment.talos.images]
+    place = device()
+    images = preprocess.normalise(split.images[chosen].to(place))
+    scores = fisher_scores(classifier.to(place), images, draws=experiment.talos.draws, generator=generator)
+    return flatten(scores).cpu().numpy()
+
+
+def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sum of two score vectors; the tree in which they are added is fixed by the order of the tasks."""
+    return left + right
+
+
+def select_round(experiment: Experiment, scores: np.ndarray, kept: np.ndarray | None, round_: int) -> np.ndarray:
+    """The entries (D,) bool that are kept after round `round_` (1-based)."""
+    density = round_density(experiment.talos.density, round_, experiment.talos.rounds)
+    before = None if kept is None else {"": torch.from_numpy(kept.copy())}
+    return select_further({"": torch.from_numpy(scores.copy())}, before, density)[""].numpy()
+
+
+def commit_shared_mask(experiment: Experiment, fingerprint: str, kept: np.ndarray) -> dict[str, int]:
+    """Store the shared mask; returns its numbers of kept and of all entries."""
+    state = artifacts.base_encoder(experiment.store, fingerprint).visual_state()
+    mask = Mask.of(unflatten(torch.from_numpy(kept.copy()), state))
+    artifacts.write_mask(Store(experiment.store), experiment, artifacts.SHARED_MASK, experiment.tasks, mask)
+    return {"kept": mask.kept, "total": len(mask.bits)}
+
+
+def own_mask(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Mask:
+    """A task's own mask: taken from the store, or made in staged rounds and committed."""
+    store, mask_id = Store(experiment.store), task.name
+    if records.find(store, artifacts.mask_prefix(mask_id), artifacts.mask_identity(experiment, [task])):
+        return artifacts.load_mask(store, mask_id)
+    kept: np.ndarray | None = None
+    for round_ in range(1, experiment.talos.rounds + 1):
+        kept = select_round(experiment, score_task(experiment, fingerprint, task, round_, kept), kept, round_)
+    assert kept is not None
+    state = artifacts.base_encoder(experiment.store, fingerprint).visual_state()
+    mask = Mask.of(unflatten(torch.from_numpy(kept), state))
+    artifacts.write_mask(store, experiment, mask_id, [task], mask)
+    return mask
+
+
+def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> dict[str, Any]:
+    """Fine-tune one task and commit its vector, then its record, which is returned."""
+    worker_setup()
+    store, prefix = Store(experiment.store), artifacts.vector_prefix(task.name)
+    identity = artifacts.vector_identity(experiment, task)
+    record = records.find(store, prefix, identity)
+    if record is not None:
+        return record
+    classifier, preprocess = _classifier(experiment, fingerprint, task)
+    key, mask_id = artifacts.vector_key(task.name), ""
+    parents = {"base": fingerprint}
+    if experiment.talos.density == 1.0:
+        tensors = {n: torch.ones_like(p, dtype=torch.bool) for n, p in classifier.named_parameters()}
+        info = vector_info(fingerprint)
+    else:
+        shared = experiment.talos.mask == "shared"
+        mask_id = artifacts.SHARED_MASK if shared else task.name
+        mask = artifacts.load_mask(store, mask_id) if shared else own_mask(experiment, fingerprint, task)
+        tensors = mask.tensors()
+        path = os.path.relpath(f"{artifacts.mask_prefix(mask_id)}/mask.safetensors", prefix)
+        info = vector_info(fingerprint, mask_path=path, mask=mask.fingerprint)
+        parents["mask"] = mask.fingerprint
+    split = load_split(task, "train", preprocess)
+    try:
+        tuned = finetune(classifier, split, tensors, experiment.finetune, preprocess,
+                         seed=task_seed(experiment.seed, task.name), device=device())
+    except UserError as error:
+        raise UserError(f"task {task.name}: {error}") from None
+    artifacts.check_finite(tuned.values, store.path(key))
+    metrics = {"steps": tuned.steps, "final_loss": tuned.final_loss, "seconds": tuned.seconds, "images": len(split),
+               "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
+    head = store.read(f"{prefix}/head.safetensors")
+    return records.commit(store, prefix, identity=identity, files={"vector.safetensors": vector_bytes(tuned.values, info)},
+                          written={"head.safetensors": records.FileInfo.of(head)}, parents=parents, metrics=metrics)
+
+
+def evaluation_split(experiment: Experiment, fingerprint: str, task: TaskConfig, split: str) -> dict[str, Any]:
+    """Images and labels of a split as plain arrays, which workers of a node share in Ray's object store."""
+    worker_setup()
+    preprocess = artifacts.base_encoder(experiment.store, fingerprint).preprocess
+    loaded = load_split(task, split, preprocess)
+    return {"images": loaded.images.numpy(), "labels": loaded.labels.numpy(), "classes": loaded.classes}
+
+
+def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str, Mapping[str, Any]]) -> Evaluator:
+    """An evaluator over the given splits, whose directions have the coordinates of the experiment's vectors."""
+    encoder, store = artifacts.base_encoder(experiment.store, fingerprint), Store(experiment.store)
+    named = {t.name: t for t in all_tasks(experiment)}
+    heads = {n: artifacts.load_head(store, artifacts.head_key(experiment, named[n])) for n in arrays}
+    # Arrays from Ray's object store are read-only; tensors over them are only read here.
+    splits = {n: Split(_tensor(a["images"]), _tensor(a["labels"]), tuple(a["classes"])) for n, a in arrays.items()}
+    vectors = artifacts.vector_set(experiment.store, experiment.task_names)
+    shared = vectors.files[0].mask if vectors.compact else None
+    model: Any = encoder.model
+    return Evaluator(copy.deepcopy(model.visual), heads, splits, encoder.preprocess, device=device(),
+                     mask=None if shared is None else shared.load().tensors())
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor over an array, without a copy; torch warns of read-only ones, which are never written to here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+class CandidateEvaluator:
+    """Evaluates one candidate: the directions of its merges come from stored files, streamed, one at a time."""
+
+    def __init__(self, experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> None:
+        self._names = experiment.task_names
+        self._evaluator, self._candidate = evaluator, candidate
+        self._vectors, self._table = candidate.open(experiment)
+
+    def accuracies(self, subset: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Count]]:
+        """For each coefficient the counts by task of the addition of the subset's tasks."""
+        weights = self._table[:, list(subset)].sum(dim=1)
+        direction = self._vectors.combine(weights)
+        results = []
+        for alpha in alphas:
+            self._evaluator.merge(direction, alpha)
+            results.append({self._names[t]: self._evaluator.count(self._names[t]) for t in subset})
+        return results
+
+    def size_class(self, subsets: Sequence[Sequence[int]], alphas: Sequence[float]) -> dict[float, float]:
+        """Mean accuracy over all tasks of all subsets, by coefficient; every subset has the same size."""
+        per_alpha: dict[float, list[float]] = {a: [] for a in alphas}
+        for subset in subsets:
+            for alpha, counts in zip(alphas, self.accuracies(subset, alphas), strict=True):
+                per_alpha[alpha].extend(c.accuracy for c in counts.values())
+        return {alpha: mean(values) for alpha, values in per_alpha.items()}
+
+
+def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> dict[str, Any]:
+    """Choose a coefficient for each size class on validation data: a coarse pass, then one around its best.
+
+    Returns {size: coefficient}, {size: accuracy}, everything tried, and the objective.
+    """
+    limits = experiment.search.coefficients
+    subject = CandidateEvaluator(experiment, candidate, evaluator)
+    tried: dict[int, dict[float, float]] = {}
+    for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
+        table = subject.size_class(subsets, coarse_coefficients(size, limits.low, limits.high))
+        tried[size] = table | subject.size_class(subsets, finer_coefficients(table))
+    chosen = {s: best_coefficient(t) for s, t in tried.items()}
+    accuracy = {s: tried[s][a] for s, a in chosen.items()}
+    full = len(experiment.tasks)
+    objective = {"subsets": mean(list(accuracy.values())), "all": accuracy[full],
+                 "single": accuracy.get(1, accuracy[full])}[experiment.search.objective]
+    return {"objective": objective, "coefficient": {str(s): a for s, a in chosen.items()},
+            "accuracy": {str(s): a for s, a in accuracy.items()},
+            "tried": {str(s): {repr(a): v for a, v in sorted(t.items())} for s, t in tried.items()}}
+
+
+ROWS = pa.schema([("model", pa.string()), ("split", pa.string()), ("size", pa.int64()), ("subset", pa.int64()),
+                  ("task", pa.string()), ("coefficient", pa.float64()), ("correct", pa.int64()), ("total", pa.int64())])
+
+
+def write_rows(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write an evaluation as `evals/<name>.parquet`: one object, so it is there whole or not at all."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(r) for r in rows], schema=ROWS), buffer)
+    store.write(f"evals/{name}.parquet", buffer.getvalue())
+
+
+def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation."""
+    return pq.read_table(io.BytesIO(store.read(f"evals/{name}.parquet"))).to_pylist()
+
+
+def _row(model: str, split: str, size: int, subset: int, task: str, alpha: float, count: Count) -> dict[str, Any]:
+    return {"model": model, "split": split, "size": size, "subset": subset, "task": task, "coefficient": alpha,
+            "correct": count.correct, "total": count.total}
+
+
+def evaluate_candidate(experiment: Experiment, candidate: Candidate, coefficients: Mapping[str, float],
+                       evaluator: Evaluator) -> None:
+    """Test accuracy of a candidate with the coefficients chosen on validation data."""
+    subject, rows = CandidateEvaluator(experiment, candidate, evaluator), []
+    for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
+        alpha = coefficients[str(size)]
+        for number, subset in enumerate(subsets):
+            for task, count in subject.accuracies(subset, [alpha])[0].items():
+                rows.append(_row(candidate.name, "test", size, number, task, alpha, count))
+    write_rows(Store(experiment.store), candidate.name, rows)
+
+
+def evaluate_models(experiment: Experiment, evaluator: Evaluator) -> None:
+    """Test accuracy of the pretrained model on every task, and of each fine-tuned model on its own."""
+    rows = []
+    evaluator.merge(None)
+    for task in experiment.task_names:
+        rows.append(_row("zero-shot", "test", 0, 0, task, 0.0, evaluator.count(task)))
+    vectors = artifacts.vector_set(experiment.store, experiment.task_names)
+    for index, task in enumerate(experiment.task_names):
+        weights = torch.zeros(len(experiment.tasks), dtype=torch.float64)
+        weights[index] = 1.0
+        evaluator.merge(vectors.combine(weights), 1.0)
+        rows.append(_row("fine-tuned", "test", 1, index, task, 1.0, evaluator.count(task)))
+    write_rows(Store(experiment.store), "models", rows)
+
+
+def evaluate_negation(experiment: Experiment, candidate: Candidate, index: int, control: str,
+                      validation: Evaluator, test: Evaluator) -> None:
+    """Forget one task: the largest step against its vector with which the control keeps its share on validation.
+
+    Steps are tried in growing order until the control falls below the limit; of those that pass, the one with the
+    lowest validation accuracy on the target is measured once on the test split.
+    """
+    task = experiment.task_names[index]
+    vectors, table = candidate.open(experiment)
+    direction = vectors.combine(table[:, index])
+    validation.merge(None)
+    floor = experiment.evaluate.keep * validation.count(control).accuracy
+    chosen, kept = 0.0, validation.count(control)
+    lowest = validation.count(task).accuracy
+    for alpha in NEGATION_STEPS:
+        validation.merge(direction, -alpha)
+        held = validation.count(control)
+        if held.accuracy < floor:
+            break
+        target = validation.count(task).accuracy
+        if target < lowest:
+            chosen, lowest, kept = alpha, target, held
+    rows = [_row("control", "val", 0, 0, control, chosen, kept)]
+    for alpha, label in ((0.0, "before"), (chosen, "after")):
+        test.merge(direction, -alpha)
+        rows += [_row(label, "test", 0, 0, name, alpha, test.count(name)) for name in (task, control)]
+    validation.merge(None)
+    rows.append(_row("control-before", "val", 0, 0, control, 0.0, validation.count(control)))
+    write_rows(Store(experiment.store), f"negation-{candidate.name}/{task}", rows)

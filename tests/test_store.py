@@ -1,0 +1,317 @@
+"""One contract for every kind of store: a folder and a bucket on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from s3_server import S3Server
+
+import raytvb.store
+from raytvb.store import Store, StoreError, StoreKeyError
+
+# For child processes: the module without its package, which imports torch for seconds.
+IMPORT = f"import sys; sys.path.insert(0, {os.path.dirname(raytvb.store.__file__)!r}); from store import Store"
+
+
+@pytest.fixture
+def store(store_url: str) -> Store:
+    return Store(store_url)
+
+
+def test_round_trip(store: Store) -> None:
+    store.check_writable()
+    assert store.keys() == []
+    store.write("a/b/data.bin", b"\x00\xffpayload")
+    store.write("empty", b"")
+    assert store.read("a/b/data.bin") == b"\x00\xffpayload"
+    assert store.read("empty") == b""
+    assert store.exists("a/b/data.bin") and store.size("a/b/data.bin") == 9
+    assert store.exists("empty") and store.size("empty") == 0
+
+
+def test_only_files_are_keys(store: Store) -> None:
+    store.write("a/b", b"1")
+    for key in ("a", "a/b/c", "missing"):
+        assert not store.exists(key)
+        for read in (store.read, store.size, store.read_json):
+            with pytest.raises(StoreKeyError):
+                read(key)
+
+
+def test_missing_key_says_which(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(FileNotFoundError, match=f"{store.url}/no/such.json") as caught:
+        store.read("no/such.json")
+    assert isinstance(caught.value, StoreError)
+    with pytest.raises(StoreKeyError):
+        store.read_range("no/such.json", 0, 1)
+    with pytest.raises(StoreKeyError):
+        store.download("no/such.json", target)
+    assert not target.exists()
+
+
+def test_ranges(store: Store) -> None:
+    store.write("data", bytes(range(100)))
+    assert store.read_range("data", 0, 100) == bytes(range(100))
+    assert store.read_range("data", 7, 9) == bytes([7, 8])
+    assert store.read_range("data", 9, 9) == b""
+    for start, stop in ((90, 101), (100, 101), (500, 600)):
+        with pytest.raises(StoreError, match="too short"):
+            store.read_range("data", start, stop)
+    with pytest.raises(ValueError, match="not a byte range"):
+        store.read_range("data", 5, 4)
+
+
+def test_overwrite_is_atomic(store: Store) -> None:
+    versions = [bytes([n]) * 200_000 for n in range(8)]
+    store.write("data", versions[0])
+    done = threading.Event()
+
+    def read_all_the_while() -> set[bytes]:
+        other, seen = Store(store.url), set()
+        while not done.is_set():
+            seen.add(other.read("data"))
+        return seen
+
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(read_all_the_while)
+        for version in versions:
+            store.write("data", version)
+        done.set()
+        assert seen.result() <= set(versions)
+    assert store.read("data") == versions[-1]
+
+
+def test_a_large_file_is_streamed(store: Store, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(12 * 2**20)  # two parts of a multipart upload
+    with store.open_writer("large/file") as file:
+        for start in range(0, len(data), 2**20):
+            file.write(data[start:start + 2**20])
+        assert not store.exists("large/file")
+    assert store.size("large/file") == len(data)
+    store.download("large/file", tmp_path / "made" / "copy")
+    assert (tmp_path / "made" / "copy").read_bytes() == data
+    assert os.listdir(tmp_path / "made") == ["copy"]
+    assert store.read_range("large/file", 9_000_000, 9_000_100) == data[9_000_000:9_000_100]
+
+
+@pytest.mark.parametrize("data", [b"", b"few bytes"])
+def test_a_small_or_closed_file_is_streamed(store: Store, data: bytes) -> None:
+    with store.open_writer("file") as file:
+        file.write(data)
+        file.close()
+        assert not store.exists("file")
+    assert store.read("file") == data
+
+
+@pytest.mark.parametrize("size", [10, 9 * 2**20])
+def test_a_failed_writer_leaves_what_was_there(store: Store, size: int) -> None:
+    store.write("old", b"old")
+    for key in ("old", "new"):
+        with pytest.raises(FileNotFoundError, match=r"^mine$") as caught, store.open_writer(key) as file:
+            file.write(bytes(size))
+            raise FileNotFoundError("mine")
+        assert type(caught.value) is FileNotFoundError
+    assert store.keys() == ["old"]
+    assert store.read("old") == b"old"
+    folder = store.local_path("old")
+    assert folder is None or os.listdir(os.path.dirname(folder)) == ["old"]
+
+
+@pytest.mark.s3
+def test_a_failed_writer_aborts_its_upload(s3_server: S3Server, s3_environment: str) -> None:
+    with pytest.raises(RuntimeError), Store(s3_environment).open_writer("new") as file:
+        file.write(bytes(9 * 2**20))
+        bucket = s3_environment.removeprefix("s3://")
+        assert len(s3_server.client.list_multipart_uploads(Bucket=bucket)["Uploads"]) == 1
+        raise RuntimeError
+    assert "Uploads" not in s3_server.client.list_multipart_uploads(Bucket=bucket)
+
+
+def test_a_killed_writer_leaves_no_key(store: Store) -> None:
+    script = (f"{IMPORT}; import time\n"
+              "with Store(sys.argv[1]).open_writer('a/file') as file:\n"
+              "    file.write(bytes(9 * 2**20)); file.flush(); print('half', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", script, store.url], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.kill()
+    assert store.keys() == [] and not store.exists("a/file")
+    store.write("a/file", b"again")
+    assert store.keys() == ["a/file"] and store.read("a/file") == b"again"
+
+
+def test_keys_are_recursive_sorted_and_fresh(store: Store) -> None:
+    other = Store(store.url)
+    for key in ("b/2", "a", "b/10", "b-c/1", "b/d/e"):
+        before = store.keys()
+        other.write(key, b"x")
+        assert store.keys() == sorted([*before, key]) and store.exists(key)
+    assert store.keys() == ["a", "b-c/1", "b/10", "b/2", "b/d/e"]
+    assert store.keys("b") == store.keys("b/") == ["b/10", "b/2", "b/d/e"]
+    assert store.keys("a") == ["a"]
+    assert store.keys("b/d/e/f") == store.keys("nothing") == []
+    other.delete("b/2")
+    assert store.keys("b") == ["b/10", "b/d/e"]
+
+
+def test_delete(store: Store) -> None:
+    for key in ("a/1", "a/b/2", "a/*", "ab/3", "c"):
+        store.write(key, b"x")
+    store.delete("a/*")
+    assert store.keys() == ["a/1", "a/b/2", "ab/3", "c"]
+    store.delete("a")
+    store.delete("c")
+    assert store.keys() == ["ab/3"]
+    store.delete("a")
+    store.delete("ab/3/4")
+    assert store.keys() == ["ab/3"]
+
+
+def test_pickles_as_its_url(store: Store) -> None:
+    store.write("a", b"1")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.url == store.url and copy.read("a") == b"1"
+    assert len(pickle.dumps(store)) < 200
+    assert pickle.loads(pickle.dumps(store.fs)).cat_file(store.path("a")) == b"1"
+
+
+def test_works_in_threads(store: Store) -> None:
+    store.write("a", b"1")
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(store.read, ["a"] * 16)) == {b"1"}
+
+
+@pytest.mark.s3
+def test_works_after_a_fork(s3_environment: str) -> None:
+    Store(s3_environment).write("a", b"1")
+    script = (f"{IMPORT}; import os\n"
+              "store = Store(sys.argv[1]); store.read('a'); child = os.fork()\n"
+              "if child: sys.exit(os.waitpid(child, 0)[1])\n"
+              "os._exit(store.read('a') != b'1')")
+    assert subprocess.run([sys.executable, "-c", script, s3_environment], timeout=60).returncode == 0
+
+
+def test_json_is_stable(store: Store) -> None:
+    store.write_json("x.json", {"b": [1, 2.5, None], "a": "Ω"})
+    assert store.read("x.json").decode() == '{\n "a": "Ω",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'
+    assert store.read_json("x.json") == {"a": "Ω", "b": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json("x.json", float("nan"))
+    store.write("x.json", b"{")
+    with pytest.raises(StoreError, match=r"x\.json is not JSON"):
+        store.read_json("x.json")
+
+
+@pytest.mark.parametrize("key", [
+    "", "/a", "a/", "a//b", "../a", "a/../b", ".", "a\\b", "a\nb", "a?versionId=1", ".raytvb-tmp-1"])
+def test_bad_keys_are_refused(tmp_path: Path, key: str) -> None:
+    store = Store(str(tmp_path))
+    for use in (store.exists, store.read, store.delete, store.read_json, lambda k: store.write(k, b"")):
+        with pytest.raises(ValueError, match="not a key"):
+            use(key)
+
+
+def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Store("here").url == Store(f"file://{tmp_path}/here/").url == str(tmp_path / "here")
+    assert Store("here").local_path("a/b") == str(tmp_path / "here/a/b")
+    assert Store("s3://bucket/x/").url == "s3://bucket/x"
+    assert Store("s3://bucket/x").local_path("a") is None
+    for url, problem in (("nope://x", "nope"), ("s3://", "no bucket"), ("s3:/bucket", "s3:/bucket"), ("", "URL")):
+        with pytest.raises(StoreError, match=problem):
+            Store(url)
+
+
+def test_other_schemes_work() -> None:
+    store = Store("memory://test-store")
+    store.check_writable()
+    with store.open_writer("a/b") as file:
+        file.write(b"12")
+    store.write("c", b"3")
+    assert store.keys() == ["a/b", "c"] and store.read("a/b") == b"12"
+    store.delete("a")
+    assert store.keys() == ["c"]
+
+
+def test_a_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(str(tmp_path / "file" / "sub"))
+    with pytest.raises(StoreError, match="is a file, not a folder"):
+        store.check_writable()
+    with pytest.raises(StoreError, match="is a file, not a folder"):
+        store.write("a", b"")
+    assert store.keys() == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_folder_without_permission_is_not_writable(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="access denied"):
+        Store(str(tmp_path)).check_writable()
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_an_error(s3_environment: str) -> None:
+    store = Store("s3://no-such-bucket/x")
+    for use in (store.check_writable, store.keys, lambda: store.read("a"), lambda: store.write("a", b"")):
+        with pytest.raises(StoreError, match=r"s3://no-such-bucket/x.*bucket does not exist") as caught:
+            use()
+        assert not isinstance(caught.value, StoreKeyError)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "wrong")
+    store = Store(s3_environment)
+    with pytest.raises(StoreError, match=variable):
+        store.check_writable()
+    with pytest.raises(StoreError) as caught, store.open_writer("a") as file:
+        file.write(bytes(9 * 2**20))
+    assert "cannot write" in str(caught.value) and variable in str(caught.value)
+    for use in (store.keys, lambda: store.exists("a"), lambda: store.delete("a")):
+        with pytest.raises(StoreError):
+            use()
+
+
+@pytest.mark.s3
+def test_no_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(StoreError, match="no credentials found"):
+        Store(s3_environment).check_writable()
+
+
+@pytest.mark.s3
+def test_an_endpoint_where_nothing_listens(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as held:  # bound but not listening: nobody else can take the port, and connecting is refused
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{held.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"nothing answers at the endpoint.*AWS_ENDPOINT_URL"):
+            Store(s3_environment).check_writable()
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_an_endpoint_that_never_answers(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"does not answer in time.*AWS_ENDPOINT_URL"):
+            Store(s3_environment).check_writable()
+        assert time.monotonic() - started < 25
