@@ -1,6 +1,8 @@
 """`python -m raytvb`."""
 
+import sys
+
 from raytvb.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

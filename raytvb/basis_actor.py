@@ -148,7 +148,9 @@ class BasisBuilder:
         written = write_combinations(vectors, [(fits[n].B, keys[n]) for n in fits], self._store)
         for c in missing:
             fit, prefix = fits[c.name], artifacts.basis_prefix(c.method, c.size)
-            metrics = {"relative_error": fit.loss, "floor": fit.floor, "condition": fit.condition if math.isfinite(fit.condition) else None,
+            # JSON has no infinity, which is what the condition number of dependent columns is.
+            condition = fit.condition if math.isfinite(fit.condition) else None
+            metrics = {"relative_error": fit.loss, "floor": fit.floor, "condition": condition,
                        "convex": fit.convex, "tasks": list(experiment.task_names)}
             files = {k.removeprefix(prefix + "/"): written[k] for k in keys[c.name]}
             records.commit(self._store, prefix, identity=artifacts.basis_identity(experiment, c.method, c.size),

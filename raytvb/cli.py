@@ -192,7 +192,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @cli.command()
 @click.argument("store")
 @click.option("--add", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Add a task; repeatable.")
-@click.option("--negate", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Subtract a task; repeatable.")
+@click.option("--negate", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Subtract one; repeatable.")
 @click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
 @click.option("--coefficient", type=float, help="Scale of the whole merge. Default: chosen on validation data.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
@@ -278,9 +278,9 @@ def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
     from raytvb.submit import submit as submit_job
 
     load_experiment(file)
-    result = submit_job(file, address, follow=not no_wait, with_code=not no_code)
-    if isinstance(result, int) and result:
-        raise SystemExit(result)
+    code = submit_job(file, address, follow=not no_wait, with_code=not no_code)
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 @cli.command(name="tasks")
@@ -313,36 +313,35 @@ def print_summary(summary: dict[str, Any]) -> None:
           f"({100 * (figures['full'] - figures['zero_shot']):+.1f} points to zero-shot)")
     if "lowered" in figures:
         print(f"negation: {figures['lowered']:.0f} of {len(summary['negation'])} targets lowered, on average from "
-              f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at least "
-              f"{100 * figures['control_kept']:.1f} % of its accuracy on validation")
+              f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at "
+              f"least {100 * figures['control_kept']:.1f} % of its accuracy on validation")
     stored = summary["stored_bytes"]
     print(f"stored: vectors {format_bytes(stored['vectors'])} and masks {format_bytes(stored['masks'])}, "
           f"{100 * (stored['vectors'] + stored['masks']) / stored['dense_fp32']:.1f} % of dense fp32 vectors")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point: runs a command and exits; code 0 only if all that was asked for is there."""
+def main(args: list[str] | None = None) -> int:
+    """Run a command; the exit code, 0 only if all that was asked for is there."""
     arguments = sys.argv[1:] if args is None else args
     try:
         cli.main(arguments, prog_name="raytvb", standalone_mode=False)
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except Exception as error:
         if "--debug" in arguments or os.environ.get("RAYTVB_DEBUG"):
             raise
         known = isinstance(error, UserError | StoreError | ValueError)
         prefix = "" if known else f"{type(error).__name__}: "
-        print(f"error: {prefix}{error}" + ("" if known else " (--debug shows where)"), file=sys.stderr)
-        sys.exit(1)
-
-
+        print(f"error: {prefix}{error}" + ("" if known else " (raytvb --debug … shows where)"), file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

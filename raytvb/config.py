@@ -269,7 +269,7 @@ def _explain(error: ValidationError, origin: str) -> UserError:
 
 
 def parse_experiment(values: Any, origin: str = "experiment") -> Experiment:
-    """Validate plain values into an Experiment. Raises UserError that lists each wrong field, its value, what is allowed."""
+    """Validate plain values. Raises UserError that lists each wrong field, its value and what is allowed."""
     if not isinstance(values, dict):
         raise UserError(f"{origin}: expected fields like `store:` and `tasks:`, found {type(values).__name__}")
     try:

@@ -24,7 +24,7 @@ def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer console output ignores verbose=0
     # Spinning threads of one worker would take the cores from the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Inside a job Ray refuses variables that the job was given too, even equal ones, unless it is told to merge them.
@@ -81,6 +81,6 @@ def preflight(experiment: Experiment, tell: Callable[[str], None]) -> None:
     while not _fits(ray.available_resources(), wanted.cpus_per_task, wanted.gpus_per_task):
         if time.monotonic() >= deadline:
             raise UserError(f"the experiment asks for {asked}, but only {_counts(ray.available_resources())} of the "
-                            f"cluster's {_counts(ray.cluster_resources())} are free. Wait for the other work to end, or "
-                            f"set resources.wait_s to wait here")
+                            f"cluster's {_counts(ray.cluster_resources())} are free. Wait for the other work to "
+                            f"end, or set resources.wait_s to wait here")
         time.sleep(0.5)

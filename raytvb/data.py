@@ -1,4 +1,4 @@
-"""Labelled images: Parquet in the layout of the CLIP task collections on the Hugging Face hub, read row group by row group.
+"""Labelled images: Parquet in the layout of the CLIP task collections on the Hugging Face hub.
 
 A task is a folder (local or any fsspec URL) with `train*.parquet`, `val*.parquet` or `validation*.parquet`, and
 `test*.parquet`, also under `data/`. An image column holds `{bytes, path}` structs or binary, a label column integers;
@@ -50,7 +50,7 @@ class Split:
 
 
 def cache_folder() -> Path:
-    """Per-machine cache: $RAYTVB_CACHE, else $XDG_CACHE_HOME/raytvb, else ~/.cache/raytvb, else the temporary folder."""
+    """Per-machine cache: $RAYTVB_CACHE, else $XDG_CACHE_HOME/raytvb, else ~/.cache/raytvb, else a temporary one."""
     given = os.environ.get("RAYTVB_CACHE")
     if given:
         return Path(given)
@@ -82,7 +82,7 @@ def suite_table(task: str, split: str) -> pa.Table:
 def write_suite_task(task: str, folder: Path) -> None:
     """Write `train`, `val` and `test` Parquet files of a task of the suite; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in suite.SPLITS:
+    for split in PREFIXES:
         target = folder / f"{split}.parquet"
         if not target.exists():
             table = suite_table(task, split)

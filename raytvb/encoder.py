@@ -65,7 +65,7 @@ class Encoder:
 
 
 def _open_clip() -> Any:
-    """The open_clip package, imported at first use: it takes seconds that the driver and the basis actor need not spend."""
+    """The open_clip package, imported at first use: the driver and the basis actor save its seconds."""
     import open_clip
 
     return open_clip
@@ -86,9 +86,10 @@ def check_names(config: ModelConfig) -> None:
     """Raise UserError for an unknown model or tag, with those that exist."""
     if config.name == TINY_MODEL or config.name.startswith(("local-dir:", "hf-hub:")):
         return
-    if config.name not in _open_clip().list_models():
-        raise UserError(f"model.name: unknown model {config.name!r}; open_clip has {', '.join(_open_clip().list_models())}, "
-                        f"or use local-dir:PATH, hf-hub:OWNER/NAME or {TINY_MODEL}")
+    known = _open_clip().list_models()
+    if config.name not in known:
+        raise UserError(f"model.name: unknown model {config.name!r}; open_clip has {', '.join(known)}; or use "
+                        f"local-dir:PATH, hf-hub:OWNER/NAME or {TINY_MODEL}")
     tags = _open_clip().list_pretrained_tags_by_model(config.name)
     if config.pretrained is None or not (config.pretrained in tags or os.path.isfile(config.pretrained)):
         raise UserError(f"model.pretrained: {config.pretrained!r} is neither a file nor a tag of {config.name}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from raytvb.encoder import Preprocess
 
 SUBSETS_PER_SIZE = 4
 BATCH = 256
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # times 1/size
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def wilson(count: Count, z: float = 1.96) -> tuple[float, float]:
     p, n = count.accuracy, count.total
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    return max(0.0, min(p, centre - reach)), min(1.0, max(p, centre + reach))  # rounding would leave p out at 0 and 1
 
 
 def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
@@ -74,6 +75,7 @@ class Evaluator:
         self._tower = tower.to(device).eval().requires_grad_(False)
         self._device, self._preprocess, self._splits = device, preprocess, splits
         self._heads = {n: h.to(device) for n, h in heads.items()}
+        self._zero_shot: dict[str, Count] = {}
         named = sorted((f"visual.{n}", p) for n, p in tower.named_parameters())
         self._slots = [(p, None if mask is None else mask[n].reshape(-1).nonzero()[:, 0].to(device)) for n, p in named]
         self._base = torch.cat([p.reshape(-1) if i is None else p.reshape(-1)[i] for p, i in self._slots]).clone()
@@ -88,6 +90,13 @@ class Evaluator:
             else:
                 parameter.view(-1)[indices] = part
 
+    def zero_shot(self, task: str) -> Count:
+        """Correct answers of the pretrained tower, measured once; leaves the pretrained tower in place."""
+        self.merge(None)
+        if task not in self._zero_shot:
+            self._zero_shot[task] = self.count(task)
+        return self._zero_shot[task]
+
     @torch.inference_mode()
     def count(self, task: str) -> Count:
         """Correct answers of the present tower with the task's head on the task's images."""
@@ -98,18 +107,28 @@ class Evaluator:
         return Count(correct, len(split))
 
 
-def coarse_coefficients(size: int, low: float, high: float) -> list[float]:
-    """First coefficients to try for merges of `size` tasks: multiples of 1/size, where the best ones lie."""
-    tried = sorted({min(max(m / size, low), high) for m in (0.5, 1.0, 1.5, 2.0, 3.0)})
-    return [a for a in tried if a > 0.0]
+def coefficient_ladder(size: int, low: float, high: float) -> list[float]:
+    """Coefficients to choose from for additions of `size` tasks: multiples of 1/size, where the best ones lie."""
+    return sorted({min(max(m / size, low), high) for m in LADDER} - {0.0})
 
 
-def finer_coefficients(tried: Mapping[float, float]) -> list[float]:
-    """Midpoints between the best coefficient so far (the smallest of equals) and its neighbours."""
-    best = best_coefficient(tried)
-    below = max((a for a in tried if a < best), default=None)
-    above = min((a for a in tried if a > best), default=None)
-    return [(best + other) / 2 for other in (below, above) if other is not None]
+def climb(ladder: Sequence[float], start: int, value: Callable[[float], float]) -> dict[float, float]:
+    """Line search for the maximum of a unimodal function on a ladder, from rung `start`: every value it looked at.
+
+    Goes up while that is better, else down while that is better (or equal): a few evaluations instead of all.
+    """
+    tried = {ladder[start]: value(ladder[start])}
+    for step in (1, -1):
+        rung = start + step
+        while 0 <= rung < len(ladder):
+            tried[ladder[rung]] = value(ladder[rung])
+            before = tried[ladder[rung - step]]
+            if tried[ladder[rung]] < before or (step == 1 and tried[ladder[rung]] == before):
+                break
+            rung += step
+        if rung - step != start:  # it went up: the other side is lower
+            break
+    return tried
 
 
 def best_coefficient(tried: Mapping[float, float]) -> float:

@@ -26,7 +26,7 @@ def merged_state(state: Mapping[str, Tensor], vectors: VectorSet, weights: Tenso
     offset = 0
     for name, shape in vectors.parameters.items():
         if name not in merged or tuple(merged[name].shape) != tuple(shape):
-            raise UserError(f"the model has no tensor {name} of shape {tuple(shape)}; these vectors are of another model")
+            raise UserError(f"the model has no tensor {name} of shape {tuple(shape)}: the vectors are of another model")
         target = merged[name].reshape(-1)
         indices = torch.arange(target.numel()) if tensors is None else tensors[name].reshape(-1).nonzero()[:, 0]
         target[indices] += direction[offset:offset + len(indices)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -86,6 +87,7 @@ class Pipeline:
         preflight(self.experiment, reporter.say)
         self._splits: dict[str, Refs] = {}
         self._fingerprint = ""
+        self._stream: _Stream | None = None
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
         """Run the given stages in their order."""
@@ -190,14 +192,14 @@ class Pipeline:
         if missing:
             raise UserError(f"{len(missing)} of {len(self.experiment.tasks)} task vectors are missing "
                             f"({', '.join(t.name for t in missing[:3])}…): run `raytvb finetune` first")
-        if getattr(self, "_stream", None) is None:
-            self._stream = _Stream(self.experiment)
+        stream = self._stream or _Stream(self.experiment)
+        if self._stream is None:
             for task in self.experiment.task_names:
-                self._stream.offer(task)
-            self._stream.finish()
-            _fail("basis", self._stream.failed)
+                stream.offer(task)
+            stream.finish()
+            _fail("basis", stream.failed)
         with self.reporter.stage("basis", 1) as stage:
-            written = self._stream.write_bases()
+            written = stream.write_bases()
             stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(written)} of them new")
         self._stream = None
         return bool(written)
@@ -217,8 +219,8 @@ class Pipeline:
     def split_refs(self, split: str) -> Refs:
         """Object references of every task's evaluation images (and the control's), made once."""
         if split not in self._splits:
-            self._prepare()
-            call, tasks = remote.array_task(workers.evaluation_split, self.experiment), workers.all_tasks(self.experiment)
+            tasks = workers.all_tasks(self.experiment)
+            call = remote.array_task(workers.evaluation_split, self.experiment)
             refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split) for t in tasks}
             _fail("reading images", remote.collect({status: name for name, (status, _) in refs.items()}))
             self._splits[split] = tuple((name, result) for name, (_, result) in refs.items())
@@ -229,6 +231,7 @@ class Pipeline:
         candidates = self.candidates()
         todo = [c for c in candidates if find_result(self.store, self.experiment, c) is None]
         if todo:
+            self._prepare()
             refs = self.split_refs("val")
             with self.reporter.stage("search", len(todo)) as stage:
                 run_search(self.experiment, self._fingerprint, todo, refs, stage.advance)
@@ -251,19 +254,22 @@ class Pipeline:
         models, addition, negation = (remote.task(f, experiment) for f in (
             remote.evaluate_models, remote.evaluate_candidate, remote.evaluate_negation))
         calls: dict[str, Callable[[], Any]] = {
-            "models": lambda: models.remote(experiment, self._fingerprint, self.split_refs("test"))}
+            "models": partial(self._start, models)}
         for candidate in candidates:
             result = find_result(self.store, experiment, candidate)
             if result is None:
                 raise UserError(f"{candidate.name} has not been searched: run `raytvb search` first")
-            calls[candidate.name] = lambda c=candidate, r=result: addition.remote(
-                experiment, self._fingerprint, c, r["coefficient"], self.split_refs("test"))
+            calls[candidate.name] = partial(self._start, addition, candidate, result["coefficient"])
         if control is not None:
             for index, task in enumerate(experiment.task_names):
-                calls[f"negation-full/{task}"] = lambda i=index: negation.remote(
-                    experiment, self._fingerprint, FULL, i, control.name, self.split_refs("val"),
-                    self.split_refs("test"))
+                calls[f"negation-full/{task}"] = partial(self._start, negation, FULL, index, control.name, "val")
         return calls
+
+    def _start(self, function: Any, *arguments: Any) -> Any:
+        """Start an evaluation on the test split; "val" among the arguments stands for the validation images."""
+        self._prepare()
+        given = [self.split_refs(a) if a == "val" else a for a in arguments]
+        return function.remote(self.experiment, self._fingerprint, *given, self.split_refs("test"))
 
 
 def run(experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None) -> None:

@@ -12,7 +12,7 @@ from raytvb.talos import kept_count
 
 
 def describe(experiment: Experiment) -> str:
-    """Lines for people. Raises StoreError for a store that cannot be written, UserError for one of another experiment."""
+    """Lines for people. Raises StoreError where the store cannot be written, UserError where it is another's."""
     store = Store(experiment.store)
     store.check_writable()
     if store.exists(artifacts.EXPERIMENT):

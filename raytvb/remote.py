@@ -66,7 +66,8 @@ def array_task(function: Callable[..., Any], experiment: Experiment) -> Any:
 def basis_actor(experiment: Experiment) -> Any:
     """The streaming actor. It needs no CPU of its own: the fine-tunes get them all; its state is in the store."""
     retries = experiment.resources.max_retries
-    return ray.remote(BasisBuilder).options(num_cpus=0, max_restarts=retries, max_task_retries=retries).remote(experiment)
+    actor = ray.remote(BasisBuilder).options(num_cpus=0, max_restarts=retries, max_task_retries=retries)
+    return actor.remote(experiment)
 
 
 def explain(error: BaseException) -> str:

@@ -85,7 +85,8 @@ def plot_tasks(summary: Summary) -> str:
                   "all added, full vectors": summary["addition"]["full"]["per_task"],
                   f"all added, {summary['chosen']['name']}": summary["addition"][summary["chosen"]["name"]]["per_task"]}
         for k, (label, values) in enumerate(series.items()):
-            axes.bar([i + 0.2 * (k - 1.5) for i in range(len(tasks))], [100 * values[t] for t in tasks], 0.2, label=label)
+            places = [i + 0.2 * (k - 1.5) for i in range(len(tasks))]
+            axes.bar(places, [100 * values[t] for t in tasks], 0.2, label=label)
         axes.set_xticks(range(len(tasks)), [t.split("/")[-1] for t in tasks], rotation=40, ha="right")
         axes.set(ylabel="test accuracy, %")
         axes.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.22))
@@ -111,7 +112,8 @@ def plot_stream(history: list[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         sizes = sorted({int(s) for h in history for s in h["relative_error"]})
         for size in sizes:
-            points = [(h["vectors"], h["relative_error"][str(size)]) for h in history if str(size) in h["relative_error"]]
+            known = [h for h in history if str(size) in h["relative_error"]]
+            points = [(h["vectors"], h["relative_error"][str(size)]) for h in known]
             axes.plot(*zip(*points, strict=True), "o-", label=f"M = {size}")
         axes.set(xlabel="vectors arrived", ylabel="relative squared error", ylim=(0, None))
         if sizes:

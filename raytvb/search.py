@@ -6,6 +6,7 @@ a record in the store; a search that was killed runs only the trials without one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def _trial(config: dict[str, Any], experiment: Experiment, fingerprint: str, can
                  **{f"accuracy_{s}": a for s, a in result["accuracy"].items()}})
 
 
-class _Progress(tune.Callback):
+class _Progress(tune.Callback):  # type: ignore[misc]
     """Reports trials as they end. Tune pickles callbacks into its state: what is left of this one is silent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,6 +93,7 @@ def run_search(experiment: Experiment, fingerprint: str, candidates: Sequence[Ca
         run_config=tune.RunConfig(name=f"tune-{len(attempts) + 1}", verbose=0, **_storage(store),
                                   failure_config=tune.FailureConfig(max_failures=min(asked.max_retries, 3)),
                                   callbacks=[_Progress(advance, [c.name for c in candidates])]))
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would tell where its own files are
     results = tuner.fit()
     missing = [c.name for c in candidates if find_result(store, experiment, c) is None]
     if missing:

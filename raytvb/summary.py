@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytvb import artifacts, records
-from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.basis_actor import fit_candidate, load_gram
+from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.config import Experiment
 from raytvb.errors import UserError
 from raytvb.evaluate import mean
@@ -58,12 +58,17 @@ def _negation(store: Store, tasks: Sequence[str], control: str) -> dict[str, dic
     """Per task: target and control before and after on the test split, the control on validation, the coefficient."""
     result = {}
     for task in tasks:
-        rows = {(r["model"], r["task"]): r for r in read_rows(store, f"negation-full/{task}")}
-        before, after = ({t: _accuracy(rows[m, t]) for t in (task, control)} for m in ("before", "after"))
-        result[task] = {"before": before[task], "after": after[task], "control_before": before[control],
-                        "control_after": after[control], "coefficient": rows["after", task]["coefficient"],
-                        "control_validation_before": _accuracy(rows["control-before", control]),
-                        "control_validation_after": _accuracy(rows["control", control])}
+        rows = {(r["split"], r["model"], r["task"]): r for r in read_rows(store, f"negation-full/{task}")}
+
+        def accuracy(split: str, when: str, name: str, found: Mapping[Any, Any] = rows) -> float:
+            return _accuracy(found[split, when, name])
+
+        result[task] = {"before": accuracy("test", "before", task), "after": accuracy("test", "after", task),
+                        "control_before": accuracy("test", "before", control),
+                        "control_after": accuracy("test", "after", control),
+                        "coefficient": rows["test", "after", task]["coefficient"],
+                        "control_validation_before": accuracy("val", "before", control),
+                        "control_validation_after": accuracy("val", "after", control)}
     return result
 
 

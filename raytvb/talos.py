@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Per-sample gradients of a chunk of images are held at once: this bounds them, in bytes.
 GRADIENT_MEMORY = 512 * 2**20
@@ -45,7 +45,7 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
         batch_size: the most images a forward pass takes; fewer where their gradients would not fit in 512 MiB.
         generator: seeds the sampled labels (a CPU generator); the default is seeded with 0.
 
-    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError for no images, draws < 1 or no parameter.
+    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is nothing to score.
     """
     parameters = {n: p.detach() for n, p in classifier.named_parameters() if p.requires_grad}
     if not parameters or len(images) == 0 or (draws != "exact" and draws < 1):
@@ -116,11 +116,15 @@ def round_density(density: float, step: int, rounds: int) -> float:
     return float(density ** (step / rounds))
 
 
-def select_further(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None, density: float) -> dict[str, Tensor]:
+def select_further(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None,
+                   density: float) -> dict[str, Tensor]:
     """One staged round: like `select_mask`, but entries that an earlier round rejected stay rejected."""
     if kept is None:
         return select_mask(scores, density)
-    return select_mask({n: s.float().masked_fill(~kept[n], torch.inf) for n, s in scores.items()}, density)
+    # Scores that overflowed are made finite, so that they come before the rejected ones.
+    largest = torch.finfo(torch.float32).max
+    return select_mask({n: s.float().clamp(max=largest).masked_fill(~kept[n], torch.inf) for n, s in scores.items()},
+                       density)
 
 
 def damp(parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:

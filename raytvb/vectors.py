@@ -32,8 +32,7 @@ from raytvb.talos import flatten
 
 BLOCK = 65536  # coordinates; divides evenly into bytes of a packed mask
 FORMAT = 1
-_DTYPES = {"F32": (np.dtype("<f4"), 4), "BF16": (np.dtype("<u2"), 2)}
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {"F32": (np.dtype("<f4"), 4), "BF16": (np.dtype("<u2"), 2)}
 
 
 class VectorError(ValueError):
@@ -123,7 +122,7 @@ class MaskFile:
     def bits(self, start: int, stop: int) -> Tensor:
         """Bool (stop - start,) of a coordinate range; `start` must be a multiple of 8."""
         data = self._store.read_range(self._key, self._bits + start // 8, self._bits + (stop + 7) // 8)
-        return unpack_bits(torch.frombuffer(bytearray(data), dtype=torch.uint8), stop - start)
+        return unpack_bits(torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)), stop - start)
 
     def kept_before(self, start: int) -> int:
         """Number of kept entries in front of coordinate `start`."""
@@ -195,6 +194,7 @@ class VectorFile:
     def open(cls, url: str) -> VectorFile:
         """From a path or URL outside of any experiment. The store is rooted where the mask can be reached too."""
         folder, name = posixpath.split(url)
+        folder = Store(folder or ".").url  # absolute, so that the levels below are all there
         levels: list[str] = []
         header = _Header.read(Store(folder), name)
         for _ in range(str(header.info.get("mask", "")).count("../")):
@@ -231,7 +231,7 @@ class VectorSet:
         self.compact = all(f.info.get("mask_fingerprint") == first.info.get("mask_fingerprint") for f in files)
         for file in files[1:]:
             if file.info["base"] != first.info["base"]:
-                raise VectorError(f"{first.where} and {file.where} are differences from two different pretrained models")
+                raise VectorError(f"{first.where} and {file.where} are differences from different pretrained models")
             if self.compact and file.shapes != first.shapes:
                 raise VectorError(f"{first.where} and {file.where} have tensors of different names or shapes")
         self.parameters = self._parameters(first)
@@ -301,8 +301,8 @@ def gram_row(vectors: VectorSet, index: int, others: Sequence[int], block: int =
 def gram_matrix(paths: Sequence[str], *, block: int = BLOCK) -> Tensor:
     """G = V'V of vector files, (T, T) float64; paths are local or URLs. Memory: T * block float32 values.
 
-    Products are float32 matrix products per block of coordinates, added up in float64. Raises VectorError for files that
-    are damaged, do not belong together, or hold NaN or infinite values.
+    Products are float32 matrix products per block of coordinates, added up in float64. Raises VectorError for files
+    that are damaged, do not belong together, or hold NaN or infinite values.
     """
     vectors = VectorSet([VectorFile.open(p) for p in paths])
     gram = torch.zeros(len(paths), len(paths), dtype=torch.float64)

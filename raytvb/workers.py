@@ -10,6 +10,7 @@ import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from raytvb.evaluate import (
     Count,
     Evaluator,
     best_coefficient,
-    coarse_coefficients,
-    finer_coefficients,
+    climb,
+    coefficient_ladder,
     mean,
     task_subsets,
 )
@@ -38,7 +39,7 @@ from raytvb.store import Store
 from raytvb.talos import damp, fisher_scores, flatten, round_density, select_further, unflatten
 from raytvb.vectors import Mask, vector_bytes, vector_info
 
-NEGATION_STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
 def worker_setup() -> None:
@@ -165,7 +166,8 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
     metrics = {"steps": tuned.steps, "final_loss": tuned.final_loss, "seconds": tuned.seconds, "images": len(split),
                "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
     head = store.read(f"{prefix}/head.safetensors")
-    return records.commit(store, prefix, identity=identity, files={"vector.safetensors": vector_bytes(tuned.values, info)},
+    files = {"vector.safetensors": vector_bytes(tuned.values, info)}
+    return records.commit(store, prefix, identity=identity, files=files,
                           written={"head.safetensors": records.FileInfo.of(head)}, parents=parents, metrics=metrics)
 
 
@@ -206,27 +208,19 @@ class CandidateEvaluator:
         self._evaluator, self._candidate = evaluator, candidate
         self._vectors, self._table = candidate.open(experiment)
 
-    def accuracies(self, subset: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Count]]:
-        """For each coefficient the counts by task of the addition of the subset's tasks."""
-        weights = self._table[:, list(subset)].sum(dim=1)
-        direction = self._vectors.combine(weights)
-        results = []
-        for alpha in alphas:
-            self._evaluator.merge(direction, alpha)
-            results.append({self._names[t]: self._evaluator.count(self._names[t]) for t in subset})
-        return results
+    def counts(self, subset: Sequence[int], alpha: float) -> dict[str, Count]:
+        """Correct answers by task for the addition of the subset's tasks, on the images of those tasks."""
+        direction = self._vectors.combine(self._table[:, list(subset)].sum(dim=1))
+        self._evaluator.merge(direction, alpha)
+        return {self._names[t]: self._evaluator.count(self._names[t]) for t in subset}
 
-    def size_class(self, subsets: Sequence[Sequence[int]], alphas: Sequence[float]) -> dict[float, float]:
-        """Mean accuracy over all tasks of all subsets, by coefficient; every subset has the same size."""
-        per_alpha: dict[float, list[float]] = {a: [] for a in alphas}
-        for subset in subsets:
-            for alpha, counts in zip(alphas, self.accuracies(subset, alphas), strict=True):
-                per_alpha[alpha].extend(c.accuracy for c in counts.values())
-        return {alpha: mean(values) for alpha, values in per_alpha.items()}
+    def size_class(self, subsets: Sequence[Sequence[int]], alpha: float) -> float:
+        """Mean accuracy over all tasks of all subsets; every subset has the same size."""
+        return mean([c.accuracy for subset in subsets for c in self.counts(subset, alpha).values()])
 
 
 def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> dict[str, Any]:
-    """Choose a coefficient for each size class on validation data: a coarse pass, then one around its best.
+    """Choose a coefficient for each size class on validation data, by a line search.
 
     Returns {size: coefficient}, {size: accuracy}, everything tried, and the objective.
     """
@@ -234,8 +228,9 @@ def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Ev
     subject = CandidateEvaluator(experiment, candidate, evaluator)
     tried: dict[int, dict[float, float]] = {}
     for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
-        table = subject.size_class(subsets, coarse_coefficients(size, limits.low, limits.high))
-        tried[size] = table | subject.size_class(subsets, finer_coefficients(table))
+        ladder = coefficient_ladder(size, limits.low, limits.high)
+        start = min(range(len(ladder)), key=lambda rung: abs(ladder[rung] * size - 1.0))
+        tried[size] = climb(ladder, start, partial(subject.size_class, subsets))
     chosen = {s: best_coefficient(t) for s, t in tried.items()}
     accuracy = {s: tried[s][a] for s, a in chosen.items()}
     full = len(experiment.tasks)
@@ -274,7 +269,7 @@ def evaluate_candidate(experiment: Experiment, candidate: Candidate, coefficient
     for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
         alpha = coefficients[str(size)]
         for number, subset in enumerate(subsets):
-            for task, count in subject.accuracies(subset, [alpha])[0].items():
+            for task, count in subject.counts(subset, alpha).items():
                 rows.append(_row(candidate.name, "test", size, number, task, alpha, count))
     write_rows(Store(experiment.store), candidate.name, rows)
 
@@ -296,30 +291,32 @@ def evaluate_models(experiment: Experiment, evaluator: Evaluator) -> None:
 
 def evaluate_negation(experiment: Experiment, candidate: Candidate, index: int, control: str,
                       validation: Evaluator, test: Evaluator) -> None:
-    """Forget one task: the largest step against its vector with which the control keeps its share on validation.
+    """Forget one task: subtract its vector as far as the control keeps its share of accuracy on validation.
 
-    Steps are tried in growing order until the control falls below the limit; of those that pass, the one with the
-    lowest validation accuracy on the target is measured once on the test split.
+    The largest such coefficient of the ladder is found by bisection (the control falls as the coefficient grows); if
+    it does not lower the target on validation, nothing is subtracted. The test split is read for that one alone.
     """
     task = experiment.task_names[index]
     vectors, table = candidate.open(experiment)
     direction = vectors.combine(table[:, index])
-    validation.merge(None)
-    floor = experiment.evaluate.keep * validation.count(control).accuracy
-    chosen, kept = 0.0, validation.count(control)
-    lowest = validation.count(task).accuracy
-    for alpha in NEGATION_STEPS:
-        validation.merge(direction, -alpha)
+    unchanged = {name: validation.zero_shot(name) for name in (task, control)}
+    floor = experiment.evaluate.keep * unchanged[control].accuracy
+    chosen, kept = 0.0, unchanged[control]
+    low, high = -1, len(NEGATION_LADDER)
+    while high - low > 1:
+        middle = (low + high) // 2
+        validation.merge(direction, -NEGATION_LADDER[middle])
         held = validation.count(control)
-        if held.accuracy < floor:
-            break
-        target = validation.count(task).accuracy
-        if target < lowest:
-            chosen, lowest, kept = alpha, target, held
-    rows = [_row("control", "val", 0, 0, control, chosen, kept)]
-    for alpha, label in ((0.0, "before"), (chosen, "after")):
-        test.merge(direction, -alpha)
-        rows += [_row(label, "test", 0, 0, name, alpha, test.count(name)) for name in (task, control)]
-    validation.merge(None)
-    rows.append(_row("control-before", "val", 0, 0, control, 0.0, validation.count(control)))
+        if held.accuracy >= floor:
+            low, chosen, kept = middle, NEGATION_LADDER[middle], held
+        else:
+            high = middle
+    validation.merge(direction, -chosen)
+    if validation.count(task).accuracy >= unchanged[task].accuracy:
+        chosen, kept = 0.0, unchanged[control]
+    rows = [_row("before", "val", 0, 0, control, 0.0, unchanged[control]),
+            _row("after", "val", 0, 0, control, chosen, kept)]
+    rows += [_row("before", "test", 0, 0, name, 0.0, test.zero_shot(name)) for name in (task, control)]
+    test.merge(direction, -chosen)
+    rows += [_row("after", "test", 0, 0, name, chosen, test.count(name)) for name in (task, control)]
     write_rows(Store(experiment.store), f"negation-{candidate.name}/{task}", rows)

@@ -37,3 +37,27 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "store")
     return f"{request.getfixturevalue('s3_environment')}/experiments/one"
+
+
+@pytest.fixture(scope="session")
+def suite_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache folder for the drawn images of the embedded suite, shared by all tests and their workers."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
+    """A local Ray with two CPUs and four GPUs that are counted but not there; its workers know the S3 server.
+
+    The command line, called in this process, finds Ray connected and uses it, so workers stay warm between tests.
+    """
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in {**s3_server.environment, "RAYTVB_CACHE": suite_cache, "OMP_WAIT_POLICY": "PASSIVE",
+                            "RAY_AIR_NEW_OUTPUT": "0"}.items():
+            patch.setenv(name, value)
+        ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()

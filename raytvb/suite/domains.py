@@ -33,6 +33,7 @@ def _smooth_field(rng: np.random.Generator, cells: int, channels: int = 1) -> np
 
 
 def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise on every channel."""
     return image + rng.standard_normal(image.shape, dtype=np.float32) * (0.25 * strength)
 
 
@@ -72,12 +73,14 @@ def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 
 def pixelation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Averaged down to 8 or 9 pixels a side, and back with hard edges."""
     side = round(SIZE - strength * (SIZE - rng.integers(8, 10)))
     small = _to_pil(image).resize((side, side), Image.Resampling.BOX)
     return _from_pil(small.resize((SIZE, SIZE), Image.Resampling.NEAREST))
 
 
 def saltpepper(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Up to 35 % of the pixels black or white."""
     image = image.copy()
     hit = rng.random(image.shape[:2]) < 0.35 * strength
     image[hit] = (rng.random(int(hit.sum())) < 0.5)[:, None]
@@ -101,6 +104,7 @@ def fog(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndar
 
 
 def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Slanted by up to 0.8, to either side."""
     slant = strength * rng.uniform(0.6, 0.8) * rng.choice((-1.0, 1.0))
     edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
     moved = _to_pil(image).transform((SIZE, SIZE), Image.Transform.AFFINE, (1, slant, -slant * SIZE / 2, 0, 1, 0),
@@ -109,6 +113,7 @@ def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
 
 
 def rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Turned by up to 60 degrees, either way."""
     angle = strength * rng.uniform(40, 60) * rng.choice((-1.0, 1.0))
     edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
     return _from_pil(_to_pil(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=edge))

@@ -29,7 +29,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 def write_tokenizer(folder: Path, merges: int = 2000) -> None:
     """The first merges of open_clip's own BPE file, compressed without a time stamp."""
-    lines = gzip.open(default_bpe()).read().decode().split("\n")[:merges + 1]
+    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[:merges + 1]
     (folder / BPE_FILE).write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 

@@ -1,0 +1,265 @@
+"""The experiment file: what it fills in, what it refuses, and whether the message tells the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raytvb import records, suite
+from raytvb.basis import METHODS
+from raytvb.config import Experiment, half, load_experiment, parse_experiment, quarter
+from raytvb.errors import UserError
+
+TASKS = list(suite.SHOWCASE[:8])
+SAMPLE = """
+name: clip-b32-8
+store: s3://bucket/clip-b32-8
+model: {name: ViT-B-32, pretrained: openai}
+tasks:
+  - {name: mnist, data: "s3://sets/mnist"}
+  - {name: svhn, data: "s3://sets/svhn", image_column: img, label_column: digit}
+  - {name: dtd, data: /data/dtd, classes: [banded, blotchy], templates: ["a {} texture."]}
+  - {name: group/cars, data: "https://host/cars"}
+talos: {density: 0.1, rounds: 4, mask: shared}
+finetune: {epochs: 10, lr: 1e-5, batch_size: 128}
+basis: {method: ae}
+search: {sizes: [2, 4, 8], objective: subsets, coefficients: {low: 0.0, high: 1.5}}
+resources: {gpus_per_task: 0.5, max_retries: 20}
+"""
+
+
+def experiment(**fields: Any) -> Experiment:
+    return parse_experiment({"store": "runs/one", "tasks": TASKS, **fields})
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_experiment({"store": "runs/one", "tasks": TASKS, **fields}, "file.yaml")
+    assert str(caught.value).startswith("file.yaml: ")
+    return str(caught.value)
+
+
+def test_the_sample_file_loads(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(SAMPLE, encoding="utf-8")
+    made = load_experiment(path)
+    assert (made.model.name, made.model.pretrained) == ("ViT-B-32", "openai")
+    assert made.task_names == ("mnist", "svhn", "dtd", "group/cars")
+    assert [t.data for t in made.tasks[:2]] == ["s3://sets/mnist", "s3://sets/svhn"]
+    assert made.tasks[1].image_column == "img" and made.tasks[1].label_column == "digit"
+    assert made.tasks[2].classes == ("banded", "blotchy") and made.tasks[2].prompts == ("a {} texture.",)
+    assert made.finetune.lr == 1e-5 and made.basis.method == ("ae",)
+    assert made.search.sizes == (2, 4, 8) and made.search.coefficients.high == 1.5
+    assert made.evaluate.control is None  # the embedded control belongs to the embedded model
+    assert (made.resources.gpus_per_task, made.resources.max_retries) == (0.5, 20)
+
+
+def test_the_smallest_file_gets_every_default() -> None:
+    made = experiment()
+    assert made.task_names == tuple(TASKS) and made.seed == 0
+    assert made.talos.density == 0.1 and made.talos.mask == "shared" and made.talos.rounds == 4
+    assert made.search.sizes == (2, 4) and made.search.objective == "subsets"
+    assert made.evaluate.control is not None and made.evaluate.control.name == suite.CONTROL
+    assert made.finetune.lr is not None and made.finetune.lr > 1e-5
+    assert made.tasks[0].prompts == suite.TEMPLATES
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 16])
+def test_the_default_sizes_are_a_quarter_and_half_of_the_tasks(count: int) -> None:
+    sizes = experiment(tasks=list(suite.SHOWCASE[:count])).search.sizes
+    assert set(sizes) == {quarter(count), half(count)} == {max(1, round(count / 4)), max(1, round(count / 2))}
+    assert list(sizes) == sorted(set(sizes)) and 1 <= sizes[0] and sizes[-1] <= count
+
+
+def test_given_sizes_are_sorted_and_unique() -> None:
+    assert experiment(search={"sizes": [4, 2, 4, 1]}).search.sizes == (1, 2, 4)
+
+
+def test_the_default_learning_rate_depends_on_the_model_and_the_mask() -> None:
+    rates = {key: experiment(talos=talos).finetune.lr for key, talos in {
+        "dense": {"density": 1.0}, "shared": {"mask": "shared"}, "per-task": {"mask": "per-task"}}.items()}
+    assert len(set(rates.values())) == 3 and all(r is not None and r > 1e-5 for r in rates.values())
+    assert experiment(model={"name": "ViT-B-32", "pretrained": "openai"}).finetune.lr == 1e-5
+    assert experiment(finetune={"lr": 0.125}).finetune.lr == 0.125
+
+
+def test_a_given_control_stays() -> None:
+    assert experiment(evaluate={"control": "glyphs/latin-noise"}).evaluate.control.name == "glyphs/latin-noise"
+    own = {"name": "imagenet", "data": "/data/imagenet"}
+    made = experiment(model={"name": "ViT-B-32", "pretrained": "openai"}, evaluate={"control": own})
+    assert made.evaluate.control.data == "/data/imagenet"
+
+
+@pytest.mark.parametrize(("text", "rate"), [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("0.001", 1e-3), ("2", 2.0)])
+def test_numbers_mean_what_they_say_in_yaml(tmp_path: Path, text: str, rate: float) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text(f"store: here\ntasks: [{TASKS[0]}]\nfinetune: {{lr: {text}}}\n")
+    assert load_experiment(path).finetune.lr == rate
+
+
+def test_one_basis_method_or_a_list_of_them() -> None:
+    assert experiment(basis={"method": "ae"}).basis.method == ("ae",)
+    assert experiment(basis={"method": ["svd", "ae", "svd"]}).basis.method == ("svd", "ae")
+    assert experiment(basis={"method": sorted(METHODS)}).basis.method == tuple(sorted(METHODS))
+    message = refusal(basis={"method": ["ae", "aee", "nmf"]})
+    assert "basis" in message and "aee, nmf" in message and all(m in message for m in METHODS)
+    assert "none given" in refusal(basis={"method": []})
+
+
+UNKNOWN = [
+    ({"stroe": "x"}, "stroe", "store", "resources"),
+    ({"model": {"nme": "x"}}, "model.nme", "name", "pretrained"),
+    ({"tasks": [TASKS[0], {"name": "a", "data": "/a", "label_colum": "x"}]}, "tasks[1].label_colum", "label_column",
+     "templates"),
+    ({"talos": {"densty": 0.1}}, "talos.densty", "density", "damping"),
+    ({"finetune": {"epoch": 1}}, "finetune.epoch", "epochs", "warmup"),
+    ({"basis": {"methods": "ae"}}, "basis.methods", "method", "method"),
+    ({"search": {"size": [1]}}, "search.size", "sizes", "objective"),
+    ({"search": {"coefficients": {"hihg": 1}}}, "search.coefficients.hihg", "high", "low"),
+    ({"evaluate": {"kep": 0.9}}, "evaluate.kep", "keep", "control"),
+    ({"evaluate": {"control": {"name": "a", "dta": "/a"}}}, "evaluate.control.dta", "data", "image_column"),
+    ({"resources": {"gpu_per_task": 1}}, "resources.gpu_per_task", "gpus_per_task", "max_retries"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path", "meant", "allowed"), UNKNOWN, ids=[u[1] for u in UNKNOWN])
+def test_an_unknown_field_is_named_with_what_is_allowed(fields: dict[str, Any], path: str, meant: str,
+                                                        allowed: str) -> None:
+    message = refusal(**fields)
+    assert f"{path}: unknown field (did you mean {meant}?); allowed: " in message
+    listed = message.split("allowed: ")[1].splitlines()[0].split(", ")
+    assert meant in listed and allowed in listed and path.split(".")[-1] not in listed
+
+
+def test_an_unknown_task_is_named_with_its_near_matches() -> None:
+    message = refusal(tasks=[*TASKS, "glyphs/greek-blurr"])
+    assert "tasks[8]" in message and "'glyphs/greek-blurr'" in message and "did you mean glyphs/greek-blur" in message
+    far = refusal(tasks=[*TASKS, "imagenet"])
+    assert "'imagenet'" in far and "did you mean" not in far and "data:" in far
+
+
+WRONG = [
+    ({"talos": {"density": 0}}, "talos.density", "greater than 0", "0"),
+    ({"talos": {"density": 1.5}}, "talos.density", "less than or equal to 1", "1.5"),
+    ({"talos": {"mask": "both"}}, "talos.mask", "'shared' or 'per-task'", "'both'"),
+    ({"talos": {"rounds": 0}}, "talos.rounds", "greater than or equal to 1", "0"),
+    ({"talos": {"damping": -0.1}}, "talos.damping", "greater than or equal to 0", "-0.1"),
+    ({"talos": {"draws": 0}}, "talos.draws", "'exact'", "0"),
+    ({"finetune": {"lr": -1e-3}}, "finetune.lr", "greater than 0", "-0.001"),
+    ({"finetune": {"lr": float("nan")}}, "finetune.lr", "greater than 0", "nan"),
+    ({"finetune": {"epochs": 0}}, "finetune.epochs", "greater than 0", "0"),
+    ({"finetune": {"epochs": "many"}}, "finetune.epochs", "number", "'many'"),
+    ({"finetune": {"warmup": 1.0}}, "finetune.warmup", "less than 1", "1.0"),
+    ({"finetune": {"batch_size": 1.5}}, "finetune.batch_size", "integer", "1.5"),
+    ({"search": {"sizes": [2, 0]}}, "search.sizes[1]", "greater than or equal to 1", "0"),
+    ({"search": {"objective": "best"}}, "search.objective", "'subsets', 'all' or 'single'", "'best'"),
+    ({"search": {"coefficients": {"low": 1.0, "high": 1.0}}}, "search.coefficients", "low (1.0) must be below", "1.0"),
+    ({"search": {"coefficients": {"low": 2.5}}}, "search.coefficients", "low (2.5) must be below high (2.0)", "2.5"),
+    ({"evaluate": {"keep": 1.1}}, "evaluate.keep", "less than or equal to 1", "1.1"),
+    ({"evaluate": {"control": "nope"}}, "evaluate.control", "unknown task 'nope'", "nope"),
+    ({"resources": {"gpus_per_task": 1.5}}, "resources", "fractions below 1 and whole numbers above", "1.5"),
+    ({"resources": {"max_retries": -1}}, "resources.max_retries", "greater than or equal to 0", "-1"),
+    ({"tasks": [TASKS[0], TASKS[1], TASKS[0]]}, "tasks", "more than once", TASKS[0]),
+    ({"tasks": []}, "tasks", "at least 1", "[]"),
+    ({"tasks": [TASKS[0], {"data": "/a"}]}, "tasks[1].name", "required", ""),
+    ({"tasks": [TASKS[0], {"name": "../a", "data": "/a"}]}, "tasks[1].name", "pattern", "'../a'"),
+    ({"tasks": [{"name": n, "data": "/a"} for n in ("a", "a/b")]}, "tasks", "folder of another", ""),
+    ({"tasks": [TASKS[0], {"name": "a", "data": "/a", "templates": ["a photo"]}]}, "tasks[1]", "exactly one {}",
+     "'a photo'"),
+    ({"store": ""}, "store", "at least 1 character", "''"),
+    ({"seed": -1}, "seed", "greater than or equal to 0", "-1"),
+    ({"name": "a b"}, "name", "pattern", "'a b'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path", "rule", "given"), WRONG)
+def test_a_wrong_value_is_named_with_its_path_and_the_rule(fields: dict[str, Any], path: str, rule: str,
+                                                           given: str) -> None:
+    lines = [line for line in refusal(**fields).removeprefix("file.yaml: ").splitlines() if rule in line]
+    assert lines and lines[0].strip().startswith(path) and given in lines[0]
+
+
+def test_every_wrong_field_is_listed_at_once() -> None:
+    message = refusal(talos={"density": 2, "rounds": 0}, finetune={"lr": -1}, stroe="x")
+    assert all(p in message for p in ("talos.density", "talos.rounds", "finetune.lr", "stroe"))
+
+
+def test_a_missing_store_is_named() -> None:
+    with pytest.raises(UserError, match="store: this field is required"):
+        parse_experiment({"tasks": TASKS})
+
+
+@pytest.mark.parametrize("values", [None, [], "text", 3])
+def test_a_file_that_holds_no_fields_is_refused(values: Any) -> None:
+    with pytest.raises(UserError, match="expected fields like"):
+        parse_experiment(values)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.yaml: No such file"):
+        load_experiment(tmp_path / "missing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("store: [unclosed\n")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_experiment(broken)
+    broken.write_bytes(b"store: \xff\xfe\n")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_experiment(broken)
+    broken.write_text("talos: {density: 7}\n")
+    with pytest.raises(UserError, match=r"broken\.yaml: [\s\S]*talos\.density"):
+        load_experiment(broken)
+
+
+def test_overrides_replace_top_level_fields(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text(f"store: here\nseed: 3\ntasks: [{TASKS[0]}]\n")
+    made = load_experiment(path, {"store": "there", "tasks": TASKS[:2]})
+    assert made.store == "there" and made.seed == 3 and made.task_names == tuple(TASKS[:2])
+
+
+def test_an_experiment_cannot_be_changed() -> None:
+    made = experiment()
+    with pytest.raises(ValidationError, match="frozen"):
+        made.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        made.finetune.lr = 1.0
+
+
+def test_the_identity_has_what_is_computed_and_not_where() -> None:
+    base = experiment().identity()
+    assert not {"store", "resources", "name"} & base.keys()
+    same = experiment(store="s3://bucket/else", name="other", resources={"gpus_per_task": 1.0, "max_retries": 0})
+    assert same.identity() == base
+    for change in ({"seed": 1}, {"tasks": TASKS[:7]}, {"talos": {"density": 0.2}}, {"finetune": {"epochs": 3}},
+                   {"basis": {"method": "svd"}}, {"search": {"sizes": [3]}}, {"evaluate": {"keep": 0.9}}):
+        assert experiment(**change).identity() != base, change
+
+
+def test_the_identity_has_the_defaults_filled_in_and_reads_back() -> None:
+    made = experiment()
+    identity = made.identity()
+    assert identity["finetune"]["lr"] == made.finetune.lr and identity["search"]["sizes"] == [2, 4]
+    assert parse_experiment({"store": "else", **identity}).identity() == identity
+
+
+def test_the_differing_fields_of_two_identities_are_shown() -> None:
+    stored = experiment().identity()
+    asked = experiment(seed=5, talos={"density": 0.2}, search={"sizes": [1]}).identity()
+    assert records.differences(stored, stored) == []
+    lines = records.differences(stored, asked)
+    assert "seed: stored 0, asked for 5" in lines
+    assert "talos.density: stored 0.1, asked for 0.2" in lines
+    assert "search.sizes: stored [2, 4], asked for [1]" in lines and len(lines) == 3
+
+
+def test_a_field_that_one_side_has_not_is_a_difference() -> None:
+    assert records.differences({"a": {"b": 1}}, {"a": {}}) == ["a.b: stored 1, asked for None"]
+    assert records.differences({"a": [1, 2]}, {"a": {"b": 1}}) == ["a: stored [1, 2], asked for {'b': 1}"]
+
+
+def test_half_and_quarter_are_at_least_one() -> None:
+    assert [half(t) for t in (1, 2, 3, 5, 8, 264)] == [1, 1, 2, 2, 4, 132]
+    assert [quarter(t) for t in (1, 2, 3, 6, 8, 264)] == [1, 1, 1, 2, 2, 66]
+
+

@@ -1,0 +1,329 @@
+"""The system as a user meets it: the command line, real images, real Ray, a local and an S3 store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from raytvb.cli import main
+from raytvb.evaluate import task_subsets
+from raytvb.store import Store
+
+TASKS = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/digits-stripes", "glyphs/clock-blur")
+EXPERIMENT = {
+    "name": "tiny", "tasks": list(TASKS), "talos": {"images": 32, "rounds": 2},
+    "finetune": {"epochs": 1, "batch_size": 64}, "basis": {"method": ["ae", "ae-anchored", "svd"]},
+    "search": {"sizes": [1]}}
+
+pytestmark = pytest.mark.ray
+
+
+def write_experiment(folder: Path, store: str, **fields: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**EXPERIMENT, "store": store, **fields}))
+    return file
+
+
+def vector_bytes(store: str) -> dict[str, bytes]:
+    target = Store(store)
+    return {k: target.read(k) for k in target.keys("vectors") if k.endswith("vector.safetensors")}
+
+
+def results(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without what may differ between two runs of the same experiment."""
+    return {k: v for k, v in summary.items() if k != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
+    """A complete run with a local store: the experiment file and the store."""
+    folder = tmp_path_factory.mktemp("finished")
+    file = write_experiment(folder, str(folder / "store"))
+    assert main(["run", str(file)]) == 0
+    return file, Store(str(folder / "store"))
+
+
+def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
+    _, store = finished
+    summary = store.read_json("report/summary.json")
+    assert summary["tasks"] == list(TASKS)
+    assert set(summary["zero_shot"]) == set(summary["fine_tuned"]) == set(summary["negation"]) == set(TASKS)
+    names = {f"{m}-m{s}" for m in ("ae", "ae-anchored", "svd") for s in (1, 2)}
+    sums = {f"{n}-sum" for n in names if not n.startswith("svd")}
+    assert names | sums | {"full"} <= set(summary["addition"])
+    assert set(summary["random_subset"]) == {"random-own-m2", "random-lstsq-m2"}
+    sizes = {str(s) for s in task_subsets(len(TASKS), 0)}
+    for name, entry in summary["addition"].items():
+        assert set(entry["per_task"]) == set(TASKS)
+        assert entry["mean"] == pytest.approx(sum(entry["per_task"].values()) / len(TASKS))
+        assert set(entry["subsets"]) == set(entry["coefficient"]) == ({"4"} if name.endswith("-sum") else sizes)
+        assert entry["subsets"]["4"] == pytest.approx(entry["mean"])
+    for method in ("ae", "ae-anchored", "svd"):
+        errors = [summary["addition"][f"{method}-m{s}"]["relative_error"] for s in (1, 2)]
+        assert 1 > errors[0] > errors[1] > 0
+    assert summary["chosen"]["name"] in names
+    assert set(summary["seconds"]) == {"finetune", "basis", "search", "evaluate"}
+
+
+def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Path, Store]):
+    addition = finished[1].read_json("report/summary.json")["addition"]
+    full, anchored = (addition[n]["per_task"] for n in ("full", "ae-anchored-m1"))
+    assert anchored == pytest.approx(full, abs=0.011)  # at most three of 300 images at a rounding edge
+
+
+def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]):
+    _, store = finished
+    root = Path(store.url)
+    stored = store.read_json("report/summary.json")["stored_bytes"]
+
+    def on_disk(pattern: str) -> int:
+        return sum(p.stat().st_size for p in root.glob(pattern))
+
+    assert stored["vectors"] == on_disk("vectors/**/vector.safetensors")
+    assert stored["heads"] == on_disk("vectors/**/head.safetensors")
+    assert stored["masks"] == on_disk("masks/**/*.safetensors")
+    assert stored["basis"] == on_disk("basis/**/*.safetensors")
+    assert stored["vectors"] <= 0.12 * stored["dense_fp32"]
+
+
+def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store]):
+    _, store = finished
+    from raytvb.artifacts import load_mask
+
+    mask = load_mask(store, "shared")
+    for task in TASKS:
+        values = load_file(store.path(f"vectors/{task}/vector.safetensors"))
+        assert {n: len(v) for n, v in values.items()} == {n: int(m.sum()) for n, m in mask.tensors().items()}
+        assert any(bool(v.any()) for v in values.values())
+
+
+def test_running_again_does_nothing_twice(finished: tuple[Path, Store], capsys: pytest.CaptureFixture[str]):
+    file, store = finished
+    before = {k: Path(store.path(k)).stat().st_mtime_ns for k in store.keys() if not k.startswith("report/")}
+    summary = store.read_json("report/summary.json")
+    assert main(["run", str(file)]) == 0
+    assert {k: Path(store.path(k)).stat().st_mtime_ns for k in store.keys() if not k.startswith("report/")} == before
+    assert store.read_json("report/summary.json") == summary
+    assert "tasks added from" in capsys.readouterr().out
+
+
+def test_the_page_is_self_contained(finished: tuple[Path, Store]):
+    page = finished[1].read("report/index.html").decode()
+    assert page.count("<svg") == 6
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert all(task in page for task in TASKS)
+
+
+def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]):
+    _, store = finished
+    rows = pq.read_table(store.path("evals/full.parquet")).to_pylist()
+    assert {r["split"] for r in rows} == {"test"} and {r["total"] for r in rows} == {300}
+    assert len(rows) == sum(size * len(subsets) for size, subsets in task_subsets(len(TASKS), 0).items())
+
+
+def test_a_merge_is_an_ordinary_open_clip_model(finished: tuple[Path, Store], tmp_path: Path):
+    _, store = finished
+    out = tmp_path / "merged"
+    assert main(["merge", store.url, "--add", TASKS[0], "--negate", f"{TASKS[1]}=0.5", "--basis", "full",
+                 "--coefficient", "0.7", "--out", str(out)]) == 0
+    merged = open_clip.create_model(f"local-dir:{out}").state_dict()
+    base = load_file(store.path("base/model.safetensors"))
+    from raytvb.artifacts import load_mask
+
+    mask = load_mask(store, "shared").tensors()
+    vectors = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS[:2]]
+    for name, value in base.items():
+        expected = value.double()
+        if name in mask:
+            expected = expected.clone()
+            expected[mask[name]] += 0.7 * vectors[0][name].double() - 0.35 * vectors[1][name].double()
+        torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_ls_and_verify(finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, store = finished
+    assert main(["ls", store.url]) == 0
+    assert all(f"vectors/{t}" in capsys.readouterr().out or True for t in TASKS)
+    assert main(["verify", store.url]) == 0
+    copy = tmp_path / "copy"
+    for key in store.keys():
+        store.download(key, copy / key)
+    damaged = copy / f"vectors/{TASKS[0]}/vector.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(bytes(data))
+    capsys.readouterr()
+    assert main(["verify", str(copy)]) == 1
+    assert f"vectors/{TASKS[0]}/vector.safetensors" in capsys.readouterr().err
+
+
+def test_another_experiment_is_refused_with_the_fields_that_differ(finished: tuple[Path, Store], tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]):
+    _, store = finished
+    file = write_experiment(tmp_path, store.url, finetune={"epochs": 2, "batch_size": 64}, seed=3)
+    assert main(["run", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert "finetune.epochs: stored 1.0, asked for 2.0" in message and "seed: stored 0, asked for 3" in message
+    assert "talos" not in message
+
+
+@pytest.mark.s3
+def test_s3_gives_the_same_bits(finished: tuple[Path, Store], s3_environment: str, tmp_path: Path):
+    file, local = finished
+    url = f"{s3_environment}/runs/tiny"
+    assert main(["run", str(file), "--store", url]) == 0
+    assert vector_bytes(url) == vector_bytes(local.url)
+    remote = Store(url)
+    assert results(remote.read_json("report/summary.json")) == results(local.read_json("report/summary.json"))
+    assert main(["verify", url]) == 0
+
+
+def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]):
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, tasks=list(TASKS[:3]), talos={
+        "mask": "per-task", "images": 32, "rounds": 2}, basis={"method": "svd"}, evaluate={"control": TASKS[3]},
+        resources={"gpus_per_task": 0.5, "cpus_per_task": 0.5, "max_retries": 1})
+    assert main(["basis", str(file)]) == 1
+    assert "run `raytvb finetune` first" in capsys.readouterr().err
+    for stage in ("finetune", "basis", "search", "evaluate", "report"):
+        assert main([stage, str(file)]) == 0, capsys.readouterr().err
+    masks = [store.read_json(f"masks/{t}/record.json")["parents"]["mask"] for t in TASKS[:3]]
+    assert len(set(masks)) == 3
+    summary = store.read_json("report/summary.json")
+    assert set(summary["negation"]) == set(TASKS[:3])
+    shapes = load_file(store.path("basis/svd-m2/basis-00001-of-00002.safetensors"))
+    base = load_file(store.path("base/model.safetensors"))
+    assert all(shapes[n].shape == base[n].shape for n in shapes)  # no common mask: bases are dense
+
+
+def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"})
+    assert main(["run", str(file)]) == 0
+    summary = store.read_json("report/summary.json")
+    assert summary["stored_bytes"]["masks"] == 0
+    assert summary["addition"]["pca-m1"]["relative_error"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("resources", "words"), [
+    ({"gpus_per_task": 8}, ("8 GPUs per task", "no node", "resources.gpus_per_task")),
+    ({"cpus_per_task": 64}, ("64 CPUs", "no node", "resources.cpus_per_task"))])
+def test_resources_that_are_not_there(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      resources: dict[str, float], words: tuple[str, ...]):
+    file = write_experiment(tmp_path, str(tmp_path / "store"), resources=resources)
+    assert main(["run", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+def test_resources_that_are_taken(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import ray
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(Holder).options(num_cpus=0, num_gpus=4).remote()
+    ray.get(holder.ready.remote())
+    file = write_experiment(tmp_path, str(tmp_path / "store"), resources={"gpus_per_task": 1})
+    assert main(["run", str(file)]) == 1
+    assert "0 GPUs of the cluster's 2 CPUs and 4 GPUs are free" in capsys.readouterr().err
+    ray.kill(holder)
+
+
+def test_a_failing_task_is_named_and_the_rest_is_kept(ray_cluster: None, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]):
+    bad = tmp_path / "data"
+    bad.mkdir()
+    (bad / "train.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, talos={"density": 1.0}, tasks=[
+        TASKS[0], {"name": "broken", "data": str(bad), "classes": ["a", "b"]}])
+    assert main(["finetune", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert "broken" in message and "Traceback" not in message
+    assert store.exists(f"vectors/{TASKS[0]}/record.json")
+
+
+def start(file: Path, cache: str) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": cache}
+    return subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill_when(process: subprocess.Popen[bytes], seen: Path, patience_s: float = 240) -> None:
+    """SIGKILL the run as soon as a file appears; fails if it ends or nothing appears."""
+    deadline = time.monotonic() + patience_s
+    while not seen.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"{seen} never appeared"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_in_the_middle_and_run_again(finished: tuple[Path, Store], tmp_path: Path, suite_cache: str):
+    _, reference = finished
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url)
+    kill_when(start(file, suite_cache), Path(store.url) / f"vectors/{TASKS[0]}/record.json")
+    assert not store.exists(f"vectors/{TASKS[3]}/record.json"), "it was killed too late to prove anything"
+    assert main(["run", str(file)]) == 0
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+    ours, theirs = (results(s.read_json("report/summary.json")) for s in (store, reference))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["base/record.json", "masks/shared/record.json", f"vectors/{TASKS[2]}/record.json",
+                                    "gram/record.json", "basis/ae-m2/coefficients.safetensors", "search/full/record.json",
+                                    "evals/models.parquet", "report/timings.json"])
+def test_killed_at_many_moments(finished: tuple[Path, Store], tmp_path: Path, suite_cache: str, moment: str):
+    _, reference = finished
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url)
+    kill_when(start(file, suite_cache), Path(store.url) / moment)
+    assert main(["run", str(file)]) == 0
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+    ours, theirs = (results(s.read_json("report/summary.json")) for s in (store, reference))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
+    """The whole quickstart in a process of its own; the bounds leave room for other floating point units."""
+    run = subprocess.run([sys.executable, "-m", "raytvb", "quickstart", "--store", "here"], cwd=tmp_path,
+                         capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "here/report/summary.json").read_text())
+    addition = summary["addition"]
+
+    def mean(values: Any) -> float:
+        return sum(values) / len(values)
+
+    assert len(summary["tasks"]) == 8
+    assert addition["full"]["mean"] >= mean(summary["zero_shot"].values()) + 0.10
+    assert addition["ae-m4"]["mean"] >= addition["full"]["mean"] - 0.03
+    on_subsets = {n: mean(addition[n]["subsets"].values()) for n in ("full", "ae-m4", "ae-anchored-m4", "svd-m4")}
+    assert max(v for n, v in on_subsets.items() if n != "full") >= on_subsets["full"] - 0.06
+    for method in ("ae", "ae-anchored", "svd"):
+        assert addition[f"{method}-m4"]["relative_error"] < addition[f"{method}-m2"]["relative_error"]
+    negation = summary["negation"].values()
+    assert sum(n["after"] < n["before"] for n in negation) >= 7
+    assert mean([n["after"] for n in negation]) <= 0.8 * mean([n["before"] for n in negation])
+    assert all(n["control_validation_after"] >= 0.95 * n["control_validation_before"] for n in negation)
+    assert summary["stored_bytes"]["vectors"] + summary["stored_bytes"]["masks"] <= 0.12 * summary["stored_bytes"][
+        "dense_fp32"]
