@@ -301,7 +301,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     for column in ("vectors", "error", f"all {len(summary['tasks'])}", *(f"{s} added" for s in sizes[:-1]), "subsets",
                    "bytes"):
         table.add_column(column, justify="left" if column == "vectors" else "right")
-    for name, entry in {**summary["addition"], **summary["random_subset"]}.items():
+    rows = summary["addition"] | summary["random_subset"]
+    for name in ("full", *(n for n in rows if n != "full")):
+        entry = rows[name]
         parts = [f"{100 * entry['subsets'][s]:.1f}" if s in entry["subsets"] else "–" for s in sizes[:-1]]
         overall = f"{100 * mean(list(entry['subsets'].values())):.1f}" if len(entry["subsets"]) == len(sizes) else "–"
         table.add_row(f"{name} *" if name == chosen else name, f"{entry['relative_error']:.3f}",

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from raytvb import suite
@@ -114,7 +114,7 @@ def _class_names(task: TaskConfig, schema: pa.Schema) -> tuple[str, ...]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(features[task.label_column]["names"])
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"task {task.name}: {task.data} has no class names in its Parquet metadata; "
                         f"give them as `classes: [...]` of the task") from None
 
@@ -164,7 +164,7 @@ def _rows(task: TaskConfig, store: Store, keys: list[str]) -> Iterator[tuple[str
                 table = parquet.read_row_group(group, columns=[task.image_column, task.label_column])
                 images, labels = (table[c].to_pylist() for c in (task.image_column, task.label_column))
                 for image, label in zip(images, labels, strict=True):
-                    yield f"{key} row {row}", image["bytes"] if isinstance(image, dict) else image, label
+                    yield f"{key} row {row}", image.get("bytes") if isinstance(image, dict) else image, label
                     row += 1
 
 
@@ -189,10 +189,10 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess) -> Split:
             raise UserError(f"task {task.name}: {name} has label {label!r}, but there are {len(classes)} classes")
         try:
             images.append(_decode(data, preprocess))
-        except (UnidentifiedImageError, OSError, TypeError) as error:
+        except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # all that Pillow raises
             raise UserError(f"task {task.name}: {name} is not a readable image: {error}") from None
         labels.append(label)
     if not images:
         raise UserError(f"task {task.name}: the {split} split under {store.url} is empty")
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(pixels, torch.tensor(labels), classes)
+    return Split(pixels, torch.tensor(labels, dtype=torch.int64), classes)

@@ -229,7 +229,8 @@ def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Ev
     tried: dict[int, dict[float, float]] = {}
     for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
         ladder = coefficient_ladder(size, limits.low, limits.high)
-        start = min(range(len(ladder)), key=lambda rung: abs(ladder[rung] * size - 1.0))
+        likely = (1.0 if size == 1 else 2.0) / size
+        start = min(range(len(ladder)), key=lambda rung: abs(ladder[rung] - likely))
         tried[size] = climb(ladder, start, partial(subject.size_class, subsets))
     chosen = {s: best_coefficient(t) for s, t in tried.items()}
     accuracy = {s: tried[s][a] for s, a in chosen.items()}

@@ -1,0 +1,372 @@
+"""The embedded suite as it is drawn and as it is read back, other data sets made on the spot, and the tiny CLIP."""
+
+import copy
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from raytvb import suite
+from raytvb.config import ModelConfig, TaskConfig
+from raytvb.data import cache_folder, load_split, task_classes, task_url
+from raytvb.encoder import Encoder, ImageClassifier, Preprocess, load_encoder, load_tokenizer, zero_shot_head
+from raytvb.errors import UserError
+from raytvb.suite.domains import DOMAINS
+from raytvb.suite.sources import SIZE, SOURCES, SPLITS, _digits
+
+TASK = "glyphs/greek-blur"
+SQUASH = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"})
+NO_RESIZE = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("RAYTVB_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder(ModelConfig())
+
+
+def test_the_suite_has_264_tasks_with_the_showcase_first() -> None:
+    names = suite.task_names()
+    assert len(names) == len(set(names)) == 264 == len(SOURCES) * len(DOMAINS)
+    assert names[:16] == suite.SHOWCASE and len(set(suite.SHOWCASE)) == 16
+    assert set(names) == {f"glyphs/{s}-{d}" for s in SOURCES for d in DOMAINS}
+    assert suite.CONTROL not in names
+
+
+def test_every_task_has_different_class_names() -> None:
+    for task in suite.task_names():
+        names = suite.class_names(task)
+        assert 8 <= len(names) <= 16 and len(set(names)) == len(names)
+        assert all(n == n.strip() and n.isprintable() and n for n in names)
+    everything = suite.class_names(suite.CONTROL)
+    assert len(everything) == len(set(everything)) == sum(len(s.classes) for s in SOURCES.values())
+    for task in ("glyphs/greek", "glyphs/greek-mud", "mnist", ""):
+        with pytest.raises(KeyError):
+            suite.class_names(task)
+
+
+ONE_OF_EACH = [*(f"glyphs/{s}-noise" for s in SOURCES), *(f"glyphs/shapes-{d}" for d in DOMAINS), suite.CONTROL]
+
+
+@pytest.mark.parametrize("task", ONE_OF_EACH)
+def test_rendering_is_deterministic_and_balanced_and_splits_differ(task: str) -> None:
+    classes = len(suite.class_names(task))
+    count = min(2 * classes + 3, 45)
+    rendered = {split: suite.render(task, split, count) for split in SPLITS}
+    for split, made in rendered.items():
+        again = suite.render(task, split, count)
+        assert np.array_equal(made.images, again.images) and np.array_equal(made.labels, again.labels)
+        assert made.images.shape == (count, SIZE, SIZE, 3) and made.images.dtype == np.uint8
+        assert made.labels.shape == (count,) and made.labels.dtype == np.int64
+        found = np.bincount(made.labels, minlength=classes)
+        assert len(found) == classes and found.max() - found.min() <= 1
+        assert not np.array_equal(made.labels, np.arange(count) % classes)  # shuffled
+    images = [i.tobytes() for made in rendered.values() for i in made.images]
+    assert len(set(images)) == len(images)
+
+
+def test_splits_have_their_sizes_and_an_unknown_one_is_an_error() -> None:
+    assert len(suite.render("glyphs/trigrams-fog", "val").labels) == suite.SPLIT_SIZES["val"]
+    assert len(suite.render(suite.CONTROL, "train").labels) == 0
+    with pytest.raises(KeyError):
+        suite.render(TASK, "dev")
+    with pytest.raises(KeyError):
+        suite.render("glyphs/greek-mud", "test")
+
+
+def test_tasks_of_one_source_draw_different_images() -> None:
+    first, second = (suite.render(f"glyphs/latin-{d}", "test", 30) for d in ("noise", "clutter"))
+    assert not np.array_equal(first.labels, second.labels)
+    assert (first.images != second.images).any(axis=(1, 2, 3)).all()
+
+
+def test_no_handwritten_digit_is_in_two_splits() -> None:
+    pools = {s: {i.tobytes() for images in _digits(s).values() for i in images} for s in SPLITS}
+    assert sum(len(p) for p in pools.values()) > 1700  # all of scikit-learn's 1,797 digits but for equal drawings
+    for split in SPLITS:
+        assert set(_digits(split)) == set(range(10)) and min(len(i) for i in _digits(split).values()) > 20
+    assert not pools["train"] & pools["val"] and not pools["train"] & pools["test"] and not pools["val"] & pools["test"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_foreground_is_lighter_than_the_background(name: str) -> None:
+    source = SOURCES[name]
+    for label in range(len(source.classes)):
+        rng = np.random.default_rng([1, label])
+        mask = source.draw(label, copy.deepcopy(rng), "test")
+        image = suite.draw(source, label, rng, "test")
+        assert mask.shape == (SIZE, SIZE) and mask.dtype == np.float32 and np.array_equal(mask, mask.clip(0, 1))
+        assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.float32
+        inside, outside = mask > 0.7, mask < 0.05
+        assert inside.sum() >= 3 and outside.sum() > 50
+        assert image[inside].mean() > image[outside].mean() + 0.1
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_domain_of_strength_one_changes_the_picture_and_of_strength_zero_hardly(name: str) -> None:
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        picture = suite.draw(SOURCES["shapes"], 6, rng, "test").clip(0, 1)
+        before = picture.copy()
+        weak = DOMAINS[name](picture, 0.0, np.random.default_rng(seed))
+        strong = DOMAINS[name](picture, 1.0, np.random.default_rng(seed))
+        assert np.array_equal(picture, before)
+        assert weak.shape == strong.shape == picture.shape
+        assert abs(strong - picture).mean() > 0.02 and abs(weak - picture).mean() < 0.01
+        assert abs(strong - picture).mean() > 3 * abs(weak - picture).mean()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_task_read_back_from_parquet_is_what_was_drawn(cache: Path, split: str) -> None:
+    found, drawn = load_split(TaskConfig(name=TASK), split, NO_RESIZE), suite.render(TASK, split)
+    assert len(found) == suite.SPLIT_SIZES[split]
+    assert found.classes == suite.class_names(TASK) and found.labels.dtype == torch.int64
+    assert np.array_equal(found.labels.numpy(), drawn.labels)
+    assert found.images.dtype == torch.uint8 and found.images.is_contiguous()
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).numpy(), drawn.images)
+    assert task_url(TaskConfig(name=TASK)).startswith(str(cache)) and cache_folder() == cache
+
+
+def test_the_class_names_are_in_the_parquet_metadata(cache: Path) -> None:
+    files = sorted(Path(task_url(TaskConfig(name=TASK))).iterdir())
+    assert [f.name for f in files] == ["test.parquet", "train.parquet", "val.parquet"]
+    for file in files:
+        document = json.loads(pq.read_schema(file).metadata[b"huggingface"])
+        assert document["info"]["features"]["label"]["names"] == list(suite.class_names(TASK))
+    assert task_classes(TaskConfig(name="own", data=task_url(TaskConfig(name=TASK)))) == suite.class_names(TASK)
+
+
+def test_the_control_has_no_training_images(cache: Path) -> None:
+    folder = Path(task_url(TaskConfig(name=suite.CONTROL)))
+    assert sorted(f.name for f in folder.iterdir()) == ["test.parquet", "val.parquet"]
+    with pytest.raises(UserError, match=f"{suite.CONTROL}: no train"):
+        load_split(TaskConfig(name=suite.CONTROL), "train", NO_RESIZE)
+
+
+def test_a_drawn_task_is_not_drawn_again(cache: Path) -> None:
+    folder = Path(task_url(TaskConfig(name="glyphs/trigrams-fog")))
+    before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert Path(task_url(TaskConfig(name="glyphs/trigrams-fog"))) == folder
+    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before and len(before) == 3
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A random smooth picture; size as (width, height)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_parquet(path: Path, images: list[Any], labels: list[Any], *, image: str = "image", label: str = "label",
+                  names: list[str] | None = None, group: int = 4) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({image: images, label: labels, "extra": list(range(len(labels)))})
+    if names is not None:
+        features = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, path, row_group_size=group)
+
+
+def own_task(folder: Path, **fields: Any) -> TaskConfig:
+    return TaskConfig.model_validate({"name": "own", "data": str(folder), **fields})
+
+
+def pixels(split: Any) -> np.ndarray:
+    return split.images.permute(0, 2, 3, 1).numpy()
+
+
+def test_jpegs_of_another_size_and_other_column_names_are_resized(tmp_path: Path) -> None:
+    pictures = [picture(s, (48, 40)) for s in range(10)]
+    data = [encoded(p, "JPEG", quality=95) for p in pictures]
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", data, [k % 3 for k in range(10)],
+                      image="img", label="digit", names=["zero", "one", "two"])
+    task = own_task(tmp_path, image_column="img", label_column="digit")
+    for split in SPLITS:
+        found = load_split(task, split, SQUASH)
+        assert found.images.shape == (10, 3, 32, 32) and found.classes == ("zero", "one", "two")
+        assert found.labels.tolist() == [k % 3 for k in range(10)]
+        expected = [np.asarray(Image.open(io.BytesIO(d)).resize((32, 32), Image.Resampling.BICUBIC)) for d in data]
+        assert np.array_equal(pixels(found), np.stack(expected))
+
+
+def test_shortest_side_resizing_cuts_the_middle_out(tmp_path: Path) -> None:
+    config = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
+    image = picture(1, (64, 32))
+    write_parquet(tmp_path / "test.parquet", [encoded(image)], [0])
+    found = load_split(own_task(tmp_path, classes=["a"]), "test", Preprocess(32, (0.5,) * 3, (0.5,) * 3, config))
+    assert np.array_equal(pixels(found)[0], np.asarray(image)[:, 16:48])
+
+
+def test_structs_and_plain_bytes_and_other_image_modes_are_read(tmp_path: Path) -> None:
+    grey, colour = picture(1).convert("L"), picture(2)
+    alpha, palette = colour.convert("RGBA"), colour.quantize(16)
+    images = [{"bytes": encoded(i), "path": None} for i in (grey, colour, alpha, palette)]
+    write_parquet(tmp_path / "test.parquet", images, [0, 0, 1, 1], names=["a", "b"])
+    write_parquet(tmp_path / "train.parquet", [i["bytes"] for i in images], [0, 0, 1, 1], names=["a", "b"])
+    expected = [np.asarray(i.convert("RGB")) for i in (grey, colour, alpha, palette)]
+    assert np.array_equal(pixels(load_split(own_task(tmp_path), "test", SQUASH)), np.stack(expected))
+    assert np.array_equal(pixels(load_split(own_task(tmp_path), "train", SQUASH)), np.stack(expected[1:]))
+
+
+def test_a_yes_or_no_label_is_a_class_number(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(3)], [True, False, True],
+                  names=["no", "yes"])
+    labels = load_split(own_task(tmp_path), "test", SQUASH).labels
+    assert labels.dtype == torch.int64 and labels.tolist() == [1, 0, 1]
+
+
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for number in (1, 0):
+        images = [encoded(picture(10 * number + k)) for k in range(6)]
+        write_parquet(tmp_path / f"test-0000{number}-of-00002.parquet", images, [number] * 6, names=["a", "b"])
+    found = load_split(own_task(tmp_path), "test", SQUASH)
+    assert found.labels.tolist() == [0] * 6 + [1] * 6
+    assert np.array_equal(pixels(found)[7], np.asarray(picture(11)))
+
+
+def test_validation_is_carved_from_training_where_there_is_none(tmp_path: Path) -> None:
+    count = 95
+    images, labels = [encoded(picture(k)) for k in range(count)], [k % 5 for k in range(count)]
+    write_parquet(tmp_path / "train.parquet", images, labels, names=list("abcde"))
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(1000))], [0], names=list("abcde"))
+    made = {split: load_split(own_task(tmp_path), split, SQUASH) for split in SPLITS}
+    parts = {split: {i.tobytes() for i in pixels(found)} for split, found in made.items()}
+    assert len(made["train"]) + len(made["val"]) == count == len(parts["train"] | parts["val"])
+    assert not parts["train"] & parts["val"] and 0.09 <= len(made["val"]) / count <= 0.11
+    assert len(made["test"]) == 1
+    again = load_split(own_task(tmp_path), "val", SQUASH)
+    assert torch.equal(again.images, made["val"].images) and torch.equal(again.labels, made["val"].labels)
+
+
+def test_given_class_names_come_before_those_in_the_file(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(1))], [1], names=["a", "b"])
+    assert load_split(own_task(tmp_path), "test", SQUASH).classes == ("a", "b")
+    assert load_split(own_task(tmp_path, classes=["x", "y"]), "test", SQUASH).classes == ("x", "y")
+
+
+@pytest.mark.parametrize("metadata", [None, {"pandas": "{}"}, {"huggingface": "no JSON"}, {"huggingface": "{}"},
+                                      {"huggingface": '{"info": {"features": null}}'},
+                                      {"huggingface": '{"info": {"features": {"label": {"dtype": "int64"}}}}'}])
+def test_missing_class_names_are_an_error_that_says_how_to_give_them(tmp_path: Path,
+                                                                     metadata: dict[str, str] | None) -> None:
+    table = pa.table({"image": [encoded(picture(1))], "label": [0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "test.parquet")
+    with pytest.raises(UserError, match=r"task own: .* no class names .*classes:"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+
+
+def cut(data: bytes) -> bytes:
+    return data[:len(data) // 2]
+
+
+def with_header(data: bytes, start: int, field: bytes, *, checksum: bool = True) -> bytes:
+    """A PNG with another field in its header chunk, whose checksum is then made to fit."""
+    changed = data[:start] + field + data[start + len(field):]
+    return changed[:29] + struct.pack(">I", zlib.crc32(changed[12:29])) + changed[33:] if checksum else changed
+
+
+UNREADABLE = {
+    "empty": b"", "text": b"not an image", "null": None,
+    "half a PNG": cut(encoded(picture(3))), "half a JPEG": cut(encoded(picture(3), "JPEG")),
+    "no compressed data": encoded(picture(3)).replace(b"IDAT\x78", b"IDAT\x00"),
+    "a chunk too short": with_header(encoded(picture(3)), 33, struct.pack(">I", 100), checksum=False),
+    "a trillion pixels": with_header(encoded(picture(3)), 16, struct.pack(">II", 10**6, 10**6)),
+}
+
+
+@pytest.mark.parametrize("bad", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, bad: bytes | None) -> None:
+    images: list[bytes | None] = [encoded(picture(k)) for k in range(8)]
+    images[6] = bad
+    write_parquet(tmp_path / "test.parquet", images, [0] * 8, names=["a"])
+    with pytest.raises(UserError, match=r"task own: test\.parquet row 6 is not a readable image"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+
+
+def test_an_image_that_is_only_a_path_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [{"path": "elsewhere.png"}], [0], names=["a"])
+    with pytest.raises(UserError, match=r"task own: test\.parquet row 0 is not a readable image"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+
+
+@pytest.mark.parametrize("bad", [3, -1, None])
+def test_a_label_outside_of_the_classes_is_named(tmp_path: Path, bad: int | None) -> None:
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(8)], [0, 1, 2, 0, 1, bad, 0, 0],
+                  names=["a", "b", "c"])
+    with pytest.raises(UserError, match=rf"task own: test\.parquet row 5 has label {bad}, but there are 3 classes"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+
+
+@pytest.mark.parametrize(("fields", "column"), [({"image_column": "img"}, "img"), ({"label_column": "digit"}, "digit")])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, fields: dict[str, str], column: str) -> None:
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(1))], [0])
+    with pytest.raises(UserError, match=rf"task own: test\.parquet has no column {column}; it has image, label, extra"):
+        load_split(own_task(tmp_path, classes=["a"], **fields), "test", SQUASH)
+
+
+def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"task own: no .*parquet under {tmp_path}"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+    empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, tmp_path / "test.parquet")
+    with pytest.raises(UserError, match=rf"task own: the test split under {tmp_path} is empty"):
+        load_split(own_task(tmp_path, classes=["a"]), "test", SQUASH)
+    with pytest.raises(UserError, match=rf"task own: no train\*\.parquet under {tmp_path}"):
+        load_split(own_task(tmp_path, classes=["a"]), "train", SQUASH)
+
+
+def test_the_tiny_clip_classifies_the_control_without_training(cache: Path, encoder: Encoder) -> None:
+    """Over 90 % of the 960 undegraded test images, among all classes of all sources."""
+    task = TaskConfig(name=suite.CONTROL)
+    split = load_split(task, "test", encoder.preprocess)
+    head = zero_shot_head(encoder, load_tokenizer(ModelConfig()), split.classes, task.prompts)
+    assert head.shape[0] == len(suite.class_names(suite.CONTROL)) == len(split.classes)
+    norms = head.norm(dim=1)
+    assert torch.allclose(norms, norms[0].expand_as(norms), rtol=1e-5)
+    with torch.inference_mode():
+        logits = ImageClassifier(encoder.model.visual, head)(encoder.preprocess.normalise(split.images))
+    assert len(split) == suite.CONTROL_SIZES["test"]
+    assert float((logits.argmax(dim=1) == split.labels).float().mean()) > 0.9
+
+
+def test_the_tiny_clip_is_a_float32_model_in_eval_mode_of_the_suites_size(encoder: Encoder) -> None:
+    assert encoder.preprocess.size == SIZE and not encoder.model.training
+    state = encoder.visual_state()
+    assert state and all(n.startswith("visual.") and p.dtype == torch.float32 for n, p in state.items())
+    assert len(encoder.fingerprint()) == 64 and encoder.fingerprint() == load_encoder(ModelConfig()).fingerprint()
+    changed = load_encoder(ModelConfig())
+    with torch.no_grad():
+        next(iter(changed.visual_state().values())).view(-1)[0] += 1e-3
+    assert changed.fingerprint() != encoder.fingerprint()
+
+
+def test_pixels_are_normalised_by_channel() -> None:
+    preprocess = Preprocess(2, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0), {})
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 2, 2)
+    found = preprocess.normalise(images)
+    assert found.shape == images.shape and found.dtype == torch.float32
+    assert found[0, :, 0, 0].tolist() == pytest.approx([-0.2, 0.0, 0.35], abs=1e-6)
