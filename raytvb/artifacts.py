@@ -162,7 +162,7 @@ def base_encoder(url: str, fingerprint: str) -> Encoder:
         copies.fetch(f"{BASE}/{name}")
     encoder = load_folder(copies.local.path(BASE))
     if encoder.fingerprint() != fingerprint:
-        raise UserError(f"{store.path(BASE)}: weights and record differ; delete the folder to make it again")
+        raise UserError(f"{store.where(BASE)}: weights and record differ; delete the folder to make it again")
     return encoder
 
 

@@ -80,7 +80,7 @@ def _finish(experiment: Experiment) -> None:
     if problems:
         raise UserError("stored files are damaged:\n  " + "\n  ".join(problems))
     print_summary(store.read_json(artifacts.SUMMARY))
-    print(f"{checked} stored files verified. Report: {store.path(artifacts.REPORT)}")
+    print(f"{checked} stored files verified. Report: {store.where(artifacts.REPORT)}")
 
 
 @cli.command()
@@ -175,7 +175,7 @@ def report(file: Path, store: str | None) -> None:
     target = Store(experiment.store)
     artifacts.freeze(target, experiment)
     print_summary(write_report(target, experiment))
-    print(f"Report: {target.path(artifacts.REPORT)}")
+    print(f"Report: {target.where(artifacts.REPORT)}")
 
 
 def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:

@@ -141,8 +141,10 @@ def _geometry(document: str) -> list[Any]:
     return list(transform.transforms[:-2])  # without ToTensor and Normalize
 
 
-def _decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
-    """An encoded image as (S, S, 3) uint8."""
+def _decode(data: bytes | None, preprocess: Preprocess) -> np.ndarray:
+    """An encoded image as (S, S, 3) uint8. Raises what Pillow raises for other bytes, TypeError for none."""
+    if data is None:
+        raise TypeError("there is no image")
     image = Image.open(io.BytesIO(data))
     if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
         for step in _geometry(json.dumps(dict(preprocess.config))):
@@ -150,7 +152,7 @@ def _decode(data: bytes, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _rows(task: TaskConfig, store: Store, keys: list[str]) -> Iterator[tuple[str, bytes, int]]:
+def _rows(task: TaskConfig, store: Store, keys: list[str]) -> Iterator[tuple[str, bytes | None, int]]:
     """(name of the row, encoded image, label) in file order; one row group is in memory at a time."""
     for key in keys:
         with store.fs.open(store.path(key), "rb") as file:

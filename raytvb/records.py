@@ -63,7 +63,7 @@ def find(store: Store, prefix: str, identity: Mapping[str, Any] | None = None) -
     if identity is not None:
         differing = differences(record["identity"], dict(identity))
         if differing:
-            raise UserError(f"{store.path(prefix)} belongs to another experiment:\n  " + "\n  ".join(differing)
+            raise UserError(f"{store.where(prefix)} belongs to another experiment:\n  " + "\n  ".join(differing)
                             + "\nUse another store, or delete that folder to make it again.")
     return record
 

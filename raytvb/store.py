@@ -90,6 +90,10 @@ class Store:
         root = self.url if self._is_local else str(self.fs._strip_protocol(self.url))
         return f"{root.rstrip('/')}/{_checked(key)}" if key else root
 
+    def where(self, key: str) -> str:
+        """The key's full URL (or local path), as messages show it; '' gives the store's own."""
+        return f"{self.url.rstrip('/')}/{key}" if key else self.url
+
     def local_path(self, key: str) -> str | None:
         """The key's path on this machine's file system, None where the store is elsewhere."""
         return self.path(key) if self._is_local else None
@@ -217,15 +221,12 @@ class Store:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise StoreError(f"{self._name(key)} is not JSON ({error}): delete it and make it again") from error
+            raise StoreError(f"{self.where(key)} is not JSON ({error}): delete it and make it again") from error
 
     def write_json(self, key: str, obj: Any) -> None:
         """Write as JSON: equal objects give equal bytes. Raises ValueError for NaN and infinity, which JSON has not."""
         text = json.dumps(obj, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
         self.write(key, f"{text}\n".encode())
-
-    def _name(self, key: str) -> str:
-        return f"{self.url.rstrip('/')}/{key}" if key else self.url
 
     @contextmanager
     def _explained(self, key: str, action: str) -> Iterator[None]:
@@ -248,13 +249,13 @@ class Store:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
                 if _library_code(error) == "NoSuchBucket":
                     raise
-                raise StoreKeyError(f"no such key: {self._name(key)}") from error
+                raise StoreKeyError(f"no such key: {self.where(key)}") from error
 
     def _explain(self, error: Exception, key: str, action: str) -> NoReturn:
         way_out = _WAYS_OUT.get(_library_code(error)) or _WAYS_OUT.get(type(error).__name__)
         detail = str(error) or type(error).__name__
         reason = f"{way_out} ({detail})" if way_out else detail
-        raise StoreError(f"cannot {action} {self._name(key)}: {reason}") from error
+        raise StoreError(f"cannot {action} {self.where(key)}: {reason}") from error
 
 
 def _parse(url: str) -> tuple[str, str]:

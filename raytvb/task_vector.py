@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -71,8 +70,3 @@ class TaskVector:
         check_same_tensors(self.tensors, known)
         return {n: p + coefficient * self.tensors[n].to(p) if n in self.tensors else p.clone()
                 for n, p in pretrained.items()}
-
-
-def zeros_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A zero float32 tensor for each of the given ones."""
-    return {n: torch.zeros_like(t, dtype=torch.float32) for n, t in tensors.items()}

@@ -87,7 +87,7 @@ class _Header:
 
     @classmethod
     def read(cls, store: Store, key: str) -> _Header:
-        where = store.path(key)
+        where = store.where(key)
         try:
             length = struct.unpack("<Q", store.read_range(key, 0, 8))[0]
             size = store.size(key)
@@ -135,7 +135,7 @@ class MaskFile:
         shapes = {n: tuple(s) for n, s in sorted(self.info["shapes"].items())}
         mask = Mask(shapes, self.bits(0, self.total))
         if mask.fingerprint != self.fingerprint:
-            raise VectorError(f"{self._store.path(self._key)}: bits and fingerprint differ; the file is damaged")
+            raise VectorError(f"{self._store.where(self._key)}: bits and fingerprint differ; the file is damaged")
         return mask
 
 
@@ -188,7 +188,7 @@ class VectorFile:
             self.mask_key = posixpath.normpath(posixpath.join(folder, self.info["mask"]))
             self.mask = MaskFile(store, self.mask_key)
             if self.mask.fingerprint != self.info["mask_fingerprint"] or self.mask.kept != self.stored:
-                raise VectorError(f"{self.where} was made with another mask than {store.path(self.mask_key)}")
+                raise VectorError(f"{self.where} was made with another mask than {store.where(self.mask_key)}")
 
     @classmethod
     def open(cls, url: str) -> VectorFile:
@@ -205,7 +205,7 @@ class VectorFile:
     @property
     def where(self) -> str:
         """The file's path, for messages."""
-        return self.store.path(self.key)
+        return self.store.where(self.key)
 
     def values(self, start: int, stop: int) -> Tensor:
         """Stored values start..stop as float32."""

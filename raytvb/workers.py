@@ -162,7 +162,7 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
                          seed=task_seed(experiment.seed, task.name), device=device())
     except UserError as error:
         raise UserError(f"task {task.name}: {error}") from None
-    artifacts.check_finite(tuned.values, store.path(key))
+    artifacts.check_finite(tuned.values, store.where(key))
     metrics = {"steps": tuned.steps, "final_loss": tuned.final_loss, "seconds": tuned.seconds, "images": len(split),
                "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
     head = store.read(f"{prefix}/head.safetensors")
