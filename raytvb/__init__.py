@@ -1,7 +1,8 @@
 """raytvb: hundreds of fine-tunes of one model, turned into a small, searchable, mergeable task vector basis, on Ray.
 
 The pure parts need no Ray and no store: `fisher_scores`, `select_mask`, `fit_basis`, `gram_matrix`, `TaskVector`.
-They are imported at first use, so that `raytvb --help` need not wait for torch.
+`run(load_experiment("experiment.yaml"))` is `raytvb run experiment.yaml`.
+All are imported at first use, so that `raytvb --help` need not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytvb.basis import BasisFit, fit_basis
+    from raytvb.config import Experiment, load_experiment
+    from raytvb.pipeline import run
     from raytvb.talos import fisher_scores, select_mask
     from raytvb.task_vector import TaskVector
     from raytvb.vectors import gram_matrix
 
-_HOMES = {"BasisFit": "basis", "TaskVector": "task_vector", "fisher_scores": "talos", "fit_basis": "basis",
-          "gram_matrix": "vectors", "select_mask": "talos"}
-__all__ = ["BasisFit", "TaskVector", "fisher_scores", "fit_basis", "gram_matrix", "select_mask"]
+_HOMES = {"BasisFit": "basis", "Experiment": "config", "TaskVector": "task_vector", "fisher_scores": "talos",
+          "fit_basis": "basis", "gram_matrix": "vectors", "load_experiment": "config", "run": "pipeline",
+          "select_mask": "talos"}
+__all__ = ["BasisFit", "Experiment", "TaskVector", "fisher_scores", "fit_basis", "gram_matrix", "load_experiment",
+           "run", "select_mask"]
 
 
 def __getattr__(name: str) -> Any:

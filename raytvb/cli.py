@@ -326,9 +326,8 @@ def main(args: list[str] | None = None) -> int:
     """Run a command; the exit code, 0 only if all that was asked for is there."""
     arguments = sys.argv[1:] if args is None else args
     try:
-        cli.main(arguments, prog_name="raytvb", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        # Commands return nothing; click gives the code of an Exit (of --help, or a job's) as the result.
+        return int(cli.main(arguments, prog_name="raytvb", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -342,7 +341,6 @@ def main(args: list[str] | None = None) -> int:
         prefix = "" if known else f"{type(error).__name__}: "
         print(f"error: {prefix}{error}" + ("" if known else " (raytvb --debug … shows where)"), file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

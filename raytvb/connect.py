@@ -35,6 +35,8 @@ def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
             ray.init(runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Else idle workers are ended within a second of Tune's starting, and the next stage imports torch anew.
+            os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
             ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
                      logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -50,6 +52,14 @@ def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:
 def _feasible(cpus: float, gpus: float) -> bool:
     """Some node has as much in total."""
     return any(n["Alive"] and _fits(n["Resources"], cpus, gpus) for n in ray.nodes())
+
+
+def slots(experiment: Experiment) -> int:
+    """How many GPU tasks of the experiment the cluster's nodes hold at once; at least 1."""
+    asked = experiment.resources
+    wanted = {k: v for k, v in (("CPU", asked.cpus_per_task), ("GPU", asked.gpus_per_task)) if v}
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return max(1, sum(int(min(n.get(k, 0.0) / v for k, v in wanted.items()) + 1e-9) for n in nodes) if wanted else 1)
 
 
 def _counts(resources: dict[str, float]) -> str:

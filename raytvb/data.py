@@ -14,6 +14,7 @@ import os
 import posixpath
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,9 +109,19 @@ def _split_keys(store: Store) -> dict[str, list[str]]:
             for split, prefixes in PREFIXES.items()}
 
 
+@contextmanager
+def _parquet(task: TaskConfig, store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file. Raises UserError, naming task and file, for anything else."""
+    with store.fs.open(store.path(key), "rb") as file:
+        try:
+            yield pq.ParquetFile(file)
+        except pa.ArrowException as error:
+            raise UserError(f"task {task.name}: {store.where(key)} is not a whole Parquet file: {error}") from None
+        except OSError as error:  # damaged pages, or a network that may recover: worth another try
+            raise OSError(f"task {task.name}: {store.where(key)}: {error}") from error
+
+
 def _class_names(task: TaskConfig, schema: pa.Schema) -> tuple[str, ...]:
-    if task.classes is not None:
-        return task.classes
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(features[task.label_column]["names"])
@@ -127,8 +138,10 @@ def task_classes(task: TaskConfig) -> tuple[str, ...]:
     keys = [k for split in _split_keys(store).values() for k in split]
     if not keys:
         raise UserError(f"task {task.name}: no train*.parquet, val*.parquet or test*.parquet under {task.data}")
-    with store.fs.open(store.path(keys[0]), "rb") as file:
-        return _class_names(task, pq.ParquetFile(file).schema_arrow)
+    if task.classes is not None:
+        return task.classes
+    with _parquet(task, store, keys[0]) as parquet:
+        return _class_names(task, parquet.schema_arrow)
 
 
 @cache
@@ -155,8 +168,7 @@ def _decode(data: bytes | None, preprocess: Preprocess) -> np.ndarray:
 def _rows(task: TaskConfig, store: Store, keys: list[str]) -> Iterator[tuple[str, bytes | None, int]]:
     """(name of the row, encoded image, label) in file order; one row group is in memory at a time."""
     for key in keys:
-        with store.fs.open(store.path(key), "rb") as file:
-            parquet = pq.ParquetFile(file)
+        with _parquet(task, store, key) as parquet:
             missing = {task.image_column, task.label_column} - set(parquet.schema_arrow.names)
             if missing:
                 raise UserError(f"task {task.name}: {key} has no column {', '.join(sorted(missing))}; it has "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import ray
@@ -16,10 +15,10 @@ from raytvb import artifacts, records, remote, workers
 from raytvb.basis_actor import fit_candidate, load_gram
 from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.config import Experiment, TaskConfig
-from raytvb.connect import preflight
+from raytvb.connect import connect, preflight
 from raytvb.errors import UserError
 from raytvb.progress import Reporter, Stage
-from raytvb.remote import Refs
+from raytvb.remote import Evaluation, Refs
 from raytvb.report import write_report
 from raytvb.search import find_result, run_search
 from raytvb.store import Store
@@ -154,7 +153,7 @@ class Pipeline:
         if record is None:
             with self.reporter.stage("prepare", 1) as stage:
                 found: dict[str, Any] = {}
-                call = remote.task(workers.prepare_base, self.experiment).remote(self.experiment)
+                call = remote.task(workers.prepare_base, self.experiment, gpu=False).remote(self.experiment)
                 _fail("prepare", remote.collect({call: self.experiment.model.name}, lambda _, r: found.update(r)))
                 record = found
                 stage.advance(f"{record['metrics']['parameters']:,} parameters")
@@ -166,8 +165,8 @@ class Pipeline:
         identity = artifacts.mask_identity(experiment, experiment.tasks)
         if records.find(self.store, artifacts.mask_prefix(artifacts.SHARED_MASK), identity) is not None:
             return
-        score, add = (remote.array_task(f, experiment) for f in (workers.score_task, workers.add_scores))
-        select = remote.array_task(workers.select_round, experiment)
+        score = remote.array_task(workers.score_task, experiment)
+        add, select = (remote.array_task(f, experiment, gpu=False) for f in (workers.add_scores, workers.select_round))
         kept: Any = None
         with self.reporter.stage("mask", experiment.talos.rounds) as stage:
             for round_ in range(1, experiment.talos.rounds + 1):
@@ -181,7 +180,8 @@ class Pipeline:
                 _fail("mask", remote.collect(pending))
                 _fail("mask", remote.collect({selected: f"round {round_}"}))
                 stage.advance(f"round {round_} of {experiment.talos.rounds}")
-            commit = remote.task(workers.commit_shared_mask, experiment).remote(experiment, self._fingerprint, kept)
+            commit = remote.task(workers.commit_shared_mask, experiment, gpu=False).remote(
+                experiment, self._fingerprint, kept)
             _fail("mask", remote.collect({commit: "writing"}))
 
     # Basis -----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Pipeline:
         """Object references of every task's evaluation images (and the control's), made once."""
         if split not in self._splits:
             tasks = workers.all_tasks(self.experiment)
-            call = remote.array_task(workers.evaluation_split, self.experiment)
+            call = remote.array_task(workers.evaluation_split, self.experiment, gpu=False)
             refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split) for t in tasks}
             _fail("reading images", remote.collect({status: name for name, (status, _) in refs.items()}))
             self._splits[split] = tuple((name, result) for name, (_, result) in refs.items())
@@ -239,39 +239,41 @@ class Pipeline:
 
     def evaluate(self) -> bool:
         """Each result once on the test split: single models, additions, negations."""
-        candidates = self.candidates()
-        calls = self._evaluation_calls(candidates)
-        todo = {n: c for n, c in calls.items() if not self.store.exists(f"evals/{n}.parquet")}
+        todo = [e for e in self._evaluations() if not workers.has_rows(self.store, e.name)]
         if todo:
-            with self.reporter.stage("evaluate", len(todo)) as stage:
-                pending = {make(): name for name, make in todo.items()}
-                _fail("evaluate", remote.collect(pending, lambda name, _: stage.advance(name)))
+            self._prepare()
+            splits = {s: self.split_refs(s) for s in sorted({s for e in todo for s in e.splits})}
+            call = remote.task(remote.evaluate_group, self.experiment)
+            groups = remote.evaluation_groups(self.experiment, todo)
+            failed: dict[str, str] = {}
+            with self.reporter.stage("evaluate", len(groups)) as stage:
+                def done(name: str, errors: dict[str, str]) -> None:
+                    failed.update(errors)
+                    stage.advance(name)
+
+                pending = {call.remote(self.experiment, self._fingerprint, group, splits):
+                           ", ".join(e.name for e in group) for group in groups}
+                failed |= remote.collect(pending, done)
+            _fail("evaluate", failed)
         return bool(todo)
 
-    def _evaluation_calls(self, candidates: Sequence[Candidate]) -> dict[str, Callable[[], Any]]:
-        """Name of each evaluation and a function that starts it."""
-        experiment, control = self.experiment, self.experiment.evaluate.control
-        models, addition, negation = (remote.task(f, experiment) for f in (
-            remote.evaluate_models, remote.evaluate_candidate, remote.evaluate_negation))
-        calls: dict[str, Callable[[], Any]] = {
-            "models": partial(self._start, models)}
-        for candidate in candidates:
-            result = find_result(self.store, experiment, candidate)
+    def _evaluations(self) -> list[Evaluation]:
+        """All that is to be evaluated, whether done or not."""
+        control = self.experiment.evaluate.control
+        evaluations = [Evaluation("models", workers.evaluate_models, (), ("test",))]
+        for candidate in self.candidates():
+            result = find_result(self.store, self.experiment, candidate)
             if result is None:
                 raise UserError(f"{candidate.name} has not been searched: run `raytvb search` first")
-            calls[candidate.name] = partial(self._start, addition, candidate, result["coefficient"])
+            evaluations.append(Evaluation(candidate.name, workers.evaluate_candidate,
+                                          (candidate, result["coefficient"]), ("test",)))
         if control is not None:
-            for index, task in enumerate(experiment.task_names):
-                calls[f"negation-full/{task}"] = partial(self._start, negation, FULL, index, control.name, "val")
-        return calls
-
-    def _start(self, function: Any, *arguments: Any) -> Any:
-        """Start an evaluation on the test split; "val" among the arguments stands for the validation images."""
-        self._prepare()
-        given = [self.split_refs(a) if a == "val" else a for a in arguments]
-        return function.remote(self.experiment, self._fingerprint, *given, self.split_refs("test"))
+            evaluations += [Evaluation(f"negation-full/{task}", workers.evaluate_negation, (FULL, index, control.name),
+                                       ("val", "test")) for index, task in enumerate(self.experiment.task_names)]
+        return evaluations
 
 
 def run(experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None) -> None:
-    """Run stages of an experiment on the Ray that is connected (see `connect.connect`); resumes by itself."""
+    """Run stages of an experiment on the connected Ray, or that of RAY_ADDRESS, or a local one; resumes by itself."""
+    connect()
     Pipeline(experiment, reporter or Reporter()).run(stages)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,9 +14,10 @@ from raytvb import workers
 from raytvb.basis_actor import BasisBuilder
 from raytvb.candidates import Candidate
 from raytvb.config import Experiment
+from raytvb.connect import slots
 from raytvb.errors import UserError
 from raytvb.evaluate import Evaluator
-from raytvb.store import StoreKeyError
+from raytvb.store import Store, StoreKeyError
 
 Refs = tuple[tuple[str, Any], ...]  # (task, object reference of its evaluation split)
 
@@ -39,19 +41,20 @@ def _transient_to_retry(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def task(function: Callable[..., Any], experiment: Experiment, results: int = 1) -> Any:
+def task(function: Callable[..., Any], experiment: Experiment, *, gpu: bool = True, results: int = 1) -> Any:
     """`function` as a Ray task with the experiment's resources and retries; call it with `.remote(...)`.
 
-    A GPU worker ends with its task, which frees the GPU's memory; a CPU worker is reused, which saves importing torch.
+    gpu: it asks for the experiment's share of a GPU. Such a worker ends with its task: it could not move to another
+    GPU, and this frees the memory. A CPU worker is reused, which saves importing torch.
     """
     asked = experiment.resources
-    wrap = ray.remote(max_calls=1 if asked.gpus_per_task else 0, max_retries=asked.max_retries,
-                      retry_exceptions=[TransientError])
-    return wrap(_transient_to_retry(function)).options(num_cpus=asked.cpus_per_task, num_gpus=asked.gpus_per_task,
+    gpus = asked.gpus_per_task if gpu else 0.0
+    wrap = ray.remote(max_calls=1 if gpus else 0, max_retries=asked.max_retries, retry_exceptions=[TransientError])
+    return wrap(_transient_to_retry(function)).options(num_cpus=asked.cpus_per_task, num_gpus=gpus,
                                                        name=function.__name__, num_returns=results)
 
 
-def array_task(function: Callable[..., Any], experiment: Experiment) -> Any:
+def array_task(function: Callable[..., Any], experiment: Experiment, *, gpu: bool = True) -> Any:
     """Like `task`, for results that the driver must not fetch: `.remote(...)` gives (status, result) references.
 
     Getting the status raises what the task raised, and costs nothing.
@@ -60,7 +63,7 @@ def array_task(function: Callable[..., Any], experiment: Experiment) -> Any:
         return None, function(*args)
 
     call.__name__ = function.__name__
-    return task(call, experiment, results=2)
+    return task(call, experiment, gpu=gpu, results=2)
 
 
 def basis_actor(experiment: Experiment) -> Any:
@@ -113,19 +116,33 @@ def search_trial(experiment: Experiment, fingerprint: str, candidate: Candidate,
     return workers.search_candidate(experiment, candidate, evaluator(experiment, fingerprint, refs))
 
 
-def evaluate_candidate(experiment: Experiment, fingerprint: str, candidate: Candidate, chosen: Mapping[str, float],
-                       refs: Refs) -> None:
-    """`workers.evaluate_candidate` with the worker's evaluator."""
-    workers.evaluate_candidate(experiment, candidate, chosen, evaluator(experiment, fingerprint, refs))
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: its name in the store, and `function(experiment, *arguments, *evaluators)` on some splits."""
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    splits: tuple[str, ...]
 
 
-def evaluate_models(experiment: Experiment, fingerprint: str, refs: Refs) -> None:
-    """`workers.evaluate_models` with the worker's evaluator."""
-    workers.evaluate_models(experiment, evaluator(experiment, fingerprint, refs))
+def evaluate_group(experiment: Experiment, fingerprint: str, group: Sequence[Evaluation],
+                   splits: Mapping[str, Refs]) -> dict[str, str]:
+    """Evaluations one after the other with the worker's evaluators; name -> reason of those that failed."""
+    failed = {}
+    for each in group:
+        try:
+            if not workers.has_rows(Store(experiment.store), each.name):  # it has where this is a retry
+                evaluators = (evaluator(experiment, fingerprint, splits[s]) for s in each.splits)
+                each.function(experiment, *each.arguments, *evaluators)
+        except (UserError, ValueError) as error:
+            failed[each.name] = str(error)
+    return failed
 
 
-def evaluate_negation(experiment: Experiment, fingerprint: str, candidate: Candidate, index: int, control: str,
-                      validation: Refs, test: Refs) -> None:
-    """`workers.evaluate_negation` with the worker's evaluators."""
-    workers.evaluate_negation(experiment, candidate, index, control, evaluator(experiment, fingerprint, validation),
-                              evaluator(experiment, fingerprint, test))
+def evaluation_groups(experiment: Experiment, evaluations: Sequence[Evaluation]) -> list[Sequence[Evaluation]]:
+    """One a task on CPUs. A GPU task starts a process, so there two groups for each that the cluster holds at once."""
+    if not experiment.resources.gpus_per_task:
+        return [[e] for e in evaluations]
+    count = min(len(evaluations), 2 * slots(experiment))
+    return [evaluations[i::count] for i in range(count)]

@@ -18,7 +18,7 @@ from raytvb.errors import UserError
 from raytvb.evaluate import mean
 from raytvb.search import find_result
 from raytvb.store import Store
-from raytvb.workers import read_rows
+from raytvb.workers import has_rows, read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -92,7 +92,7 @@ def summarise(store: Store, experiment: Experiment) -> dict[str, Any]:
     results, rows = {}, {}
     for c in (full, *bases, *sums, *randoms):
         found = find_result(store, experiment, c)
-        if found is None or not store.exists(f"evals/{c.name}.parquet"):
+        if found is None or not has_rows(store, c.name):
             raise UserError(f"{c.name} has not been searched and evaluated yet: run `raytvb run` first")
         results[c.name], rows[c.name] = found, read_rows(store, c.name)
     stored = artifacts.stored_bytes(store, experiment, base["metrics"]["parameters"])

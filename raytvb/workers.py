@@ -253,6 +253,11 @@ def write_rows(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> No
     store.write(f"evals/{name}.parquet", buffer.getvalue())
 
 
+def has_rows(store: Store, name: str) -> bool:
+    """The evaluation has been done."""
+    return store.exists(f"evals/{name}.parquet")
+
+
 def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
     """The rows of an evaluation."""
     return pq.read_table(io.BytesIO(store.read(f"evals/{name}.parquet"))).to_pylist()

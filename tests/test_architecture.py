@@ -1,6 +1,7 @@
 """The direction of the dependencies, read from the source: every import, also those inside of functions."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("storage: files", ("store",)),
     ("storage: records", ("records",)),
     ("storage: vectors", ("vectors",)),
-    ("what the package offers without Ray", ("",)),
     ("experiment file", ("config",)),
     ("models", ("encoder",)),
     ("images", ("data",)),
@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("what is shown and handed out", ("report", "merge", "progress")),
     ("dry run", ("plan",)),
     ("Ray: pipeline", ("pipeline",)),
+    ("what the package offers", ("",)),
     ("command line", ("cli",)),
     ("python -m raytvb", ("__main__",)),
 )
@@ -134,7 +135,7 @@ def test_only_the_edge_knows_ray() -> None:
 
 def test_what_workers_run_reaches_no_ray() -> None:
     """The bodies of Ray tasks and actors, and all that they import, work where there is no Ray."""
-    reached, todo = set(), ["workers", "basis_actor", ""]
+    reached, todo = set(), ["workers", "basis_actor"]
     while todo:
         module = todo.pop()
         if module not in reached:
@@ -154,9 +155,12 @@ def test_nothing_is_unpickled(module: str) -> None:
     assert "allow_pickle" not in given
 
 
-def test_the_package_offers_modules_without_ray() -> None:
-    """The names that `import raytvb` gives at first use come from the pure parts and the vector files."""
-    assert set(raytvb._HOMES.values()) <= {*MATHS, "vectors"} and set(raytvb._HOMES) == set(raytvb.__all__)
+def test_what_the_package_offers_needs_ray_for_running_only() -> None:
+    assert set(raytvb._HOMES) == set(raytvb.__all__)
+    code = ("import sys, raytvb\nassert not {'torch', 'ray'} & set(sys.modules)\n"
+            "[getattr(raytvb, n) for n in raytvb.__all__ if n != 'run']\nassert 'ray' not in sys.modules\n"
+            "raytvb.run\nassert 'ray' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_jobs_are_thin_entry_points_of_the_command_line() -> None:

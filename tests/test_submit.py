@@ -30,7 +30,8 @@ from raytvb.submit import check_places, connect, job_environment, pack, submit
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = {
     "name": "t", "tasks": ["glyphs/greek-blur", "glyphs/latin-fog"], "talos": {"images": 32, "rounds": 1},
-    "finetune": {"epochs": 1}, "basis": {"method": "svd"}, "search": {"sizes": [1]}}
+    "finetune": {"epochs": 1}, "basis": {"method": "svd"}, "search": {"sizes": [1]},
+    "resources": {"cpus_per_task": 2}}  # one worker at a time: starting them is most of the work
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S, JOB_S = 180, 580
 
@@ -169,7 +170,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End the processes of this head: Ray ends its own on SIGTERM, and the group holds whatever is left."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
+        process.wait(5)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
