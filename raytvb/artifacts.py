@@ -16,9 +16,18 @@ from torch import Tensor
 from raytvb import records
 from raytvb.basis import BasisFit
 from raytvb.config import Experiment, TaskConfig
-from raytvb.encoder import Encoder, encoder_files, load_encoder, load_folder, load_tokenizer, zero_shot_head
+from raytvb.data import task_classes
+from raytvb.encoder import (
+    Encoder,
+    Tokenizer,
+    encoder_files,
+    load_encoder,
+    load_folder,
+    load_tokenizer,
+    zero_shot_head,
+)
 from raytvb.errors import UserError
-from raytvb.store import Store
+from raytvb.store import Store, StoreKeyError
 from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet
 
 EXPERIMENT = "experiment.yaml"
@@ -108,17 +117,27 @@ def write_base(store: Store, experiment: Experiment, classes: Mapping[str, Seque
     tokenizer = load_tokenizer(experiment.model)
     control = experiment.evaluate.control
     for task in (*experiment.tasks, *([control] if control else [])):
-        head = zero_shot_head(encoder, tokenizer, classes[task.name], task.prompts)
-        store.write(head_key(experiment, task), save({"head": head.contiguous()}))
+        write_head(store, experiment, task, encoder, tokenizer, classes[task.name])
     sizes = {"parameters": sum(t.numel() for t in encoder.visual_state().values())}
     return records.commit(store, BASE, identity=base_identity(experiment), metrics=sizes,
                           files=encoder_files(encoder, experiment.model),
                           parents={"fingerprint": encoder.fingerprint()})
 
 
-def load_head(store: Store, key: str) -> Tensor:
-    """A zero-shot head (C, E) float32."""
-    return load(store.read(key))["head"]
+def write_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: Encoder, tokenizer: Tokenizer,
+               classes: Sequence[str]) -> Tensor:
+    """Make and store the zero-shot head (C, E) float32 of a task."""
+    head = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
+    store.write(head_key(experiment, task), save({"head": head}))
+    return head
+
+
+def load_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: Encoder) -> Tensor:
+    """The zero-shot head (C, E) float32 of a task; made again where its folder was deleted."""
+    try:
+        return load(store.read(head_key(experiment, task)))["head"]
+    except StoreKeyError:
+        return write_head(store, experiment, task, encoder, load_tokenizer(experiment.model), task_classes(task))
 
 
 class Mirror:

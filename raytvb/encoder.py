@@ -25,6 +25,7 @@ from raytvb.errors import UserError
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "model.safetensors"
 VISUAL = "visual."
+Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def encoder_files(encoder: Encoder, source: ModelConfig) -> dict[str, bytes]:
     return files
 
 
-def load_tokenizer(config: ModelConfig) -> Callable[[Sequence[str]], Tensor]:
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer; a BPE file named in the configuration is looked for in the model's own folder."""
     source = model_source(config)
     options: dict[str, Any] = {}
@@ -165,7 +166,7 @@ def load_tokenizer(config: ModelConfig) -> Callable[[Sequence[str]], Tensor]:
 
 
 @torch.no_grad()
-def zero_shot_head(encoder: Encoder, tokenizer: Callable[[Sequence[str]], Tensor], classes: Sequence[str],
+def zero_shot_head(encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str],
                    templates: Sequence[str]) -> Tensor:
     """Text embeddings of the classes (C, E) float32: mean over templates of unit vectors, made unit length, times the
     logit scale, so that logits are unit image features @ head.T."""

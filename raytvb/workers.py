@@ -75,7 +75,7 @@ def prepare_base(experiment: Experiment) -> dict[str, Any]:
 def _classifier(experiment: Experiment, fingerprint: str, task: TaskConfig) -> tuple[ImageClassifier, Preprocess]:
     """A fresh copy of the pretrained tower with the task's head."""
     encoder = artifacts.base_encoder(experiment.store, fingerprint)
-    head = artifacts.load_head(Store(experiment.store), artifacts.head_key(experiment, task))
+    head = artifacts.load_head(Store(experiment.store), experiment, task, encoder)
     model: Any = encoder.model
     return ImageClassifier(copy.deepcopy(model.visual), head).eval(), encoder.preprocess
 
@@ -183,7 +183,7 @@ def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str
     """An evaluator over the given splits, whose directions have the coordinates of the experiment's vectors."""
     encoder, store = artifacts.base_encoder(experiment.store, fingerprint), Store(experiment.store)
     named = {t.name: t for t in all_tasks(experiment)}
-    heads = {n: artifacts.load_head(store, artifacts.head_key(experiment, named[n])) for n in arrays}
+    heads = {n: artifacts.load_head(store, experiment, named[n], encoder) for n in arrays}
     # Arrays from Ray's object store are read-only; tensors over them are only read here.
     splits = {n: Split(_tensor(a["images"]), _tensor(a["labels"]), tuple(a["classes"])) for n, a in arrays.items()}
     vectors = artifacts.vector_set(experiment.store, experiment.task_names)

@@ -144,7 +144,7 @@ def test_ae_reaches_a_reachable_floor(kind: str, tasks: int, size: int) -> None:
 
 
 def test_ae_with_many_tasks() -> None:
-    fit = fit_basis(gram("clustered", 200), 50)
+    fit = fit_basis(gram("clustered", 100), 25)
     assert fit.loss <= 1.002 * fit.floor and fit.condition <= 1e4
 
 

@@ -201,25 +201,28 @@ def head() -> Iterator[Head]:
 
 
 @pytest.mark.ray
-def test_submit_runs_the_pipeline(head, tmp_path):
-    done = head.submit(write_experiment(tmp_path), AWS_REGION="us-west-2", HF_HOME=str(tmp_path / "hf"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stderr
-    assert "right only for one node" in done.stderr
-    summary = json.loads((tmp_path / "store" / "report" / "summary.json").read_text())
-    assert sorted(summary["tasks"]) == sorted(EXPERIMENT["tasks"])
-
-
-@pytest.mark.ray
-def test_ray_job_submit_runs_the_pipeline(head, tmp_path):
-    folder = tmp_path / "work"
+def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
+    folder, store = tmp_path / "work", tmp_path / "store"
     folder.mkdir()
-    pack(write_experiment(tmp_path), folder)
+    experiment = write_experiment(tmp_path)
+    pack(experiment, folder)
     shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
     done = head.call(RAY, "job", "submit", "--address", head.address, "--working-dir", str(folder), "--",
                      "python", "jobs/pipeline.py", "experiment.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "store" / "report" / "summary.json").is_file()
+    summary = json.loads((store / "report" / "summary.json").read_text())
+    assert sorted(summary["tasks"]) == sorted(EXPERIMENT["tasks"])
+    vector = store / "vectors" / EXPERIMENT["tasks"][0]
+    before = (vector / "vector.safetensors").read_bytes()
+    for path in (vector, store / "evals", store / "report"):  # what the second job finds missing, it makes again
+        shutil.rmtree(path)
+    done = head.submit(experiment, AWS_REGION="us-west-2", HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stderr
+    assert "right only for one node" in done.stderr
+    assert (vector / "vector.safetensors").read_bytes() == before
+    again = json.loads((store / "report" / "summary.json").read_text())
+    assert again["addition"] == summary["addition"] and again["negation"] == summary["negation"]
 
 
 @pytest.mark.ray
