@@ -178,6 +178,11 @@ def report(file: Path, store: str | None) -> None:
     print(f"Report: {target.where(artifacts.REPORT)}")
 
 
+def _wide_console(least: int) -> Console:
+    """Standard output with room for a table: in a log there is no terminal whose width would be known."""
+    return Console(width=max(least, Console().width), highlight=False)
+
+
 def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
     parsed = []
     for value in values:
@@ -241,7 +246,7 @@ def list_store(store: str) -> None:
             table.add_row(key.removesuffix(f"/{records.RECORD}"), format_bytes(size), details)
     if not table.row_count:
         raise UserError(f"{target.url} holds no experiment yet")
-    Console(soft_wrap=True).print(table, markup=False)
+    _wide_console(160).print(table, markup=False)
 
 
 @cli.command()
@@ -293,10 +298,10 @@ def list_tasks() -> None:
 def print_summary(summary: dict[str, Any]) -> None:
     """The results as a table on standard output."""
     from raytvb.evaluate import mean
-    from raytvb.report import format_bytes, headline
+    from raytvb.report import format_bytes, headline, subset_sizes
 
     figures, chosen = headline(summary), summary["chosen"]["name"]
-    sizes = list(summary["addition"]["full"]["subsets"])
+    sizes = subset_sizes(summary)
     table = Table(title="Test accuracy, %: tasks added from …", title_justify="left")
     for column in ("vectors", "error", f"all {len(summary['tasks'])}", *(f"{s} added" for s in sizes[:-1]), "subsets",
                    "bytes"):
@@ -308,8 +313,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         overall = f"{100 * mean(list(entry['subsets'].values())):.1f}" if len(entry["subsets"]) == len(sizes) else "–"
         table.add_row(f"{name} *" if name == chosen else name, f"{entry['relative_error']:.3f}",
                       f"{100 * entry['mean']:.1f}", *parts, overall, format_bytes(entry["stored_bytes"]))
-    console = Console(width=max(110, Console().width), highlight=False)
-    console.print(table)
+    _wide_console(110).print(table)
     print(f"* chosen on validation data. zero-shot {100 * figures['zero_shot']:.1f}, fine-tuned "
           f"{100 * figures['fine_tuned']:.1f}, all tasks added {100 * figures['full']:.1f} "
           f"({100 * (figures['full'] - figures['zero_shot']):+.1f} points to zero-shot)")

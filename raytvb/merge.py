@@ -67,7 +67,7 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
             raise UserError(f"{store.url} has no basis {source!r}; it has {', '.join(there) or 'none'}, and `full`")
         method, size = source.rsplit("-m", 1)
         names = record["metrics"]["tasks"]
-        _check(tasks, names)
+        _check(store, tasks, names)
         vectors, table = artifacts.basis_set(store.url, method, int(size)), artifacts.load_coefficients(
             store, method, int(size))[1]
         columns = [names.index(t) for t in tasks]
@@ -87,13 +87,15 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
     return {"source": source, "coefficient": alpha, "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
 
 
-def _check(tasks: Mapping[str, float], names: list[str]) -> None:
+def _check(store: Store, tasks: Mapping[str, float], names: list[str]) -> None:
     unknown = [t for t in tasks if t not in names]
+    if not names:
+        raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
     if unknown:
         raise UserError(f"no task vector of {', '.join(unknown)}; there are {', '.join(names)}")
 
 
 def _known(store: Store, tasks: Mapping[str, float]) -> bool:
     keys = (k for k in store.keys("vectors") if k.endswith("/vector.safetensors"))
-    _check(tasks, [k.removeprefix("vectors/").removesuffix("/vector.safetensors") for k in keys])
+    _check(store, tasks, [k.removeprefix("vectors/").removesuffix("/vector.safetensors") for k in keys])
     return True

@@ -42,13 +42,28 @@ def versions() -> dict[str, str]:
 
 
 def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
-    """Fields in which two identities differ, one line each: `field: stored x, asked for y`."""
+    """Fields in which two identities differ, one line each: `field: stored x, asked for y`.
+
+    In lists of things with a `name` (tasks) the things are compared by it, and then their order.
+    """
     if isinstance(stored, dict) and isinstance(asked, dict):
         lines = []
         for key in sorted(stored.keys() | asked.keys()):
             lines += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
         return lines
+    ours, theirs = _by_name(stored), _by_name(asked)
+    if ours and theirs and stored != asked:
+        only = [f"{path}: {', '.join(n for n in left if n not in right)} {where}" for left, right, where in (
+            (ours, theirs, "stored only"), (theirs, ours, "asked for only")) if left.keys() - right.keys()]
+        shared = [d for n in ours if n in theirs for d in differences(ours[n], theirs[n], f"{path}[{n}]")]
+        return only + shared or [f"{path}: stored in the order {', '.join(ours)}, asked for {', '.join(theirs)}"]
     return [] if stored == asked else [f"{path}: stored {stored!r}, asked for {asked!r}"]
+
+
+def _by_name(value: Any) -> dict[str, Any]:
+    """A list of things with names as a dictionary; empty for anything else."""
+    named = isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value)
+    return {v["name"]: v for v in value} if named else {}
 
 
 def find(store: Store, prefix: str, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

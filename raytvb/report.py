@@ -49,6 +49,11 @@ def _bases(summary: Summary) -> dict[str, dict[int, tuple[str, Mapping[str, Any]
     return {m: dict(sorted(sizes.items())) for m, sizes in found.items()}
 
 
+def subset_sizes(summary: Summary) -> list[str]:
+    """Numbers of tasks added, as keys of `subsets`, rising; the last is that of all tasks."""
+    return sorted(summary["addition"]["full"]["subsets"], key=int)
+
+
 def plot_error(summary: Summary) -> str:
     """Relative reconstruction error over M, one line a method."""
     def draw(axes: Axes) -> None:
@@ -62,16 +67,15 @@ def plot_error(summary: Summary) -> str:
 def plot_subsets(summary: Summary) -> str:
     """Accuracy of additions by the number of tasks added."""
     def draw(axes: Axes) -> None:
-        largest = {m: max(s) for m, s in _bases(summary).items()}
+        sizes, largest = subset_sizes(summary), {m: max(s) for m, s in _bases(summary).items()}
         shown = ["full", *(f"{m}-m{s}" for m, s in largest.items())]
         lines = {n: summary["addition"][n] for n in shown} | dict(summary["random_subset"])
         for name, entry in lines.items():
             style = "k-" if name == "full" else (":" if name in summary["random_subset"] else "o-")
-            sizes = [int(s) for s in entry["subsets"]]
-            axes.plot(sizes, [100 * a for a in entry["subsets"].values()], style, label=name)
+            there = [s for s in sizes if s in entry["subsets"]]
+            axes.plot([int(s) for s in there], [100 * entry["subsets"][s] for s in there], style, label=name)
         axes.set(xlabel="tasks added", ylabel="mean test accuracy, %", xscale="log")
-        axes.set_xticks([int(s) for s in summary["addition"]["full"]["subsets"]],
-                        list(summary["addition"]["full"]["subsets"]), minor=False)
+        axes.set_xticks([int(s) for s in sizes], sizes, minor=False)
         axes.minorticks_off()
         axes.legend(fontsize="small")
     return _svg(draw)
@@ -155,6 +159,7 @@ def render(summary: Summary, name: str, history: list[dict[str, Any]]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     environment.filters["bytes"] = format_bytes
+    environment.globals["subset_sizes"] = subset_sizes(summary)
     environment.globals["mean"] = lambda values: mean(list(values))
     template = environment.from_string((files("raytvb") / "report.html.j2").read_text(encoding="utf-8"))
     plots = {"error": plot_error(summary), "subsets": plot_subsets(summary), "tasks": plot_tasks(summary),

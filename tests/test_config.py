@@ -263,3 +263,13 @@ def test_half_and_quarter_are_at_least_one() -> None:
     assert [quarter(t) for t in (1, 2, 3, 6, 8, 264)] == [1, 1, 1, 2, 2, 66]
 
 
+
+
+def test_differing_lists_of_tasks_are_compared_by_name() -> None:
+    a, b, c = ({"name": n, "data": None} for n in "abc")
+    assert records.differences({"tasks": [a, b]}, {"tasks": [a, c]}) == [
+        "tasks: b stored only", "tasks: c asked for only"]
+    assert records.differences({"tasks": [a, b]}, {"tasks": [a, {**b, "data": "x"}]}) == [
+        "tasks[b].data: stored None, asked for 'x'"]
+    assert records.differences({"tasks": [a, b]}, {"tasks": [b, a]}) == [
+        "tasks: stored in the order a, b, asked for b, a"]

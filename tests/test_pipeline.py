@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from raytvb.cli import main
+from raytvb.cli import main, print_summary
 from raytvb.evaluate import task_subsets
 from raytvb.store import Store
 
@@ -67,7 +70,8 @@ def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
     for name, entry in summary["addition"].items():
         assert set(entry["per_task"]) == set(TASKS)
         assert entry["mean"] == pytest.approx(sum(entry["per_task"].values()) / len(TASKS))
-        assert set(entry["subsets"]) == set(entry["coefficient"]) == ({str(len(TASKS))} if name.endswith("-sum") else sizes)
+        expected = {str(len(TASKS))} if name.endswith("-sum") else sizes
+        assert set(entry["subsets"]) == set(entry["coefficient"]) == expected
         assert entry["subsets"][str(len(TASKS))] == pytest.approx(entry["mean"])
     for method in ("ae-anchored", "svd"):
         errors = [summary["addition"][f"{method}-m{s}"]["relative_error"] for s in (1, 2)]
@@ -251,6 +255,34 @@ def test_a_failing_task_is_named_and_the_rest_is_kept(ray_cluster: None, tmp_pat
     assert store.exists(f"vectors/{TASKS[0]}/record.json")
 
 
+def kill_one_worker(title: str, patience_s: float = 60) -> None:
+    """SIGKILL the first process of this test's own Ray that shows the title (`ray::` and the name of its task)."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if child.cmdline()[:1] == [title]:
+                    child.kill()
+                    return
+        time.sleep(0.05)
+    raise AssertionError(f"no process {title}")
+
+
+def test_a_worker_that_dies_is_replaced_as_often_as_allowed(finished: tuple[Path, Store], tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]):
+    _, reference = finished
+    store = Store(str(tmp_path / "store"))
+    for retries, code in ((0, 1), (1, 0)):
+        file = write_experiment(tmp_path, store.url, resources={"max_retries": retries})
+        with ThreadPoolExecutor() as threads:
+            killed = threads.submit(kill_one_worker, "ray::finetune_task")
+            assert main(["finetune", str(file)]) == code
+            killed.result()
+        message = capsys.readouterr().err
+        assert ("finetune failed for 1 of its parts, the rest is done and kept" in message) == (retries == 0)
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+
+
 def start(file: Path, cache: str) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": cache}
     return subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"], env=environment,
@@ -326,3 +358,15 @@ def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
     assert all(n["control_validation_after"] >= 0.95 * n["control_validation_before"] for n in negation)
     assert summary["stored_bytes"]["vectors"] + summary["stored_bytes"]["masks"] <= 0.12 * summary["stored_bytes"][
         "dense_fp32"]
+
+
+def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(capsys: pytest.CaptureFixture[str]):
+    subsets = {"1": 0.8, "16": 0.5, "4": 0.7, "8": 0.6}  # as JSON with sorted keys gives them back
+    entry = {"merge": "decoded", "relative_error": 0.0, "stored_bytes": 1, "mean": 0.5, "subsets": subsets}
+    tasks = {f"t{i}": 0.4 for i in range(16)}
+    print_summary({"tasks": list(tasks), "zero_shot": tasks, "fine_tuned": tasks, "addition": {"full": entry},
+                   "random_subset": {}, "negation": {}, "chosen": {"name": "full"},
+                   "stored_bytes": {"vectors": 1, "masks": 1, "dense_fp32": 100}})
+    head, row = (line for line in capsys.readouterr().out.splitlines() if "vectors" in line[:12] or "full" in line[:12])
+    assert [c.strip() for c in head.split("┃")[3:-2]] == ["all 16", "1 added", "4 added", "8 added", "subsets"]
+    assert [c.strip() for c in row.split("│")[3:-2]] == ["50.0", "80.0", "70.0", "60.0", "65.0"]
