@@ -65,6 +65,10 @@ def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], co
     Deterministic on a CPU for a given seed. Raises UserError at the first loss that is not finite, naming the step.
     """
     classifier.to(device).train()
+    for module in classifier.modules():
+        # Running statistics are no parameters: what they learned would be missing from the task vector.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     parameters = dict(classifier.named_parameters())
     optimizer = MaskedAdamW(parameters, mask, lr=0.0, weight_decay=config.weight_decay)
     before = optimizer.values.detach().clone()

@@ -48,7 +48,8 @@ class MaskedAdamW:
 
     def step(self, lr: float, clip: float | None = None) -> float:
         """One update from the parameters' gradients, which it then frees. Returns the norm of the kept gradients."""
-        gradients = [p.grad.reshape(-1)[i].float() for p, i in self._entries if p.grad is not None]
+        gradients = [torch.zeros_like(i, dtype=torch.float32) if p.grad is None else p.grad.reshape(-1)[i].float()
+                     for p, i in self._entries]  # None: the forward pass did not use this one
         self.values.grad = torch.cat(gradients)
         norm = self.values.grad.norm()
         if clip is not None:

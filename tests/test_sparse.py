@@ -236,3 +236,22 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
 def test_a_task_has_a_seed_of_its_own() -> None:
     seeds = {task_seed(s, n) for s in range(5) for n in ("glyphs/greek-blur", "glyphs/latin-fog", "mnist")}
     assert len(seeds) == 15 and task_seed(0, "mnist") == task_seed(0, "mnist")
+
+
+def test_running_statistics_are_left_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    trained(net, full_mask(net))
+    assert before and all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+
+def test_a_kept_parameter_that_the_forward_pass_does_not_use_only_decays() -> None:
+    net = toy_net()
+    net.register_parameter("spare", nn.Parameter(torch.ones(3)))
+    optimizer = MaskedAdamW(dict(net.named_parameters()), full_mask(net), lr=0.1, weight_decay=0.1)
+    loss_before = net(torch.ones(2, 3, 4, 4)).square().sum()
+    loss_before.backward()
+    optimizer.step(0.1)
+    torch.testing.assert_close(net.spare.detach(), torch.full((3,), 0.99))
+    assert not torch.equal(net[4].bias, toy_net()[4].bias)
