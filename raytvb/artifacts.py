@@ -27,6 +27,7 @@ from raytvb.encoder import (
     zero_shot_head,
 )
 from raytvb.errors import UserError
+from raytvb.finetune import Checkpoint
 from raytvb.store import Store, StoreKeyError
 from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet
 
@@ -195,6 +196,38 @@ def write_mask(store: Store, experiment: Experiment, mask_id: str, tasks: Sequen
     metrics = {"kept": mask.kept, "total": len(mask.bits)}
     records.commit(store, mask_prefix(mask_id), identity=mask_identity(experiment, tasks), metrics=metrics,
                    files={"mask.safetensors": mask.to_bytes()}, parents={"mask": mask.fingerprint})
+
+
+def checkpoint_prefix(task: str) -> str:
+    """Folder of a fine-tune that has not ended."""
+    return f"{vector_prefix(task)}/checkpoint"
+
+
+def write_checkpoint(store: Store, experiment: Experiment, task: TaskConfig, checkpoint: Checkpoint) -> None:
+    """Keep a fine-tune's latest checkpoint; the one before goes when this one is whole."""
+    prefix, name = checkpoint_prefix(task.name), f"step-{checkpoint.step:07d}.safetensors"
+    metrics = {"step": checkpoint.step, "loss": checkpoint.loss, "seconds": checkpoint.seconds}
+    records.commit(store, prefix, identity=vector_identity(experiment, task), metrics=metrics,
+                   files={name: save(checkpoint.tensors)})
+    for key in store.keys(prefix):
+        if key not in (f"{prefix}/{name}", f"{prefix}/{records.RECORD}"):
+            store.delete(key)
+
+
+def load_checkpoint(store: Store, experiment: Experiment, task: TaskConfig) -> Checkpoint | None:
+    """The checkpoint to go on from; None where there is none that is whole."""
+    prefix = checkpoint_prefix(task.name)
+    record = records.find(store, prefix, vector_identity(experiment, task))
+    if record is None:
+        return None
+    (name, info), = record["files"].items()
+    try:
+        data = store.read(f"{prefix}/{name}")
+    except StoreKeyError:
+        return None
+    if records.FileInfo.of(data) != records.FileInfo(info["sha256"], info["size"]):
+        return None
+    return Checkpoint(**record["metrics"], tensors=load(data))
 
 
 def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:

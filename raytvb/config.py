@@ -153,6 +153,7 @@ class ResourceConfig(_Frozen):
     cpus_per_task: float = Field(1.0, ge=0.0)
     gpus_per_task: float = Field(0.0, ge=0.0)
     max_retries: int = Field(20, ge=0, description="restarts of a task whose worker or node died")
+    checkpoint_s: float = Field(300.0, gt=0.0, description="seconds between checkpoints of a fine-tune")
     concurrent_trials: int = Field(0, ge=0, description="0: as many as the cluster has room for")
     wait_s: float = Field(0.0, ge=0.0, description="how long to wait for an autoscaler to bring what is asked for")
 

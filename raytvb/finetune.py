@@ -32,6 +32,16 @@ class Finetuned:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A fine-tune after `step` steps, the last of them with `loss`, `seconds` after its start; CPU tensors."""
+
+    step: int
+    loss: float
+    seconds: float
+    tensors: dict[str, Tensor]
+
+
 def task_seed(seed: int, name: str) -> int:
     """A seed of the task's own, from the experiment's seed and the task's name: independent of the other tasks."""
     return zlib.crc32(f"{seed}/{name}".encode())
@@ -58,11 +68,13 @@ def batches(count: int, batch_size: int, steps: int, generator: torch.Generator)
 
 
 def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], config: FinetuneConfig,
-             preprocess: Preprocess, *, seed: int, device: torch.device,
-             progress: Callable[[int, int], None] | None = None) -> Finetuned:
+             preprocess: Preprocess, *, seed: int, device: torch.device, start: Checkpoint | None = None,
+             save: Callable[[Checkpoint], None] | None = None, save_every_s: float = math.inf) -> Finetuned:
     """Train the entries that `mask` keeps (name -> bool tensor, one a parameter); the classifier is changed in place.
 
-    Deterministic on a CPU for a given seed. Raises UserError at the first loss that is not finite, naming the step.
+    Deterministic on a CPU for a given seed, also where it goes on from a checkpoint (`start`) of the same fine-tune.
+    `save` gets one every `save_every_s` seconds, at the end of a step. Torch's global generator is seeded, for dropout.
+    Raises UserError at the first loss that is not finite, naming the step.
     """
     classifier.to(device).train()
     for module in classifier.modules():
@@ -74,18 +86,40 @@ def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], co
     before = optimizer.values.detach().clone()
     steps = max(1, round(config.epochs * math.ceil(len(split) / config.batch_size)))
     generator = torch.Generator().manual_seed(seed)
-    started, loss = time.perf_counter(), torch.tensor(float("nan"))
+    torch.manual_seed(seed)
+    first, loss, before_s = 0, math.nan, 0.0
+    if start is not None:
+        optimizer.load_state({n: t for n, t in start.tensors.items() if not n.startswith("rng")})
+        _restore_rng(start.tensors)
+        first, loss, before_s = start.step, start.loss, start.seconds
+    started = saved = time.perf_counter()
     for step, indices in enumerate(batches(len(split), config.batch_size, steps, generator)):
+        if step < first:
+            continue
         images = preprocess.normalise(split.images[indices].to(device))
-        loss = nn.functional.cross_entropy(classifier(images), split.labels[indices].to(device))
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})")
-        loss.backward()
+        error = nn.functional.cross_entropy(classifier(images), split.labels[indices].to(device))
+        loss = error.item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})")
+        error.backward()
         optimizer.step(learning_rate(step, steps, config), config.clip)
-        if progress is not None:
-            progress(step + 1, steps)
+        now = time.perf_counter()
+        if save is not None and now - saved >= save_every_s:
+            save(Checkpoint(step + 1, loss, before_s + now - started, optimizer.state() | _rng_state(device)))
+            saved = time.perf_counter()
     kept = {n: mask[n] for n in sorted(mask)}
     parts = (optimizer.values.detach() - before).cpu().split([int(m.sum()) for m in kept.values()])
     dense = all(bool(m.all()) for m in kept.values())
     values = {n: p.view(m.shape) if dense else p for (n, m), p in zip(kept.items(), parts, strict=True)}
-    return Finetuned(values, steps, loss.item(), time.perf_counter() - started)
+    return Finetuned(values, steps, loss, before_s + time.perf_counter() - started)
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"rng": torch.get_rng_state()}
+    return state | ({"rng_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore_rng(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng_cuda"])

@@ -46,6 +46,29 @@ class MaskedAdamW:
         self._optimizer = torch.optim.AdamW([self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
                                             fused=True)
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, as CPU tensors: kept values (K,), AdamW's moments (K,) and step count."""
+        found = {"values": self.values.detach(), **self._optimizer.state[self.values]}
+        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` of the same mask, parameters included. Raises ValueError where it has another size."""
+        if state["values"].shape != self.values.shape:
+            raise ValueError(f"{len(state['values'])} kept entries in the state, {len(self.values)} in the mask")
+        with torch.no_grad():
+            self.values.copy_(state["values"])
+        moments = {n: t.clone() for n, t in state.items() if n != "values"}
+        self._optimizer.load_state_dict({"state": {0: moments}, "param_groups":
+                                         self._optimizer.state_dict()["param_groups"]})
+        self._scatter()
+
+    @torch.no_grad()
+    def _scatter(self) -> None:
+        """Write the kept values into the parameters."""
+        sizes = [len(i) for _, i in self._entries]
+        for (parameter, indices), values in zip(self._entries, self.values.split(sizes), strict=True):
+            parameter.view(-1)[indices] = values.to(parameter.dtype)
+
     def step(self, lr: float, clip: float | None = None) -> float:
         """One update from the parameters' gradients, which it then frees. Returns the norm of the kept gradients."""
         gradients = [torch.zeros_like(i, dtype=torch.float32) if p.grad is None else p.grad.reshape(-1)[i].float()
@@ -57,9 +80,7 @@ class MaskedAdamW:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        with torch.no_grad():
-            sizes = [len(i) for _, i in self._entries]
-            for (parameter, indices), values in zip(self._entries, self.values.split(sizes), strict=True):
-                parameter.view(-1)[indices] = values.to(parameter.dtype)
-                parameter.grad = None
+        self._scatter()
+        for parameter, _ in self._entries:
+            parameter.grad = None
         return float(norm)

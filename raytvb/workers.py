@@ -135,7 +135,7 @@ def own_mask(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Mask
 
 
 def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> dict[str, Any]:
-    """Fine-tune one task and commit its vector, then its record, which is returned."""
+    """Fine-tune one task, from its checkpoint if it has one, and commit its vector; returns the record."""
     worker_setup()
     store, prefix = Store(experiment.store), artifacts.vector_prefix(task.name)
     identity = artifacts.vector_identity(experiment, task)
@@ -159,7 +159,10 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
     split = load_split(task, "train", preprocess)
     try:
         tuned = finetune(classifier, split, tensors, experiment.finetune, preprocess,
-                         seed=task_seed(experiment.seed, task.name), device=device())
+                         seed=task_seed(experiment.seed, task.name), device=device(),
+                         start=artifacts.load_checkpoint(store, experiment, task),
+                         save=partial(artifacts.write_checkpoint, store, experiment, task),
+                         save_every_s=experiment.resources.checkpoint_s)
     except UserError as error:
         raise UserError(f"task {task.name}: {error}") from None
     artifacts.check_finite(tuned.values, store.where(key))
@@ -167,8 +170,10 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
                "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
     head = store.read(f"{prefix}/head.safetensors")
     files = {"vector.safetensors": vector_bytes(tuned.values, info)}
-    return records.commit(store, prefix, identity=identity, files=files,
-                          written={"head.safetensors": records.FileInfo.of(head)}, parents=parents, metrics=metrics)
+    record = records.commit(store, prefix, identity=identity, files=files,
+                            written={"head.safetensors": records.FileInfo.of(head)}, parents=parents, metrics=metrics)
+    store.delete(artifacts.checkpoint_prefix(task.name))
+    return record
 
 
 def evaluation_split(experiment: Experiment, fingerprint: str, task: TaskConfig, split: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from raytvb import artifacts, workers
 from raytvb.cli import main, print_summary
+from raytvb.config import load_experiment
 from raytvb.evaluate import task_subsets
 from raytvb.store import Store
 
@@ -255,6 +257,35 @@ def test_a_failing_task_is_named_and_the_rest_is_kept(ray_cluster: None, tmp_pat
     assert store.exists(f"vectors/{TASKS[0]}/record.json")
 
 
+def test_a_fine_tune_goes_on_from_its_checkpoint(finished: tuple[Path, Store], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch, suite_cache: str):
+    file, reference = finished
+    store = Store(str(tmp_path / "store"))
+    for key in reference.keys():
+        if not key.startswith(f"vectors/{TASKS[0]}/"):
+            reference.download(key, store.path(key))
+    experiment = load_experiment(file, {"store": store.url, "resources": {"checkpoint_s": 1e-9}})
+    fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
+    steps: list[int] = []
+    write = artifacts.write_checkpoint
+
+    def stops_at_twelve(*arguments: Any) -> None:
+        write(*arguments)
+        steps.append(arguments[-1].step)
+        if len(steps) == 12:
+            raise RuntimeError("the machine went away")
+
+    monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
+    monkeypatch.setattr(artifacts, "write_checkpoint", stops_at_twelve)
+    with pytest.raises(RuntimeError, match="went away"):
+        workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+    assert len(store.keys(f"vectors/{TASKS[0]}/checkpoint")) == 2  # the latest and its record
+    record = workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+    assert steps == list(range(1, record["metrics"]["steps"] + 1))
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+    assert store.keys(f"vectors/{TASKS[0]}/checkpoint") == []
+
+
 def kill_one_worker(title: str, patience_s: float = 60) -> None:
     """SIGKILL the first process of this test's own Ray that shows the title (`ray::` and the name of its task)."""
     deadline = time.monotonic() + patience_s
@@ -273,13 +304,14 @@ def test_a_worker_that_dies_is_replaced_as_often_as_allowed(finished: tuple[Path
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     for retries, code in ((0, 1), (1, 0)):
-        file = write_experiment(tmp_path, store.url, resources={"max_retries": retries})
+        file = write_experiment(tmp_path, store.url, resources={"max_retries": retries, "checkpoint_s": 0.1})
         with ThreadPoolExecutor() as threads:
             killed = threads.submit(kill_one_worker, "ray::finetune_task")
             assert main(["finetune", str(file)]) == code
             killed.result()
         message = capsys.readouterr().err
         assert ("finetune failed for 1 of its parts, the rest is done and kept" in message) == (retries == 0)
+    assert not any("checkpoint" in key for key in store.keys("vectors"))
     assert vector_bytes(store.url) == vector_bytes(reference.url)
 
 

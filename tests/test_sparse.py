@@ -12,7 +12,7 @@ from raytvb.config import FinetuneConfig
 from raytvb.data import Split
 from raytvb.encoder import Preprocess
 from raytvb.errors import UserError
-from raytvb.finetune import Finetuned, batches, finetune, learning_rate, task_seed
+from raytvb.finetune import Checkpoint, Finetuned, batches, finetune, learning_rate, task_seed
 from raytvb.sparse import MaskedAdamW, pack_bits, unpack_bits
 
 CPU = torch.device("cpu")
@@ -180,12 +180,9 @@ def loss_of(net: nn.Module) -> float:
 def test_finetuning_lowers_the_loss_and_returns_the_kept_differences() -> None:
     net = toy_net()
     before, mask = copy.deepcopy(net), random_mask(net)
-    seen: list[tuple[int, int]] = []
-    config = FinetuneConfig(epochs=5, batch_size=16, lr=1e-2)
-    result = finetune(net, toy_split(), mask, config, PREPROCESS, seed=0, device=CPU,
-                      progress=lambda step, steps: seen.append((step, steps)))
+    result = trained(net, mask)
     assert loss_of(net) < 0.7 * loss_of(before)
-    assert result.steps == 20 and seen == [(s, 20) for s in range(1, 21)]
+    assert result.steps == 20
     assert math.isfinite(result.final_loss) and result.seconds > 0
     assert result.values.keys() == mask.keys()
     for name, parameter in net.named_parameters():
@@ -255,3 +252,37 @@ def test_a_kept_parameter_that_the_forward_pass_does_not_use_only_decays() -> No
     optimizer.step(0.1)
     torch.testing.assert_close(net.spare.detach(), torch.full((3,), 0.99))
     assert not torch.equal(net[4].bias, toy_net()[4].bias)
+
+
+def test_a_fine_tune_goes_on_from_any_checkpoint_to_the_same_bits() -> None:
+    def net_with_dropout() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.Dropout(0.3), nn.Linear(16, 3))
+
+    config, mask = FinetuneConfig(epochs=5, batch_size=16, lr=1e-2), random_mask(net_with_dropout())
+
+    def run(net: nn.Module, saved: list[Checkpoint], start: Checkpoint | None = None) -> Finetuned:
+        return finetune(net, toy_split(), mask, config, PREPROCESS, seed=3, device=CPU, start=start,
+                        save=saved.append, save_every_s=0.0)
+
+    whole_net, all_saved = net_with_dropout(), list[Checkpoint]()
+    whole = run(whole_net, all_saved)
+    assert [c.step for c in all_saved] == list(range(1, 21))
+    for checkpoint in (all_saved[0], all_saved[6], all_saved[18], all_saved[19]):
+        torch.manual_seed(99)
+        net, saved = net_with_dropout(), list[Checkpoint]()
+        rest = run(net, saved, checkpoint)
+        assert [c.step for c in saved] == list(range(checkpoint.step + 1, 21))
+        assert all(torch.equal(rest.values[n], whole.values[n]) for n in mask)
+        assert all(torch.equal(p, whole_net.get_parameter(n)) for n, p in net.named_parameters())
+        assert (rest.steps, rest.final_loss) == (20, whole.final_loss)
+
+
+def test_a_checkpoint_of_another_mask_is_refused() -> None:
+    saved: list[Checkpoint] = []
+    net = toy_net()
+    config = FinetuneConfig(epochs=1, batch_size=16, lr=1e-2)
+    finetune(net, toy_split(), random_mask(net), config, PREPROCESS, seed=0, device=CPU, save=saved.append,
+             save_every_s=0.0)
+    with pytest.raises(ValueError, match="kept entries in the state"):
+        finetune(net, toy_split(), full_mask(net), config, PREPROCESS, seed=0, device=CPU, start=saved[0])
