@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytvb.basis import BasisFit, fit_basis
     from raytvb.config import Experiment, load_experiment
+    from raytvb.fisher import fisher_scores
     from raytvb.pipeline import run
-    from raytvb.talos import fisher_scores, select_mask
+    from raytvb.talos import select_mask
     from raytvb.task_vector import TaskVector
     from raytvb.vectors import gram_matrix
 
-_HOMES = {"BasisFit": "basis", "Experiment": "config", "TaskVector": "task_vector", "fisher_scores": "talos",
+_HOMES = {"BasisFit": "basis", "Experiment": "config", "TaskVector": "task_vector", "fisher_scores": "fisher",
           "fit_basis": "basis", "gram_matrix": "vectors", "load_experiment": "config", "run": "pipeline",
           "select_mask": "talos"}
 __all__ = ["BasisFit", "Experiment", "TaskVector", "fisher_scores", "fit_basis", "gram_matrix", "load_experiment",

@@ -1,78 +1,14 @@
-"""Which parameters to train: sensitivity scores and masks of TaLoS.
+"""Which parameters to train: the masks of TaLoS, which keep those with the LOWEST sensitivity (see `fisher`).
 
 Source: Iurada et al., "Efficient Model Editing with Task-Localized Sparse Fine-tuning", ICLR 2025, arXiv 2504.02620.
-The sensitivity of parameter j is the diagonal of the Fisher information at the pretrained weights,
-
-    F_j = mean over images x of E_{y ~ p(.|x)} [ (d log p(y|x) / d theta_j)^2 ],
-
-with the labels y drawn from the model itself. The parameters with the LOWEST sensitivity are the ones to train.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-# Per-sample gradients of a chunk of images are held at once: this bounds them, in bytes.
-GRADIENT_MEMORY = 512 * 2**20
-
-
-def _labels_and_weights(logits: Tensor, draws: int | Literal["exact"], generator: torch.Generator | None) -> tuple[
-        Tensor, Tensor]:
-    """Labels (N, R) to score and their weights (N, R), which sum to 1 over R: sampled ones or every class."""
-    probabilities = logits.float().softmax(dim=1)
-    if draws == "exact":
-        labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        return labels, probabilities
-    # The draws are made on the CPU so that a seed means the same labels on every device.
-    labels = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator).to(logits.device)
-    return labels, torch.full(labels.shape, 1.0 / draws, device=logits.device)
-
-
-def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal["exact"] = 1, batch_size: int = 32,
-                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Diagonal Fisher information of every parameter that requires grad, averaged over the images.
-
-    Args:
-        classifier: images (N, 3, H, W) to logits (N, C); used in the mode it is in (call `.eval()` first).
-        images: (N, 3, H, W), without augmentation.
-        draws: labels sampled from p(.|x) per image, or "exact" for the expectation over all C classes.
-        batch_size: the most images a forward pass takes; fewer where their gradients would not fit in 512 MiB.
-        generator: seeds the sampled labels (a CPU generator); the default is seeded with 0.
-
-    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is nothing to score.
-    """
-    parameters = {n: p.detach() for n, p in classifier.named_parameters() if p.requires_grad}
-    if not parameters or len(images) == 0 or (draws != "exact" and draws < 1):
-        raise ValueError(f"nothing to score: {len(parameters)} parameters require grad, {len(images)} images, "
-                         f"draws = {draws}")
-    frozen = {n: p.detach() for n, p in classifier.named_parameters() if not p.requires_grad}
-    frozen |= dict(classifier.named_buffers())
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
-
-    def log_likelihood(trained: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(classifier, {**frozen, **trained}, (image[None],))
-        return logits.float().log_softmax(dim=1).gather(1, label.view(1, 1)).squeeze()
-
-    per_sample = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
-    size = sum(p.numel() for p in parameters.values())
-    chunk = max(1, min(batch_size, GRADIENT_MEMORY // (4 * size)))
-    scores = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-    for batch in images.split(chunk):
-        with torch.no_grad():
-            labels, weights = _labels_and_weights(classifier(batch), draws, generator)
-        for r in range(labels.shape[1]):
-            # Of the attention kernels only the plain one can be batched over samples without a loop.
-            with sdpa_kernel(SDPBackend.MATH):
-                gradients = per_sample(parameters, batch, labels[:, r])
-            for name, gradient in gradients.items():
-                scores[name] += torch.einsum("n...,n->...", gradient.float().square(), weights[:, r])
-    return {n: s / len(images) for n, s in scores.items()}
+from torch import Tensor
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

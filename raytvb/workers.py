@@ -35,8 +35,9 @@ from raytvb.evaluate import (
     task_subsets,
 )
 from raytvb.finetune import finetune, task_seed
+from raytvb.fisher import fisher_scores
 from raytvb.store import Store
-from raytvb.talos import damp, fisher_scores, flatten, round_density, select_further, unflatten
+from raytvb.talos import damp, flatten, round_density, select_further, unflatten
 from raytvb.vectors import Mask, vector_bytes, vector_info
 
 NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)

@@ -15,7 +15,7 @@ PACKAGE = Path(raytvb.__file__).parent
 # The lowest first: a module imports from layers on earlier lines only, never from its own or a later one.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("errors", ("errors",)),
-    ("pure maths", ("task_vector", "talos", "sparse", "basis")),
+    ("pure maths", ("task_vector", "fisher", "talos", "sparse", "basis")),
     ("embedded suite: drawings", ("suite.sources",)),
     ("embedded suite: degradations", ("suite.domains",)),
     ("embedded suite: tasks", ("suite",)),
