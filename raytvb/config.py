@@ -73,10 +73,17 @@ class TalosConfig(_Frozen):
 
     density: Fraction = 0.1
     mask: Literal["shared", "per-task"] = "shared"
-    rounds: Count = 4
+    select: Literal["lowest", "highest", "magnitude", "random"] = Field("lowest", description=(
+        "entries to train: those of lowest sensitivity (TaLoS); to compare with: of highest, largest weights, random"))
+    rounds: Count = Field(4, description="selection in stages, where it goes by sensitivity")
     damping: float = Field(0.1, ge=0.0, le=1.0)
     images: Count = Field(256, description="training images that are scored, per task")
     draws: Count | Literal["exact"] = 1
+
+    @property
+    def stages(self) -> int:
+        """Rounds that are made: weights and random numbers do not change when weights are damped."""
+        return self.rounds if self.select in ("lowest", "highest") else 1
 
 
 class FinetuneConfig(_Frozen):

@@ -168,8 +168,8 @@ class Pipeline:
         score = remote.array_task(workers.score_task, experiment)
         add, select = (remote.array_task(f, experiment, gpu=False) for f in (workers.add_scores, workers.select_round))
         kept: Any = None
-        with self.reporter.stage("mask", experiment.talos.rounds) as stage:
-            for round_ in range(1, experiment.talos.rounds + 1):
+        with self.reporter.stage("mask", experiment.talos.stages) as stage:
+            for round_ in range(1, experiment.talos.stages + 1):
                 calls = [score.remote(experiment, self._fingerprint, t, round_, kept) for t in experiment.tasks]
                 pending = {status: t.name for (status, _), t in zip(calls, experiment.tasks, strict=True)}
                 scores = [result for _, result in calls]
@@ -179,7 +179,7 @@ class Pipeline:
                 selected, kept = select.remote(experiment, scores[0], kept, round_)
                 _fail("mask", remote.collect(pending))
                 _fail("mask", remote.collect({selected: f"round {round_}"}))
-                stage.advance(f"round {round_} of {experiment.talos.rounds}")
+                stage.advance(f"round {round_} of {experiment.talos.stages}")
             commit = remote.task(workers.commit_shared_mask, experiment, gpu=False).remote(
                 experiment, self._fingerprint, kept)
             _fail("mask", remote.collect({commit: "writing"}))

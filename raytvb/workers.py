@@ -83,21 +83,25 @@ def _classifier(experiment: Experiment, fingerprint: str, task: TaskConfig) -> t
 
 def score_task(experiment: Experiment, fingerprint: str, task: TaskConfig, round_: int,
                kept: np.ndarray | None) -> np.ndarray:
-    """Sensitivity scores (D,) float32 of one task in one round; `kept` (D,) bool are the entries still in the race."""
+    """Scores (D,) float32 of one task in one round, the lowest to be kept; `kept` (D,) bool are still in the race."""
     worker_setup()
     classifier, preprocess = _classifier(experiment, fingerprint, task)
     parameters = {n: p.detach() for n, p in classifier.named_parameters()}
+    seed = task_seed(experiment.seed, f"{task.name}/scores/{round_}")
+    generator = torch.Generator().manual_seed(seed)
+    if experiment.talos.select == "magnitude":
+        return -flatten(parameters).abs().numpy()
+    if experiment.talos.select == "random":
+        return torch.rand(len(flatten(parameters)), generator=generator).numpy()
     if kept is not None:
         damped = damp(parameters, unflatten(torch.from_numpy(kept.copy()), parameters), experiment.talos.damping)
         classifier.load_state_dict(damped, strict=False)
     split = load_split(task, "train", preprocess)
-    seed = task_seed(experiment.seed, f"{task.name}/scores/{round_}")
-    generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(split), generator=generator)[:experiment.talos.images]
     place = device()
     images = preprocess.normalise(split.images[chosen].to(place))
-    scores = fisher_scores(classifier.to(place), images, draws=experiment.talos.draws, generator=generator)
-    return flatten(scores).cpu().numpy()
+    scores = flatten(fisher_scores(classifier.to(place), images, draws=experiment.talos.draws, generator=generator))
+    return (-scores if experiment.talos.select == "highest" else scores).cpu().numpy()
 
 
 def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -107,7 +111,7 @@ def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def select_round(experiment: Experiment, scores: np.ndarray, kept: np.ndarray | None, round_: int) -> np.ndarray:
     """The entries (D,) bool that are kept after round `round_` (1-based)."""
-    density = round_density(experiment.talos.density, round_, experiment.talos.rounds)
+    density = round_density(experiment.talos.density, round_, experiment.talos.stages)
     before = None if kept is None else {"": torch.from_numpy(kept.copy())}
     return select_further({"": torch.from_numpy(scores.copy())}, before, density)[""].numpy()
 
@@ -126,7 +130,7 @@ def own_mask(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Mask
     if records.find(store, artifacts.mask_prefix(mask_id), artifacts.mask_identity(experiment, [task])):
         return artifacts.load_mask(store, mask_id)
     kept: np.ndarray | None = None
-    for round_ in range(1, experiment.talos.rounds + 1):
+    for round_ in range(1, experiment.talos.stages + 1):
         kept = select_round(experiment, score_task(experiment, fingerprint, task, round_, kept), kept, round_)
     assert kept is not None
     state = artifacts.base_encoder(experiment.store, fingerprint).visual_state()

@@ -402,3 +402,30 @@ def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(capsys:
     head, row = (line for line in capsys.readouterr().out.splitlines() if "vectors" in line[:12] or "full" in line[:12])
     assert [c.strip() for c in head.split("┃")[3:-2]] == ["all 16", "1 added", "4 added", "8 added", "subsets"]
     assert [c.strip() for c in row.split("│")[3:-2]] == ["50.0", "80.0", "70.0", "60.0", "65.0"]
+
+
+def test_every_selection_keeps_what_it_says(finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch,
+                                            suite_cache: str):
+    """On the finished run's model, in this process: one task's own mask of each kind, against its scores."""
+    file, store = finished
+    monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
+    fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
+    weights = artifacts.base_encoder(store.url, fingerprint).visual_state()
+
+    def mask_and_scores(select: str) -> tuple[torch.Tensor, torch.Tensor]:
+        experiment = load_experiment(file, {"talos": {"images": 16, "rounds": 1, "select": select}})
+        assert experiment.talos.stages == 1
+        scores = workers.score_task(experiment, fingerprint, experiment.tasks[0], 1, None)
+        kept = workers.select_round(experiment, scores, None, 1)
+        assert kept.sum() == round(0.1 * len(kept))
+        return torch.from_numpy(kept), torch.from_numpy(scores)
+
+    (lowest, fisher), (highest, negative) = mask_and_scores("lowest"), mask_and_scores("highest")
+    assert torch.equal(negative, -fisher) and not bool((lowest & highest).any())
+    assert fisher[lowest].max() <= fisher[~lowest].min() and fisher[highest].min() >= fisher[~highest].max()
+    largest, _ = mask_and_scores("magnitude")
+    flat = torch.cat([weights[n].reshape(-1) for n in sorted(weights)]).abs()
+    assert flat[largest].min() >= flat[~largest].max()
+    random, _ = mask_and_scores("random")
+    assert 0.05 < float((random & lowest).sum() / lowest.sum()) < 0.15
+    assert torch.equal(random, mask_and_scores("random")[0])
