@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from raytvb import suite
 from raytvb.config import ModelConfig, TaskConfig
@@ -370,3 +373,16 @@ def test_pixels_are_normalised_by_channel() -> None:
     found = preprocess.normalise(images)
     assert found.shape == images.shape and found.dtype == torch.float32
     assert found[0, :, 0, 0].tolist() == pytest.approx([-0.2, 0.0, 0.35], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_pretraining_writes_weights_like_those_in_the_package(tmp_path: Path) -> None:
+    tokenizer = suite.MODEL_DIR / "bpe_2000.txt.gz"
+    before = tokenizer.read_bytes()
+    run = subprocess.run([sys.executable, "-m", "raytvb.suite.pretrain", "--images", "200", "--steps", "4", "--out",
+                          str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert tokenizer.read_bytes() == before
+    made, packaged = (load_file(folder / "open_clip_model.safetensors") for folder in (tmp_path, suite.MODEL_DIR))
+    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in packaged.items()}
+    assert all(bool(torch.isfinite(t).all()) for t in made.values())
