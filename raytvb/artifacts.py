@@ -67,15 +67,19 @@ def basis_keys(method: str, size: int) -> list[str]:
 def freeze(store: Store, experiment: Experiment) -> None:
     """Write what was asked into a new store; check it against what an existing store holds.
 
-    Raises UserError where the store belongs to another experiment; the message shows the fields that differ.
+    A store in which nothing but the pretrained model was made so far is given to the new experiment. Raises UserError
+    where the store belongs to another experiment; the message shows the fields that differ.
     """
     asked = experiment.identity()
-    if not store.exists(EXPERIMENT):
+    stored = yaml.safe_load(store.read(EXPERIMENT)) if store.exists(EXPERIMENT) else None
+    differing = [] if stored is None else records.differences(stored, asked)
+    if differing and not any(k.endswith(f"/{records.RECORD}") and not k.startswith(f"{BASE}/") for k in store.keys()):
+        for made in (BASE, "vectors"):  # the heads of its tasks are there
+            store.delete(made)
+        stored = None
+    if stored is None:
         store.write(EXPERIMENT, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
-        return
-    stored = yaml.safe_load(store.read(EXPERIMENT))
-    differing = records.differences(stored, asked)
-    if differing:
+    elif differing:
         raise UserError(f"{store.url} belongs to another experiment:\n  " + "\n  ".join(differing)
                         + "\nUse another store, or the experiment file that it was made with.")
 
@@ -116,7 +120,7 @@ def write_base(store: Store, experiment: Experiment, classes: Mapping[str, Seque
     """Store the pretrained model and the zero-shot heads of all tasks (and the control); `classes` by task name."""
     encoder = load_encoder(experiment.model)
     tokenizer = load_tokenizer(experiment.model)
-    control = experiment.evaluate.control
+    control = experiment.control
     for task in (*experiment.tasks, *([control] if control else [])):
         write_head(store, experiment, task, encoder, tokenizer, classes[task.name])
     sizes = {"parameters": sum(t.numel() for t in encoder.visual_state().values())}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ GRAM_FILE = "gram.safetensors"
 def fit_candidate(experiment: Experiment, gram: Tensor, method: str, size: int) -> BasisFit:
     """The fit behind a stored basis; its seed is the experiment's."""
     generator = torch.Generator().manual_seed(experiment.seed)
-    return fit_basis(gram, size, method=method, generator=generator)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "basis size")  # M = T was asked for, or there is one task
+        return fit_basis(gram, size, method=method, generator=generator)
 
 
 def load_gram(store: Store, experiment: Experiment) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from rich.table import Table
 from raytvb import suite
 from raytvb.config import Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
-from raytvb.store import Store, StoreError
+from raytvb.store import Store
 
 EXPERIMENT_FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
@@ -174,7 +175,8 @@ def report(file: Path, store: str | None) -> None:
     experiment = _experiment(file, store)
     target = Store(experiment.store)
     artifacts.freeze(target, experiment)
-    print_summary(write_report(target, experiment))
+    write_report(target, experiment)
+    print_summary(target.read_json(artifacts.SUMMARY))
     print(f"Report: {target.where(artifacts.REPORT)}")
 
 
@@ -188,9 +190,12 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     for value in values:
         name, _, weight = value.partition("=")
         try:
-            parsed.append((name, float(weight) if weight else 1.0))
+            number = float(weight) if weight else 1.0
         except ValueError:
-            raise click.BadParameter(f"{value!r}: use TASK or TASK=WEIGHT") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"{value!r}: use TASK or TASK=WEIGHT, with a finite number")
+        parsed.append((name, number))
     return parsed
 
 
@@ -199,7 +204,8 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--add", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Add a task; repeatable.")
 @click.option("--negate", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Subtract one; repeatable.")
 @click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
-@click.option("--coefficient", type=float, help="Scale of the whole merge. Default: chosen on validation data.")
+@click.option("--coefficient", type=float, help="Scale of the whole merge. Default: what validation data chose for "
+              "adding that many tasks; the report shows what it chose for forgetting each.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]], basis: str | None,
           coefficient: float | None, out: Path) -> None:
@@ -214,12 +220,14 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
 
     if not add and not negate:
         raise UserError("nothing to merge: name tasks with --add or --negate (`raytvb ls STORE` lists them)")
-    tasks = dict(add)
-    for name, weight in negate:
-        tasks[name] = tasks.get(name, 0.0) - weight
+    tasks: dict[str, float] = {}
+    for name, weight in [*add, *((n, -w) for n, w in negate)]:
+        tasks[name] = tasks.get(name, 0.0) + weight
+    if coefficient is not None and not math.isfinite(coefficient):
+        raise UserError(f"--coefficient {coefficient}: use a finite number")
     quiet_open_clip()
     done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient)
-    print(f"{len(tasks)} tasks from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
+    print(f"{', '.join(tasks)} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
     print(f"open_clip.create_model('local-dir:{out}')")
 
 
@@ -307,7 +315,7 @@ def print_summary(summary: dict[str, Any]) -> None:
                    "bytes"):
         table.add_column(column, justify="left" if column == "vectors" else "right")
     rows = summary["addition"] | summary["random_subset"]
-    for name in ("full", *(n for n in rows if n != "full")):
+    for name in ("full", *sorted(n for n in summary["addition"] if n != "full"), *sorted(summary["random_subset"])):
         entry = rows[name]
         parts = [f"{100 * entry['subsets'][s]:.1f}" if s in entry["subsets"] else "–" for s in sizes[:-1]]
         overall = f"{100 * mean(list(entry['subsets'].values())):.1f}" if len(entry["subsets"]) == len(sizes) else "–"
@@ -341,7 +349,7 @@ def main(args: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments or os.environ.get("RAYTVB_DEBUG"):
             raise
-        known = isinstance(error, UserError | StoreError | ValueError)
+        known = isinstance(error, UserError | ValueError | OSError)
         prefix = "" if known else f"{type(error).__name__}: "
         print(f"error: {prefix}{error}" + ("" if known else " (raytvb --debug … shows where)"), file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):
@@ -36,6 +36,13 @@ class ModelConfig(_Frozen):
 
     name: str = Field(TINY_MODEL, description=f"open_clip name, hf-hub:…, local-dir:…, or the embedded {TINY_MODEL}")
     pretrained: str | None = Field(None, description="open_clip tag or a checkpoint file; only with an open_clip name")
+
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.pretrained is not None and (self.name == TINY_MODEL or self.name.startswith(("hf-hub:", "local-dir:"))):
+            raise ValueError(f"pretrained: {self.name} brings its own weights; leave this out")
+        return self
 
 
 class TaskConfig(_Frozen):
@@ -52,9 +59,11 @@ class TaskConfig(_Frozen):
     def _known_or_with_data(self) -> TaskConfig:
         if self.data is None and self.name not in (*suite.task_names(), suite.CONTROL):
             near = difflib.get_close_matches(self.name, suite.task_names(), 3, 0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(suite.SHOWCASE[:3])}"
+            hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(suite.SHOWCASE[:3])};"
             raise ValueError(f"unknown task {self.name!r}: not in the embedded suite ({hint} `raytvb tasks` lists "
                              f"them all), and no `data:` URL is given")
+        if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
+            raise ValueError("classes: give at least one name, and each once")
         for template in self.templates or ():
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must have exactly one {{}} for the class name")
@@ -123,7 +132,7 @@ class CoefficientConfig(_Frozen):
     """Range of the merge coefficient alpha. The best one is near 1/size, so the search works on multiples of that."""
 
     low: float = Field(0.0, ge=0.0)
-    high: Positive = 2.0
+    high: Positive = 4.0
 
     @model_validator(mode="after")
     def _ordered(self) -> CoefficientConfig:
@@ -135,7 +144,7 @@ class CoefficientConfig(_Frozen):
 class SearchConfig(_Frozen):
     """What Ray Tune searches: every basis method at every size, coefficients within each trial."""
 
-    sizes: tuple[Count, ...] = Field((), description="basis sizes M; default: a quarter and half of the tasks")
+    sizes: tuple[Count, ...] = Field((), description="basis sizes M, at most T; default: a quarter and half of T")
     objective: Literal["subsets", "all", "single"] = "subsets"
     coefficients: CoefficientConfig = CoefficientConfig()
 
@@ -144,11 +153,14 @@ class EvaluateConfig(_Frozen):
     """Negation's control: it must keep 95 % of its zero-shot accuracy."""
 
     control: TaskConfig | None = Field(None, description=f"default: {suite.CONTROL} on the embedded model, else none")
+    negation: bool = Field(True, description="false, or `control: none`: nothing is negated")
     keep: Fraction = 0.95
 
     @model_validator(mode="before")
     @classmethod
     def _name_only(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("control") == "none":
+            return {**values, "control": None, "negation": False}
         if isinstance(values, dict) and isinstance(values.get("control"), str):
             return {**values, "control": {"name": values["control"]}}
         return values
@@ -211,6 +223,11 @@ class Experiment(_Frozen):
         """Names of the tasks in order; position t is row t of every Gram matrix and coefficient table."""
         return tuple(t.name for t in self.tasks)
 
+    @property
+    def control(self) -> TaskConfig | None:
+        """The control of negation; None where nothing is negated."""
+        return self.evaluate.control if self.evaluate.negation else None
+
     def identity(self) -> dict[str, Any]:
         """What the experiment computes, as plain JSON values, with every default filled in."""
         return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS) | {"name"})
@@ -236,8 +253,8 @@ def _resolve(values: dict[str, Any]) -> dict[str, Any]:
         finetune["lr"] = rate if tiny else 1e-5
     count = len(experiment.tasks)
     sizes = experiment.search.sizes or (quarter(count), half(count))
-    search["sizes"] = tuple(sorted(set(sizes)))
-    if experiment.evaluate.control is None and tiny:
+    search["sizes"] = tuple(sorted({min(m, count) for m in sizes}))  # more vectors than tasks are those of the tasks
+    if experiment.evaluate.control is None and experiment.evaluate.negation and tiny:
         evaluate["control"] = TaskConfig.model_validate({"name": suite.CONTROL})
     return {"finetune": experiment.finetune.model_copy(update=finetune),
             "search": experiment.search.model_copy(update=search),
@@ -259,8 +276,11 @@ def _allowed(location: Sequence[int | str]) -> str:
 
 
 def _explain(error: ValidationError, origin: str) -> UserError:
-    lines = []
-    for problem in error.errors():
+    lines, problems = [], error.errors()
+    inside = any(p["loc"][:1] == ("tasks",) and len(p["loc"]) > 1 for p in problems)
+    for problem in problems:
+        if inside and problem["loc"] == ("tasks",):
+            continue  # a list whose members are wrong counts as too short
         path = _field(problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(problem["loc"][-1]), _allowed(problem["loc"]).split(", "), 1)

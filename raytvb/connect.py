@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from raytvb.errors import UserError
 from raytvb.submit import job_environment
 
 FREE_PATIENCE_S = 10.0
+REACH_S = 10.0
 
 
 def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
@@ -29,6 +31,9 @@ def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Inside a job Ray refuses variables that the job was given too, even equal ones, unless it is told to merge them.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    # A failed task is told in one line by who waits for it; Ray would add the traceback of everything that needed it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     runtime = {"env_vars": job_environment(os.environ)}
     try:
         if os.environ.get("RAY_ADDRESS"):
@@ -42,7 +47,20 @@ def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = os.environ.get("RAY_ADDRESS", "a local cluster")
         raise UserError(f"cannot connect to Ray at {where}: {error}\nCheck RAY_ADDRESS, or unset it to start a local "
-                        f"cluster") from error
+                        f"cluster. A cluster that wants a token needs RAY_AUTH_MODE=token, and the token in "
+                        f"RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError where nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise UserError(f"nothing answers at RAY_ADDRESS={address} ({error}): check it, or unset it to start a local "
+                        f"cluster") from None
 
 
 def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:

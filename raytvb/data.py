@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from raytvb import suite
@@ -199,10 +199,14 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess) -> Split:
     for index, (name, data, label) in enumerate(_rows(task, store, files)):
         if carved and (index % round(1 / VAL_SHARE) == 0) != (split == "val"):
             continue
-        if not isinstance(label, int) or not 0 <= label < len(classes):
+        if not isinstance(label, int):
+            raise UserError(f"task {task.name}: {name} has label {label!r}; labels are integers, 0 for the first class")
+        if not 0 <= label < len(classes):
             raise UserError(f"task {task.name}: {name} has label {label!r}, but there are {len(classes)} classes")
         try:
             images.append(_decode(data, preprocess))
+        except UnidentifiedImageError:
+            raise UserError(f"task {task.name}: {name} is not a readable image: no format that is known") from None
         except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # all that Pillow raises
             raise UserError(f"task {task.name}: {name} is not a readable image: {error}") from None
         labels.append(label)

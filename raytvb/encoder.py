@@ -161,7 +161,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         folder = Path(source.removeprefix("local-dir:"))
         bpe = _open_clip().get_model_config(source).get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
         if bpe is not None:
-            options["bpe_path"] = str(folder / bpe)
+            beside = folder / Path(bpe).name  # a merged folder has the path of where it was written
+            options["bpe_path"] = str(beside if beside.is_file() else folder / bpe)
     return _open_clip().get_tokenizer(source, **options)
 
 

@@ -20,7 +20,7 @@ from raytvb.encoder import Preprocess
 
 SUBSETS_PER_SIZE = 4
 BATCH = 256
-LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # times 1/size
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # times 1/size
 
 
 @dataclass(frozen=True)

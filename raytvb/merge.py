@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,20 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
     out.mkdir(parents=True, exist_ok=True)
     for name in base["files"]:
         if name != WEIGHTS_FILE:
-            (out / name).write_bytes(store.read(f"{artifacts.BASE}/{name}"))
+            data = store.read(f"{artifacts.BASE}/{name}")
+            (out / name).write_bytes(_with_place(data, out) if name == CONFIG_FILE else data)
     save_file(merged_state(encoder.model.state_dict(), vectors, weights), out / WEIGHTS_FILE)
+    (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
     return {"source": source, "coefficient": alpha, "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
+
+
+def _with_place(document: bytes, folder: Path) -> bytes:
+    """A model's configuration whose tokenizer file has its full path: open_clip looks in the working folder alone."""
+    config = json.loads(document)
+    options = config["model_cfg"].get("text_cfg", {}).get("tokenizer_kwargs", {})
+    if "bpe_path" in options:
+        options["bpe_path"] = str(folder.resolve() / options["bpe_path"])
+    return (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _check(store: Store, tasks: Mapping[str, float], names: list[str]) -> None:

@@ -32,7 +32,7 @@ def _fail(stage: str, failed: dict[str, str]) -> None:
     if failed:
         lines = "\n  ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
         raise UserError(f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:\n  {lines}\n"
-                        f"Run the same command again to go on.")
+                        f"Once the cause is removed, run the same command again to go on.")
 
 
 class _Stream:
@@ -190,8 +190,9 @@ class Pipeline:
         """All vectors taken in by the actor, every basis asked for written."""
         missing = self._missing_vectors()
         if missing:
-            raise UserError(f"{len(missing)} of {len(self.experiment.tasks)} task vectors are missing "
-                            f"({', '.join(t.name for t in missing[:3])}…): run `raytvb finetune` first")
+            names = ", ".join([t.name for t in missing[:3]] + ["…"] * (len(missing) > 3))
+            raise UserError(f"{len(missing)} of {len(self.experiment.tasks)} task vectors are missing ({names}): "
+                            f"run `raytvb finetune` first")
         stream = self._stream or _Stream(self.experiment)
         if self._stream is None:
             for task in self.experiment.task_names:
@@ -259,7 +260,7 @@ class Pipeline:
 
     def _evaluations(self) -> list[Evaluation]:
         """All that is to be evaluated, whether done or not."""
-        control = self.experiment.evaluate.control
+        control = self.experiment.control
         evaluations = [Evaluation("models", workers.evaluate_models, (), ("test",))]
         for candidate in self.candidates():
             result = find_result(self.store, self.experiment, candidate)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from raytvb import artifacts, records
 from raytvb.candidates import basis_candidates
 from raytvb.config import Experiment
+from raytvb.data import task_classes
 from raytvb.encoder import count_parameters, quiet_open_clip
 from raytvb.report import format_bytes
 from raytvb.store import Store
 from raytvb.talos import kept_count
+from raytvb.workers import all_tasks
 
 
 def describe(experiment: Experiment) -> str:
@@ -17,6 +19,8 @@ def describe(experiment: Experiment) -> str:
     store.check_writable()
     if store.exists(artifacts.EXPERIMENT):
         artifacts.freeze(store, experiment)
+    for task in all_tasks(experiment):
+        task_classes(task)
     quiet_open_clip()
     parameters, tasks = count_parameters(experiment.model), len(experiment.tasks)
     kept = kept_count(parameters, experiment.talos.density)

@@ -150,7 +150,8 @@ def headline(summary: Summary) -> dict[str, float]:
         found |= {"lowered": float(sum(n["after"] < n["before"] for n in negation)),
                   "target_before": mean([n["before"] for n in negation]),
                   "target_after": mean([n["after"] for n in negation]),
-                  "control_kept": min(n["control_validation_after"] / n["control_validation_before"] for n in negation)}
+                  "control_kept": min(n["control_validation_after"] / n["control_validation_before"]
+                                      if n["control_validation_before"] else 1.0 for n in negation)}
     return found
 
 

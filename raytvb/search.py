@@ -7,6 +7,7 @@ a record in the store; a search that was killed runs only the trials without one
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +94,8 @@ def run_search(experiment: Experiment, fingerprint: str, candidates: Sequence[Ca
         run_config=tune.RunConfig(name=f"tune-{len(attempts) + 1}", verbose=0, **_storage(store),
                                   failure_config=tune.FailureConfig(max_failures=min(asked.max_retries, 3)),
                                   callbacks=[_Progress(advance, [c.name for c in candidates])]))
+    # Else Tune takes Ctrl-C for itself and ends as if all were done.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would tell where its own files are
     results = tuner.fit()
     missing = [c.name for c in candidates if find_result(store, experiment, c) is None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -114,6 +115,7 @@ def submit(experiment: Path, address: str, *, env: Mapping[str, str] | None = No
     Raises UserError for a wrong experiment file, a store that the cluster cannot share, an address where no cluster
     answers, a refused token, or a cluster that refuses the job.
     """
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of each package and connection
     for warning in check_places(load_experiment(experiment)):
         _say(f"Note: {warning}.")
     file = _within(experiment, working_dir) if working_dir else EXPERIMENT

@@ -72,9 +72,13 @@ def _negation(store: Store, tasks: Sequence[str], control: str) -> dict[str, dic
     return result
 
 
-def choose(results: Mapping[str, Mapping[str, Any]], bases: Sequence[Candidate]) -> dict[str, Any]:
-    """The decoded basis with the best objective on validation data; of equals the smallest."""
-    best = min(bases, key=lambda c: (-results[c.name]["objective"], c.size, c.name))
+def choose(results: Mapping[str, Mapping[str, Any]], bases: Sequence[Candidate], count: int) -> dict[str, Any]:
+    """The decoded basis with the best objective on validation data; of equals the smallest.
+
+    One of as many vectors as there are tasks compresses nothing: it is chosen only where there is no other.
+    """
+    smaller = [c for c in bases if c.size < count]
+    best = min(smaller or bases, key=lambda c: (-results[c.name]["objective"], c.size, c.name))
     return {"name": best.name, "method": best.method, "size": best.size, "merge": "decoded",
             "coefficient": results[best.name]["coefficient"], "objective": results[best.name]["objective"]}
 
@@ -108,12 +112,12 @@ def summarise(store: Store, experiment: Experiment) -> dict[str, Any]:
     random_subset = {c.name: entry(c, _table_error(c, gram), stored["vectors"] * c.size // len(tasks)) for c in randoms}
     for found in (*addition.values(), *random_subset.values()):
         found["spread"] = _spread(found, addition["full"])
-    models, control = read_rows(store, "models"), experiment.evaluate.control
+    models, control = read_rows(store, "models"), experiment.control
     timings = store.read_json("report/timings.json") if store.exists("report/timings.json") else {}
     return {"tasks": list(tasks), "zero_shot": _by_model(models, "zero-shot"),
             "fine_tuned": _by_model(models, "fine-tuned"), "addition": addition, "random_subset": random_subset,
             "negation": _negation(store, tasks, control.name) if control is not None else {},
-            "chosen": choose(results, bases), "stored_bytes": stored, "seconds": timings,
+            "chosen": choose(results, bases, len(tasks)), "stored_bytes": stored, "seconds": timings,
             "floor": {c.name: fits[c.name].floor for c in bases},
             "provenance": {"experiment": experiment.identity(), "base": base["parents"]["fingerprint"],
                            "selection": "validation split only", "versions": records.versions()}}

@@ -57,7 +57,7 @@ def device() -> torch.device:
 
 def all_tasks(experiment: Experiment) -> list[TaskConfig]:
     """The tasks, and the control where there is one that is not a task itself."""
-    control = experiment.evaluate.control
+    control = experiment.control
     extra = [control] if control is not None and control.name not in experiment.task_names else []
     return [*experiment.tasks, *extra]
 
@@ -238,8 +238,9 @@ def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Ev
     subject = CandidateEvaluator(experiment, candidate, evaluator)
     tried: dict[int, dict[float, float]] = {}
     for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
-        ladder = coefficient_ladder(size, limits.low, limits.high)
-        likely = (1.0 if size == 1 else 2.0) / size
+        addends = candidate.addends(size)
+        ladder = coefficient_ladder(addends, limits.low, limits.high)
+        likely = (1.0 if addends == 1 else 2.0) / addends
         start = min(range(len(ladder)), key=lambda rung: abs(ladder[rung] - likely))
         tried[size] = climb(ladder, start, partial(subject.size_class, subsets))
     chosen = {s: best_coefficient(t) for s, t in tried.items()}

@@ -56,7 +56,8 @@ def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         for name, value in {**s3_server.environment, "RAYTVB_CACHE": suite_cache, "OMP_WAIT_POLICY": "PASSIVE",
-                            "RAY_AIR_NEW_OUTPUT": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}.items():
+                            "RAY_AIR_NEW_OUTPUT": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000",
+                            "RAY_IGNORE_UNHANDLED_ERRORS": "1"}.items():
             patch.setenv(name, value)
         ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False)
         yield

@@ -50,7 +50,7 @@ def test_the_sample_file_loads(tmp_path: Path) -> None:
     assert made.tasks[1].image_column == "img" and made.tasks[1].label_column == "digit"
     assert made.tasks[2].classes == ("banded", "blotchy") and made.tasks[2].prompts == ("a {} texture.",)
     assert made.finetune.lr == 1e-5 and made.basis.method == ("ae",)
-    assert made.search.sizes == (2, 4, 8) and made.search.coefficients.high == 1.5
+    assert made.search.sizes == (2, 4) and made.search.coefficients.high == 1.5
     assert made.evaluate.control is None  # the embedded control belongs to the embedded model
     assert (made.resources.gpus_per_task, made.resources.max_retries) == (0.5, 20)
 
@@ -147,7 +147,7 @@ WRONG = [
     ({"talos": {"damping": -0.1}}, "talos.damping", "greater than or equal to 0", "-0.1"),
     ({"talos": {"draws": 0}}, "talos.draws", "'exact'", "0"),
     ({"finetune": {"lr": -1e-3}}, "finetune.lr", "greater than 0", "-0.001"),
-    ({"finetune": {"lr": float("nan")}}, "finetune.lr", "greater than 0", "nan"),
+    ({"finetune": {"lr": float("nan")}}, "finetune.lr", "finite number", "nan"),
     ({"finetune": {"epochs": 0}}, "finetune.epochs", "greater than 0", "0"),
     ({"finetune": {"epochs": "many"}}, "finetune.epochs", "number", "'many'"),
     ({"finetune": {"warmup": 1.0}}, "finetune.warmup", "less than 1", "1.0"),
@@ -155,7 +155,7 @@ WRONG = [
     ({"search": {"sizes": [2, 0]}}, "search.sizes[1]", "greater than or equal to 1", "0"),
     ({"search": {"objective": "best"}}, "search.objective", "'subsets', 'all' or 'single'", "'best'"),
     ({"search": {"coefficients": {"low": 1.0, "high": 1.0}}}, "search.coefficients", "low (1.0) must be below", "1.0"),
-    ({"search": {"coefficients": {"low": 2.5}}}, "search.coefficients", "low (2.5) must be below high (2.0)", "2.5"),
+    ({"search": {"coefficients": {"low": 4.5}}}, "search.coefficients", "low (4.5) must be below high (4.0)", "4.5"),
     ({"evaluate": {"keep": 1.1}}, "evaluate.keep", "less than or equal to 1", "1.1"),
     ({"evaluate": {"control": "nope"}}, "evaluate.control", "unknown task 'nope'", "nope"),
     ({"resources": {"gpus_per_task": 1.5}}, "resources", "fractions below 1 and whole numbers above", "1.5"),
@@ -273,3 +273,30 @@ def test_differing_lists_of_tasks_are_compared_by_name() -> None:
         "tasks[b].data: stored None, asked for 'x'"]
     assert records.differences({"tasks": [a, b]}, {"tasks": [b, a]}) == [
         "tasks: stored in the order a, b, asked for b, a"]
+
+
+def test_negation_can_be_left_out_on_the_embedded_model() -> None:
+    assert experiment().control is not None and experiment().control.name == suite.CONTROL
+    for evaluate in ({"control": "none"}, {"negation": False}):
+        made = experiment(evaluate=evaluate)
+        assert made.control is None and parse_experiment({"store": "x", **made.identity()}).control is None
+
+
+def test_an_error_within_a_task_is_the_only_one_about_the_tasks() -> None:
+    message = refusal(tasks=[{"name": "mine", "data": "/d", "clases": ["a"]}])
+    assert "did you mean classes?" in message and "at least 1 item" not in message
+    assert "at least 1 item" in refusal(tasks=[])
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"tasks": [{"name": "mine", "data": "/d", "classes": []}]}, "classes: give at least one name, and each once"),
+    ({"tasks": [{"name": "mine", "data": "/d", "classes": ["a", "a"]}]}, "classes: give at least one name"),
+    ({"model": {"name": "glyphs-tiny", "pretrained": "openai"}}, "glyphs-tiny brings its own weights"),
+    ({"finetune": {"epochs": float("inf")}}, "finetune.epochs: Input should be a finite number"),
+])
+def test_values_that_make_no_sense(fields: dict[str, Any], words: str) -> None:
+    assert words in refusal(**fields)
+
+
+def test_sizes_above_the_number_of_tasks_are_that_number() -> None:
+    assert experiment(search={"sizes": [2, 8, 100]}).search.sizes == (2, 8)

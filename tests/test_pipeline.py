@@ -1,5 +1,6 @@
 """The system as a user meets it: the command line, real images, real Ray, a local and an S3 store."""
 
+import io
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 
 import open_clip
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from raytvb import artifacts, workers
@@ -86,6 +89,16 @@ def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Pat
     addition = finished[1].read_json("report/summary.json")["addition"]
     full, anchored = (addition[n]["per_task"] for n in ("full", "ae-anchored-m1"))
     assert anchored == pytest.approx(full, abs=0.011)  # at most three of 300 images at a rounding edge
+
+
+def test_equal_directions_get_equal_coefficients_whatever_they_are_called(finished: tuple[Path, Store]):
+    """With M = 1 the plain sum of the basis and the decoded sum of all tasks differ by a factor only."""
+    searched = {n: finished[1].read_json(f"search/{n}/record.json")["metrics"] for n in (
+        "ae-anchored-m1", "ae-anchored-m1-sum")}
+    accuracy = [m["accuracy"][str(len(TASKS))] for m in searched.values()]
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.015)
+    decoded, plain = (m["coefficient"][str(len(TASKS))] for m in searched.values())
+    assert plain > 1.5 * decoded
 
 
 def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]):
@@ -158,6 +171,29 @@ def test_a_merge_is_an_ordinary_open_clip_model(finished: tuple[Path, Store], tm
         torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_merged_models_classify_from_any_folder(finished: tuple[Path, Store], tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "merged"
+    assert main(["merge", finished[1].url, "--add", TASKS[0], "--add", f"{TASKS[0]}=0.5", "--basis", "full",
+                 "--coefficient", "0.4", "--out", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(["a picture of a greek letter alpha."])
+    assert int((tokens != 0).sum()) > 3
+    twice = open_clip.create_model(f"local-dir:{out}").state_dict()
+    assert main(["merge", finished[1].url, "--add", f"{TASKS[0]}=1.5", "--basis", "full", "--coefficient", "0.4",
+                 "--out", str(out)]) == 0
+    once = open_clip.create_model(f"local-dir:{out}").state_dict()
+    assert all(torch.equal(t, once[n]) for n, t in twice.items())
+
+
+@pytest.mark.parametrize("options", [["--add", f"{TASKS[0]}=nan"], ["--add", f"{TASKS[0]}=inf"],
+                                     ["--add", TASKS[0], "--coefficient", "nan"], ["--add", "nope"], []])
+def test_merges_that_make_no_sense_are_refused(finished: tuple[Path, Store], tmp_path: Path, options: list[str],
+                                               capsys: pytest.CaptureFixture[str]):
+    assert main(["merge", finished[1].url, *options, "--out", str(tmp_path / "out")]) != 0
+    assert not (tmp_path / "out").exists() and "rror" in capsys.readouterr().err
+
+
 def test_ls_and_verify(finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     _, store = finished
     assert main(["ls", store.url]) == 0
@@ -212,6 +248,28 @@ def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
     summary = store.read_json("report/summary.json")
     assert summary["stored_bytes"]["masks"] == 0
     assert summary["addition"]["pca-m1"]["relative_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
+        ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file may use the store."""
+    store = Store(str(tmp_path / "store"))
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, format="PNG")
+    images = [picture.getvalue()] * 8
+    pq.write_table(pa.table({"img": images, "label": [0, 1] * 4}), tmp_path / "train.parquet")
+    own = {"data": str(tmp_path), "classes": ["a", "b"]}
+    tasks = [TASKS[0], {"name": "x", **own}, {"name": "y", **own}]
+    file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
+    assert main(["finetune", str(file)]) == 1
+    message = capfd.readouterr().err
+    assert all(f"task {name}: train.parquet has no column image" in message for name in "xy")
+    assert "Traceback" not in message and "Unhandled" not in message
+    tasks[1:] = [{**task, "image_column": "img"} for task in tasks[1:] if isinstance(task, dict)]
+    file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
+    assert main(["finetune", str(file)]) == 0
+    assert main(["finetune", str(write_experiment(tmp_path, store.url))]) == 1
+    assert "tasks: x, y stored only" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("resources", "words"), [
@@ -347,6 +405,23 @@ def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
     assert main(["run", str(file)]) == 0
     assert same_results(remote, local)
     assert main(["verify", remote.url]) == 0
+
+
+def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[Path, Store], tmp_path: Path,
+                                                               suite_cache: str):
+    _, reference = finished
+    store = Store(str(tmp_path / "store"))
+    for key in reference.keys():
+        if not key.startswith(("search/", "evals/", "report/")):
+            reference.download(key, store.path(key))
+    process = start(write_experiment(tmp_path, store.url), suite_cache)
+    deadline = time.monotonic() + 240
+    while not any(key.startswith("search/") and key.endswith("/record.json") for key in store.keys()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(60) == 130
+    assert not store.exists("report/summary.json")
 
 
 @pytest.mark.slow

@@ -270,3 +270,12 @@ def test_ctrl_c_leaves_the_job_running(head, tmp_path):
     assert "RUNNING" in status.stdout + status.stderr or "PENDING" in status.stdout + status.stderr
     stopped = head.call(RAY, "job", "stop", "--address", head.address, job)
     assert "was stopped" in stopped.stdout + stopped.stderr
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(tmp_path: Path) -> None:
+    nobody = f"127.0.0.1:{free_ports(1)[0]}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ADDRESS": nobody}
+    done = subprocess.run([sys.executable, "-m", "raytvb", "run", str(write_experiment(tmp_path))], env=env, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 1
+    assert f"nothing answers at RAY_ADDRESS={nobody}" in done.stderr and "Traceback" not in done.stderr
