@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from s3_server import S3Server
+
+# Where the tests run in the background SIGINT is ignored, also in the processes they start, unless there is a handler
+# here; some tests press Ctrl-C in those.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _bucket_numbers = itertools.count()
 

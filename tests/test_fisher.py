@@ -137,12 +137,11 @@ def test_scores_are_those_of_a_plain_loop_in_double_precision(model: str, draws:
     assert_same_scores(found, expected)
 
 
-@pytest.mark.parametrize("draws", [2, "exact"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_scores_of_every_family_of_towers_are_those_of_a_plain_loop(name: str, draws: int | str) -> None:
-    classifier = TOWERS[name]()
-    images = some_images(5, size=32)
-    labels = None if draws == "exact" else sampled(classifier, images, draws, seed=3)
+def test_scores_of_every_family_of_towers_are_those_of_a_plain_loop(name: str) -> None:
+    classifier, draws = TOWERS[name](), 2
+    images = some_images(4, size=32)
+    labels = sampled(classifier, images, draws, seed=3)
     expected = loop_scores(copy.deepcopy(classifier).double(), images.double(), labels)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -241,6 +241,206 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
     assert all(shapes[n].shape == base[n].shape for n in shapes)  # no common mask: bases are dense
 
 
+@pytest.mark.slow
+def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"})
+    assert main(["run", str(file)]) == 0
+    summary = store.read_json("report/summary.json")
+    assert summary["stored_bytes"]["masks"] == 0
+    assert summary["addition"]["pca-m1"]["relative_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
+        ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file may use the store."""
+    store = Store(str(tmp_path / "store"))
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, format="PNG")
+    images = [picture.getvalue()] * 8
+    pq.write_table(pa.table({"img": images, "label": [0, 1] * 4}), tmp_path / "train.parquet")
+    own = {"data": str(tmp_path), "classes": ["a", "b"]}
+    tasks = [TASKS[0], {"name": "x", **own}, {"name": "y", **own}]
+    file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
+    assert main(["finetune", str(file)]) == 1
+    message = capfd.readouterr().err
+    assert all(f"task {name}: train.parquet has no column image" in message for name in "xy")
+    assert "Traceback" not in message and "Unhandled" not in message
+    tasks[1:] = [{**task, "image_column": "img"} for task in tasks[1:] if isinstance(task, dict)]
+    file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
+    assert main(["finetune", str(file)]) == 0
+    assert main(["finetune", str(write_experiment(tmp_path, store.url))]) == 1
+    assert "tasks: x, y stored only" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("resources", "words"), [
+    ({"gpus_per_task": 8}, ("8 GPUs per task", "no node", "resources.gpus_per_task")),
+    ({"cpus_per_task": 64}, ("64 CPUs", "no node", "resources.cpus_per_task"))])
+def test_resources_that_are_not_there(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      resources: dict[str, float], words: tuple[str, ...]):
+    file = write_experiment(tmp_path, str(tmp_path / "store"), resources=resources)
+    assert main(["run", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+def test_resources_that_are_taken(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                  monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    monkeypatch.setattr("raytvb.connect.FREE_PATIENCE_S", 1.0)
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(Holder).options(num_cpus=0, num_gpus=4).remote()
+    ray.get(holder.ready.remote())
+    file = write_experiment(tmp_path, str(tmp_path / "store"), resources={"gpus_per_task": 1})
+    assert main(["run", str(file)]) == 1
+    assert "0 GPUs of the cluster's 2 CPUs and 4 GPUs are free" in capsys.readouterr().err
+    ray.kill(holder)
+
+
+def test_a_failing_task_is_named_and_the_rest_is_kept(ray_cluster: None, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]):
+    bad = tmp_path / "data"
+    bad.mkdir()
+    (bad / "train.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, talos={"density": 1.0}, tasks=[
+        TASKS[0], {"name": "broken", "data": str(bad), "classes": ["a", "b"]}])
+    assert main(["finetune", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert "broken" in message and "Traceback" not in message
+    assert store.exists(f"vectors/{TASKS[0]}/record.json")
+
+
+def test_a_fine_tune_goes_on_from_its_checkpoint(finished: tuple[Path, Store], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch, suite_cache: str):
+    file, reference = finished
+    store = Store(str(tmp_path / "store"))
+    for key in reference.keys():
+        if not key.startswith(f"vectors/{TASKS[0]}/"):
+            reference.download(key, store.path(key))
+    experiment = load_experiment(file, {"store": store.url, "resources": {"checkpoint_s": 1e-9}})
+    fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
+    steps: list[int] = []
+    write = artifacts.write_checkpoint
+
+    def stops_at_twelve(*arguments: Any) -> None:
+        write(*arguments)
+        steps.append(arguments[-1].step)
+        if len(steps) == 12:
+            raise RuntimeError("the machine went away")
+
+    monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
+    monkeypatch.setattr(artifacts, "write_checkpoint", stops_at_twelve)
+    with pytest.raises(RuntimeError, match="went away"):
+        workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+    assert len(store.keys(f"vectors/{TASKS[0]}/checkpoint")) == 2  # the latest and its record
+    record = workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+    assert steps == list(range(1, record["metrics"]["steps"] + 1))
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+    assert store.keys(f"vectors/{TASKS[0]}/checkpoint") == []
+
+
+def kill_one_worker(title: str, patience_s: float = 60) -> None:
+    """SIGKILL the first process of this test's own Ray that shows the title (`ray::` and the name of its task)."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if child.cmdline()[:1] == [title]:
+                    child.kill()
+                    return
+        time.sleep(0.05)
+    raise AssertionError(f"no process {title}")
+
+
+def test_a_worker_that_dies_is_replaced_as_often_as_allowed(finished: tuple[Path, Store], tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]):
+    _, reference = finished
+    store = Store(str(tmp_path / "store"))
+    for retries, code in ((0, 1), (1, 0)):
+        file = write_experiment(tmp_path, store.url, resources={"max_retries": retries, "checkpoint_s": 0.1})
+        with ThreadPoolExecutor() as threads:
+            killed = threads.submit(kill_one_worker, "ray::finetune_task")
+            assert main(["finetune", str(file)]) == code
+            killed.result()
+        message = capsys.readouterr().err
+        assert ("finetune failed for 1 of its parts, the rest is done and kept" in message) == (retries == 0)
+    assert not any("checkpoint" in key for key in store.keys("vectors"))
+    assert vector_bytes(store.url) == vector_bytes(reference.url)
+
+
+def start(file: Path, cache: str) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": cache}
+    return subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill_when(process: subprocess.Popen[bytes], store: Store, key: str, patience_s: float = 240) -> None:
+    """SIGKILL the run as soon as a key appears; fails if it ends or nothing appears."""
+    deadline = time.monotonic() + patience_s
+    while not store.exists(key):
+        assert process.poll() is None and time.monotonic() < deadline, f"{key} never appeared"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def same_results(ours: Store, theirs: Store) -> bool:
+    left, right = (results(s.read_json("report/summary.json")) for s in (ours, theirs))
+    return left == right and vector_bytes(ours.url) == vector_bytes(theirs.url)
+
+
+@pytest.mark.s3
+def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
+        finished: tuple[Path, Store], s3_environment: str, tmp_path: Path, suite_cache: str):
+    _, local = finished
+    remote = Store(f"{s3_environment}/runs/tiny")
+    file = write_experiment(tmp_path, remote.url)
+    kill_when(start(file, suite_cache), remote, f"vectors/{TASKS[0]}/vector.safetensors")
+    assert not remote.exists("gram/record.json"), "it was killed too late to prove anything"
+    for stage in ("finetune", "basis"):
+        assert main([stage, str(file)]) == 0
+    assert vector_bytes(remote.url) == vector_bytes(local.url)
+    for basis in ("ae-anchored-m1", "svd-m2"):
+        left, right = (s.read_json(f"basis/{basis}/record.json")["files"] for s in (remote, local))
+        assert left == right
+    assert main(["verify", remote.url]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_s3_gives_the_same_results(finished: tuple[Path, Store], s3_environment: str):
+    file, local = finished
+    remote = Store(f"{s3_environment}/runs/tiny")
+    assert main(["run", str(file), "--store", remote.url]) == 0
+    assert same_results(remote, local)
+
+
+def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]):
+    store = Store(str(tmp_path / "store"))
+    file = write_experiment(tmp_path, store.url, tasks=list(TASKS[:2]), talos={
+        "mask": "per-task", "images": 32, "rounds": 2}, basis={"method": "svd"}, evaluate={"control": TASKS[2]},
+        resources={"gpus_per_task": 0.5, "max_retries": 1})
+    assert main(["basis", str(file)]) == 1
+    assert "run `raytvb finetune` first" in capsys.readouterr().err
+    for stage in ("finetune", "basis", "search", "evaluate", "report"):
+        assert main([stage, str(file)]) == 0, capsys.readouterr().err
+    masks = [store.read_json(f"masks/{t}/record.json")["parents"]["mask"] for t in TASKS[:2]]
+    assert len(set(masks)) == 2
+    summary = store.read_json("report/summary.json")
+    assert set(summary["negation"]) == set(TASKS[:2])
+    shapes = load_file(store.path("basis/svd-m1/basis-00001-of-00001.safetensors"))
+    base = load_file(store.path("base/model.safetensors"))
+    assert all(shapes[n].shape == base[n].shape for n in shapes)  # no common mask: bases are dense
+
+
+@pytest.mark.slow
 def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
     store = Store(str(tmp_path / "store"))
     file = write_experiment(tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"})
@@ -407,6 +607,7 @@ def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
     assert main(["verify", remote.url]) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[Path, Store], tmp_path: Path,
                                                                suite_cache: str):
     _, reference = finished
