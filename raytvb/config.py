@@ -98,12 +98,24 @@ class TalosConfig(_Frozen):
 class FinetuneConfig(_Frozen):
     """Fine-tuning with AdamW, warm-up and cosine, clipping at norm 1, the zero-shot head frozen."""
 
-    epochs: Positive = 10
-    batch_size: Count = 128
+    epochs: Positive = Field(10, description="for tasks that do not give their own")
+    batch_size: Count = Field(128, description="images a step")
+    accumulate: Count = Field(1, description="parts a batch is computed in, for less memory; its gradient is the same")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description=(
+        "bf16: forward and backward pass in bfloat16 where that is safe (autocast); weights and AdamW stay float32"))
     lr: Positive | None = Field(None, description="default: 1e-5; tuned values on the embedded model")
     weight_decay: float = Field(0.1, ge=0.0)
-    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps that warm up")
+    warmup: float = Field(0.1, ge=0.0, description="share of the steps that warm up; from 1 on, a number of steps")
     clip: Positive = 1.0
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> FinetuneConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate = {self.accumulate}: a batch of {self.batch_size} has no more parts than images")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup = {self.warmup}: a share below 1, or a whole number of steps")
+        return self
 
 
 class BasisConfig(_Frozen):

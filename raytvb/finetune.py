@@ -48,9 +48,9 @@ def task_seed(seed: int, name: str) -> int:
 
 
 def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
-    """Rate of 0-based step `step`: linear warm-up over the first share of the steps, then a half cosine to 0."""
+    """Rate of 0-based step `step`: linear warm-up (a share of the steps, or a number), then a half cosine to 0."""
     peak = config.lr if config.lr is not None else 1e-5
-    warm = round(config.warmup * steps)
+    warm = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
@@ -74,7 +74,7 @@ def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], co
 
     Deterministic on a CPU for a given seed, also where it goes on from a checkpoint (`start`) of the same fine-tune.
     `save` gets one every `save_every_s` seconds, at the end of a step. Torch's global generator is seeded, for dropout.
-    Raises UserError at the first loss that is not finite, naming the step.
+    Raises UserError at the first loss or gradient that is not finite, naming the step; no checkpoint is saved after it.
     """
     classifier.to(device).train()
     for module in classifier.modules():
@@ -96,22 +96,35 @@ def finetune(classifier: nn.Module, split: Split, mask: Mapping[str, Tensor], co
     for step, indices in enumerate(batches(len(split), config.batch_size, steps, generator)):
         if step < first:
             continue
-        images = preprocess.normalise(split.images[indices].to(device))
-        error = nn.functional.cross_entropy(classifier(images), split.labels[indices].to(device))
-        loss = error.item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})")
-        error.backward()
-        optimizer.step(learning_rate(step, steps, config), config.clip)
+        loss = sum(_add_gradients(classifier, split, part, len(part) / len(indices), config, preprocess, device)
+                   for part in indices.chunk(config.accumulate))
+        norm = optimizer.step(learning_rate(step, steps, config), config.clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient's norm"
+            value = loss if not math.isfinite(loss) else norm
+            raise UserError(f"the {what} is {value} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})")
         now = time.perf_counter()
         if save is not None and now - saved >= save_every_s:
             save(Checkpoint(step + 1, loss, before_s + now - started, optimizer.state() | _rng_state(device)))
             saved = time.perf_counter()
+    optimizer.close()
     kept = {n: mask[n] for n in sorted(mask)}
     parts = (optimizer.values.detach() - before).cpu().split([int(m.sum()) for m in kept.values()])
     dense = all(bool(m.all()) for m in kept.values())
     values = {n: p.view(m.shape) if dense else p for (n, m), p in zip(kept.items(), parts, strict=True)}
     return Finetuned(values, steps, loss, before_s + time.perf_counter() - started)
+
+
+def _add_gradients(classifier: nn.Module, split: Split, indices: Tensor, share: float, config: FinetuneConfig,
+                   preprocess: Preprocess, device: torch.device) -> float:
+    """Forward and backward of a part of a batch, whose loss counts for its share of the batch's; returns that loss."""
+    images = preprocess.normalise(split.images[indices].to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = classifier(images)
+    loss = share * nn.functional.cross_entropy(logits.float(), split.labels[indices].to(device),
+                                               label_smoothing=config.label_smoothing)
+    loss.backward()
+    return loss.item()
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

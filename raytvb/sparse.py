@@ -1,12 +1,14 @@
 """Training the kept entries of a mask only, and packing masks to one bit a parameter.
 
-The optimizer sees one flat float32 parameter with the K kept values, so torch's own fused AdamW does the arithmetic
-and its state is 8 bytes a kept entry; what is ours is gathering gradients and scattering values back.
+The optimizer sees one flat float32 parameter with the K kept values, so torch's own fused AdamW does the arithmetic;
+what is ours is gathering gradients and scattering values back. Values, two moments and positions are 16 bytes a kept
+entry; a dense AdamW has 8 bytes for every entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,11 +25,39 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little").view(np.bool_))
 
 
+class _Entries:
+    """The kept entries of one parameter: their flat positions, or None where all are kept."""
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.parameter, self.indices = parameter, None
+        self.count = int(mask.sum())
+        if self.count < parameter.numel():
+            # 4 bytes a position; no tensor of an image tower has 2^31 entries, but nothing would break.
+            dtype = torch.int32 if parameter.numel() < 2**31 else torch.int64
+            self.indices = mask.to(parameter.device).reshape(-1).nonzero()[:, 0].to(dtype)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Kept entries of a tensor of the parameter's shape, (K,) float32."""
+        flat = tensor.reshape(-1).float()
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def scatter(self, values: Tensor) -> None:
+        """`values` (K,) into the kept entries of the parameter."""
+        flat = self.parameter.view(-1)
+        if self.indices is None:
+            flat.copy_(values)
+        else:
+            flat.index_copy_(0, self.indices.long(), values.to(flat.dtype))
+
+
 class MaskedAdamW:
     """AdamW with decoupled weight decay on the entries a mask keeps; every other entry is never written to.
 
     Equal to `torch.optim.AdamW` on a model that has only the kept entries. Tensors without kept entries get
     `requires_grad = False`, so autograd skips them. Clipping, like weight decay, looks at the kept entries alone.
+
+    As soon as the backward pass has a parameter's gradient, its kept entries are added to the flat gradient and the
+    rest is freed: no two whole gradients exist at a time, and several backward passes before a step add up.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], *, lr: float,
@@ -35,16 +65,31 @@ class MaskedAdamW:
         """`mask` has a bool tensor for every parameter; its kept entries are trained from their current values."""
         if parameters.keys() != mask.keys():
             raise ValueError(f"mask and parameters differ in {sorted(parameters.keys() ^ mask.keys())}")
-        self._entries: list[tuple[nn.Parameter, Tensor]] = []
+        self._entries: list[_Entries] = []
         for name in sorted(parameters):
-            parameter = parameters[name]
-            indices = mask[name].to(parameter.device).reshape(-1).nonzero()[:, 0]
-            parameter.requires_grad_(len(indices) > 0)
-            if len(indices):
-                self._entries.append((parameter, indices))
-        self.values = nn.Parameter(torch.cat([p.detach().reshape(-1)[i].float() for p, i in self._entries]))
+            entries = _Entries(parameters[name], mask[name])
+            parameters[name].requires_grad_(entries.count > 0)
+            if entries.count:
+                self._entries.append(entries)
+        self.values = nn.Parameter(torch.cat([e.gather(e.parameter.detach()) for e in self._entries]))
+        self.values.grad = torch.zeros_like(self.values)
+        sizes = [e.count for e in self._entries]
+        self._parts = self.values.detach().split(sizes)
+        self._hooks = [e.parameter.register_post_accumulate_grad_hook(partial(_take, e, part))
+                       for e, part in zip(self._entries, self.values.grad.split(sizes), strict=True)]
         self._optimizer = torch.optim.AdamW([self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
                                             fused=True)
+
+    def close(self) -> None:
+        """Leave the parameters' gradients alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held for the kept entries: values, moments (there after the first step) and positions."""
+        held = [self.values, *self._optimizer.state[self.values].values(), *(e.indices for e in self._entries if e.indices is not None)]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, as CPU tensors: kept values (K,), AdamW's moments (K,) and step count."""
@@ -65,22 +110,32 @@ class MaskedAdamW:
     @torch.no_grad()
     def _scatter(self) -> None:
         """Write the kept values into the parameters."""
-        sizes = [len(i) for _, i in self._entries]
-        for (parameter, indices), values in zip(self._entries, self.values.split(sizes), strict=True):
-            parameter.view(-1)[indices] = values.to(parameter.dtype)
+        for entries, part in zip(self._entries, self._parts, strict=True):
+            entries.scatter(part)
 
+    @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> float:
-        """One update from the parameters' gradients, which it then frees. Returns the norm of the kept gradients."""
-        gradients = [torch.zeros_like(i, dtype=torch.float32) if p.grad is None else p.grad.reshape(-1)[i].float()
-                     for p, i in self._entries]  # None: the forward pass did not use this one
-        self.values.grad = torch.cat(gradients)
-        norm = self.values.grad.norm()
-        if clip is not None:
-            self.values.grad *= (clip / (norm + 1e-6)).clamp(max=1.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._scatter()
-        for parameter, _ in self._entries:
-            parameter.grad = None
+        """One update from the gradients of all backward passes since the last. Returns the norm of the kept gradients.
+
+        A norm that is not finite is returned too, but nothing is updated then: the values stay those of the last step.
+        """
+        gradient = self.values.grad
+        assert gradient is not None
+        norm = gradient.norm()
+        if torch.isfinite(norm):
+            if clip is not None:
+                gradient *= (clip / (norm + 1e-6)).clamp(max=1.0)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._scatter()
+        gradient.zero_()
         return float(norm)
+
+
+@torch.no_grad()
+def _take(entries: _Entries, part: Tensor, parameter: Tensor) -> None:
+    """Add the kept entries of a parameter's gradient to their part of the flat one, and free it."""
+    assert parameter.grad is not None
+    part += entries.gather(parameter.grad)
+    parameter.grad = None

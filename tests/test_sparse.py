@@ -100,13 +100,37 @@ def test_tensors_without_kept_entries_need_no_gradient() -> None:
     assert {n for n, p in net.named_parameters() if not p.requires_grad} == {"2.weight"}
 
 
-def test_a_step_frees_the_gradients() -> None:
+def test_whole_gradients_are_freed_and_after_closing_they_stay() -> None:
     net, split = toy_net(), toy_split()
     optimizer = MaskedAdamW(dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.0)
-    nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
-    assert any(p.grad is not None for p in net.parameters())
-    optimizer.step(0.1)
+    loss = nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels)
+    loss.backward(retain_graph=True)
     assert all(p.grad is None for p in net.parameters())
+    optimizer.close()
+    loss.backward()
+    assert any(p.grad is not None for p in net.parameters())
+
+
+def test_the_state_is_sixteen_bytes_a_kept_entry() -> None:
+    net, split = toy_net(), toy_split()
+    mask = random_mask(net)
+    optimizer = MaskedAdamW(dict(net.named_parameters()), mask, lr=0.1, weight_decay=0.0)
+    nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
+    optimizer.step(0.1)
+    indexed = [m for m in mask.values() if not m.all()]  # a tensor that is kept whole needs no positions
+    assert optimizer.state_bytes == 12 * len(optimizer.values) + 4 * sum(int(m.sum()) for m in indexed) + 4
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    net, split = toy_net(), toy_split()
+    before = copy.deepcopy(net).state_dict()
+    optimizer = MaskedAdamW(dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.1)
+    (torch.inf * nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels)).backward()
+    assert not math.isfinite(optimizer.step(0.1, 1.0))
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
+    assert math.isfinite(optimizer.step(0.1, 1.0))
+    assert not all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
 def test_a_mask_of_other_names_is_an_error_that_lists_them() -> None:
@@ -144,6 +168,12 @@ def test_the_learning_rate_warms_up_and_falls_as_a_half_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
 
 
+def test_warming_up_for_a_number_of_steps() -> None:
+    rates = [learning_rate(s, 50, FinetuneConfig(lr=2.0, warmup=5)) for s in range(50)]
+    assert rates == [learning_rate(s, 50, FinetuneConfig(lr=2.0, warmup=0.1)) for s in range(50)]
+    assert learning_rate(3, 4, FinetuneConfig(lr=2.0, warmup=500)) == pytest.approx(2.0 * 4 / 500)
+
+
 def test_the_learning_rate_of_short_runs_is_finite_and_positive() -> None:
     assert learning_rate(0, 1, FinetuneConfig(lr=0.5)) == 0.5
     assert learning_rate(0, 10, FinetuneConfig(lr=0.5, warmup=0.0)) == 0.5
@@ -167,7 +197,7 @@ def test_batches_end_in_the_middle_of_an_epoch() -> None:
     assert [len(b) for b in made] == [3, 3, 3, 1, 3, 3]
 
 
-def trained(net: nn.Module, mask: dict[str, Tensor], seed: int = 0, **fields: float) -> Finetuned:
+def trained(net: nn.Module, mask: dict[str, Tensor], seed: int = 0, **fields: float | str) -> Finetuned:
     config = FinetuneConfig.model_validate({"epochs": 5, "batch_size": 16, "lr": 1e-2, **fields})
     return finetune(net, toy_split(), mask, config, PREPROCESS, seed=seed, device=CPU)
 
@@ -191,6 +221,39 @@ def test_finetuning_lowers_the_loss_and_returns_the_kept_differences() -> None:
         assert result.values[name].shape == (int(kept.sum()),)
         assert torch.equal(result.values[name], (parameter - start).detach()[kept])
         assert not kept.any() or bool(result.values[name].any())
+
+
+@pytest.mark.parametrize("parts", [2, 3, 16])
+def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
+    """Also the smaller last batch, of 2 images; Adam's first steps enlarge rounding errors of small gradients."""
+    mask = random_mask(toy_net())
+    whole, divided = trained(toy_net(), mask), trained(toy_net(), mask, accumulate=parts)
+    assert divided.steps == whole.steps and divided.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
+    for name in mask:
+        torch.testing.assert_close(divided.values[name], whole.values[name], rtol=1e-3, atol=1e-5)
+
+
+def test_smoothed_labels_give_the_loss_of_mixed_targets() -> None:
+    net, split = toy_net(), toy_split(16)
+    targets = 0.7 * nn.functional.one_hot(split.labels, 3) + 0.3 / 3
+    expected = -(targets * net(PREPROCESS.normalise(split.images)).log_softmax(dim=1)).sum(dim=1).mean()
+    config = FinetuneConfig(epochs=1, batch_size=16, lr=1e-2, label_smoothing=0.3)
+    found = finetune(net, split, full_mask(net), config, PREPROCESS, seed=0, device=CPU)
+    assert found.steps == 1 and found.final_loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_bf16_trains_float32_weights_to_about_the_same() -> None:
+    mask = random_mask(toy_net())
+    seen: list[torch.dtype] = []
+    net = toy_net()
+    net[1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    half, full = trained(net, mask, precision="bf16"), trained(toy_net(), mask)
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in net.parameters())
+    left, right = (torch.cat([r.values[n] for n in sorted(mask)]) for r in (half, full))
+    assert left.dtype == torch.float32 and not torch.equal(left, right)
+    assert float((left - right).norm() / right.norm()) < 0.2
+    again = trained(toy_net(), mask, precision="bf16")
+    assert all(torch.equal(again.values[n], half.values[n]) for n in mask)
 
 
 def test_a_dense_mask_gives_whole_tensors() -> None:
