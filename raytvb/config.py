@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from raytvb import suite
+from raytvb import presets, suite
 from raytvb.basis import METHODS
 from raytvb.errors import UserError
 
@@ -45,23 +45,53 @@ class ModelConfig(_Frozen):
         return self
 
 
+class SplitsConfig(_Frozen):
+    """Which images are train, val and test: a name that the data has, or (val, test) a share of train's images."""
+
+    train: str | None = Field(None, description="default: train")
+    val: str | float | None = Field(None, description="default: val, valid, validation or dev, else 0.1 of train")
+    test: str | float | None = Field(None, description="default: test; 0.2 of the data where no split has a name")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the permutation that shares are taken from")
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> SplitsConfig:
+        asked = [getattr(self, s) for s in ("train", "val", "test")]
+        names = [a for a in asked if isinstance(a, str)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two splits of the same name ({', '.join(names)}); use a share for one, as in `val: 0.1`")
+        shares = [a for a in asked if isinstance(a, float)]
+        if any(not 0 < share < 1 for share in shares):
+            raise ValueError(f"val and test are names, or shares of train's images between 0 and 1, not {shares}")
+        if sum(shares) >= 1:
+            raise ValueError("the shares of val and test leave nothing for train")
+        return self
+
+
 class TaskConfig(_Frozen):
-    """One classification task. A name of the embedded suite needs nothing else; other data is a folder of Parquet."""
+    """One classification task. A name of the embedded suite needs nothing else; other data needs a URL."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
-    data: str | None = Field(None, description="URL of a folder with train*.parquet, val*.parquet, test*.parquet")
+    data: str | None = Field(None, description=(
+        "URL of a folder (local, s3://, hf://datasets/…, any fsspec scheme) with Parquet files or a folder of images per "
+        "class, or torchvision:NAME"))
+    root: str | None = Field(None, description="folder of a torchvision data set (default: in the cache, downloaded)")
+    splits: SplitsConfig = SplitsConfig()
     image_column: str = "image"
     label_column: str = "label"
-    classes: tuple[str, ...] | None = Field(None, description="class names; default: from the Parquet metadata")
+    classes: tuple[str, ...] | None = Field(None, description="class names; default: from the data")
     templates: tuple[str, ...] | None = Field(None, description="prompts with one {} each")
+    epochs: Positive | None = Field(None, description="default: finetune.epochs")
+    max_corrupt: int = Field(10, ge=0, description="images of a split that may be unreadable; they are skipped")
 
     @model_validator(mode="after")
     def _known_or_with_data(self) -> TaskConfig:
+        if self.root is not None and not (self.data or "").startswith("torchvision:"):
+            raise ValueError("root: only with `data: torchvision:NAME`")
         if self.data is None and self.name not in (*suite.task_names(), suite.CONTROL):
             near = difflib.get_close_matches(self.name, suite.task_names(), 3, 0.5)
             hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(suite.SHOWCASE[:3])};"
             raise ValueError(f"unknown task {self.name!r}: not in the embedded suite ({hint} `raytvb tasks` lists "
-                             f"them all), and no `data:` URL is given")
+                             f"them all) and no preset ({', '.join(presets.PRESETS)}), and no `data:` URL is given")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
             raise ValueError("classes: give at least one name, and each once")
         for template in self.templates or ():
@@ -88,6 +118,7 @@ class TalosConfig(_Frozen):
     damping: float = Field(0.1, ge=0.0, le=1.0)
     images: Count = Field(256, description="training images that are scored, per task")
     draws: Count | Literal["exact"] = 1
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass of the scores")
 
     @property
     def stages(self) -> int:
@@ -197,6 +228,19 @@ class ResourceConfig(_Frozen):
         return self
 
 
+def _expanded(task: Any) -> list[Any]:
+    """A name of a task or preset, or the fields of either, as the fields of tasks."""
+    if isinstance(task, str):
+        task = {"preset": task} if task in presets.PRESETS else {"name": task}
+    if not (isinstance(task, dict) and "preset" in task):
+        return [task]
+    if task["preset"] not in presets.PRESETS:
+        raise ValueError(f"tasks: unknown preset {task['preset']!r}; there are {', '.join(presets.PRESETS)}")
+    if "name" in task:
+        raise ValueError(f"tasks: preset {task['preset']} names its tasks itself; leave `name` out")
+    return list(presets.expand(**task))
+
+
 class Experiment(_Frozen):
     """Everything an experiment file can say. `store` is a local directory or any fsspec URL (s3://bucket/prefix)."""
 
@@ -215,9 +259,10 @@ class Experiment(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _task_names(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("tasks"), list | tuple):
-            tasks = [{"name": t} if isinstance(t, str) else t for t in values["tasks"]]
-            return {**values, "tasks": tasks}
+        if isinstance(values, dict) and isinstance(values.get("tasks"), list | tuple | str | dict):
+            given = values["tasks"]
+            given = given if isinstance(given, list | tuple) else [given]
+            return {**values, "tasks": [made for task in given for made in _expanded(task)]}
         return values
 
     @model_validator(mode="after")

@@ -1,9 +1,8 @@
-"""Labelled images: Parquet in the layout of the CLIP task collections on the Hugging Face hub.
+"""The splits of a task: which images belong to train, val and test, decoded and resized for a model.
 
-A task is a folder (local or any fsspec URL) with `train*.parquet`, `val*.parquet` or `validation*.parquet`, and
-`test*.parquet`, also under `data/`. An image column holds `{bytes, path}` structs or binary, a label column integers;
-class names come from the `huggingface` entry of the Arrow schema metadata unless they are given. The embedded suite is
-written in the same layout to a cache folder and goes through the same reader.
+Images come from the sources of `images`; the embedded suite is written as Parquet to a cache folder and goes through the
+same reader. Decoded images lie in a temporary file that is mapped into memory, so the system drops and rereads them as
+it needs to.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import posixpath
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,24 @@ from raytvb import suite
 from raytvb.config import TaskConfig
 from raytvb.encoder import Preprocess
 from raytvb.errors import UserError
-from raytvb.store import Store
+from raytvb.images import ALIASES, Row, Source, open_source
 
-PREFIXES = {"train": ("train",), "val": ("val",), "test": ("test",)}  # "val" also begins "validation"
-VAL_SHARE = 0.1  # of the training images, where a task has no validation files
+SPLITS = ("train", "val", "test")
+VAL_SHARE, TEST_SHARE = 0.1, 0.2  # of the training images, where a task has no validation, or no named splits at all
 FORMAT = 2  # of the cached suite; raise it when the drawings change
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, S, S) uint8 at the model's resolution and labels (N,) int64 in range(len(classes))."""
+    """Images (N, 3, S, S) uint8 at the model's resolution and labels (N,) int64 in range(len(classes)).
+
+    `skipped` images of the split could not be read and are not among them.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +86,7 @@ def suite_table(task: str, split: str) -> pa.Table:
 def write_suite_task(task: str, folder: Path) -> None:
     """Write `train`, `val` and `test` Parquet files of a task of the suite; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in PREFIXES:
+    for split in SPLITS:
         target = folder / f"{split}.parquet"
         if not target.exists():
             table = suite_table(task, split)
@@ -94,7 +97,7 @@ def write_suite_task(task: str, folder: Path) -> None:
 
 
 def task_url(task: TaskConfig) -> str:
-    """Where a task's Parquet files are; a task of the embedded suite is drawn into the cache first."""
+    """Where a task's images are; a task of the embedded suite is drawn into the cache first."""
     if task.data is not None:
         return task.data
     folder = cache_folder() / f"suite-{FORMAT}" / task.name
@@ -102,46 +105,66 @@ def task_url(task: TaskConfig) -> str:
     return str(folder)
 
 
-def _split_keys(store: Store) -> dict[str, list[str]]:
-    """Parquet files by split, sorted by name."""
-    names = [k for k in store.keys() if k.endswith(".parquet")]
-    return {split: [k for k in names if posixpath.basename(k).startswith(prefixes)]
-            for split, prefixes in PREFIXES.items()}
-
-
-@contextmanager
-def _parquet(task: TaskConfig, store: Store, key: str) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file. Raises UserError, naming task and file, for anything else."""
-    with store.fs.open(store.path(key), "rb") as file:
-        try:
-            yield pq.ParquetFile(file)
-        except pa.ArrowException as error:
-            raise UserError(f"task {task.name}: {store.where(key)} is not a whole Parquet file: {error}") from None
-        except OSError as error:  # damaged pages, or a network that may recover: worth another try
-            raise OSError(f"task {task.name}: {store.where(key)}: {error}") from error
-
-
-def _class_names(task: TaskConfig, schema: pa.Schema) -> tuple[str, ...]:
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features[task.label_column]["names"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"task {task.name}: {task.data} has no class names in its Parquet metadata; "
-                        f"give them as `classes: [...]` of the task") from None
+def _source(task: TaskConfig) -> Source:
+    return open_source(task, task_url(task), cache_folder())
 
 
 def task_classes(task: TaskConfig) -> tuple[str, ...]:
-    """Class names of a task. Raises UserError where there are none, or no Parquet files."""
+    """Class names of a task. Raises UserError where there are none, or no images."""
     if task.data is None:
         return task.classes or suite.class_names(task.name)
-    store = Store(task.data)
-    keys = [k for split in _split_keys(store).values() for k in split]
-    if not keys:
-        raise UserError(f"task {task.name}: no train*.parquet, val*.parquet or test*.parquet under {task.data}")
-    if task.classes is not None:
-        return task.classes
-    with _parquet(task, store, keys[0]) as parquet:
-        return _class_names(task, parquet.schema_arrow)
+    return _source(task).classes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split as the part of a pool between two shares of its seeded permutation; from 0 to 1 it is the whole pool."""
+
+    pool: str
+    start: float = 0.0
+    stop: float = 1.0
+
+    def members(self, source: Source, seed: int) -> np.ndarray:
+        """Positions in the pool, rising (N,). Every part of a pool that is not empty gets at least one image."""
+        count = source.count(self.pool)
+        if (self.start, self.stop) == (0.0, 1.0):
+            return np.arange(count)
+        edges = [round(count * share) if share in (0.0, 1.0) else max(1, round(count * share))
+                 for share in (self.start, self.stop)]
+        edges[1] = max(edges[1], edges[0] + 1)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+        return np.sort(order[edges[0]:edges[1]])
+
+
+def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
+    """What is train, val and test: what the task's `splits` say, else the pools of the usual names.
+
+    A missing val is a tenth of train's pool; data without any named splits gives a fifth to test as well. A split that
+    is not there is left out. Raises UserError for a name that the data does not have.
+    """
+    asked = {s: getattr(task.splits, s) for s in SPLITS}
+    unknown = {s: n for s, n in asked.items() if isinstance(n, str) and n not in source.pools}
+    if unknown:
+        there = ", ".join(p for p in source.pools if p) or "no named splits"
+        raise UserError(f"task {task.name}: splits.{', splits.'.join(f'{s}: {n}' for s, n in unknown.items())}: "
+                        f"{source.where} has {there}")
+    taken = {n for n in asked.values() if isinstance(n, str)}
+    names = {s: asked[s] if isinstance(asked[s], str) else
+             next((a for a in ALIASES[s] if a in source.pools and a not in taken), None) if asked[s] is None else None
+             for s in SPLITS}
+    unnamed = source.pools == ("",)
+    names["train"] = "" if unnamed else names["train"]
+    found = {s: Part(n) for s, n in names.items() if n is not None and s != "train"}
+    if names["train"] is None:
+        return found
+    default = {"val": VAL_SHARE, "test": TEST_SHARE if unnamed else None}
+    used = 0.0
+    for split in ("test", "val"):
+        share = asked[split] if asked[split] is not None else default[split]
+        if split not in found and share is not None:
+            found[split] = Part(names["train"], used, used + share)
+            used += share
+    return found | {"train": Part(names["train"], used)}
 
 
 @cache
@@ -154,63 +177,100 @@ def _geometry(document: str) -> list[Any]:
     return list(transform.transforms[:-2])  # without ToTensor and Normalize
 
 
-def _decode(data: bytes | None, preprocess: Preprocess) -> np.ndarray:
-    """An encoded image as (S, S, 3) uint8. Raises what Pillow raises for other bytes, TypeError for none."""
-    if data is None:
-        raise TypeError("there is no image")
-    image = Image.open(io.BytesIO(data))
-    if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
-        for step in _geometry(json.dumps(dict(preprocess.config))):
-            image = step(image)
-    return np.asarray(image, dtype=np.uint8)
+def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | str:
+    """An image as (3, S, S) uint8, or the reason why it cannot be read."""
+    try:
+        if isinstance(row.image, Exception):
+            raise row.image
+        if row.image is None:
+            return "there is no image"
+        image = row.image if isinstance(row.image, Image.Image) else Image.open(io.BytesIO(row.image))
+        if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
+            for step in _geometry(json.dumps(dict(preprocess.config))):
+                image = step(image)
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    except UnidentifiedImageError:
+        return "no format that is known"
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        return str(error) or type(error).__name__
 
 
-def _rows(task: TaskConfig, store: Store, keys: list[str]) -> Iterator[tuple[str, bytes | None, int]]:
-    """(name of the row, encoded image, label) in file order; one row group is in memory at a time."""
-    for key in keys:
-        with _parquet(task, store, key) as parquet:
-            missing = {task.image_column, task.label_column} - set(parquet.schema_arrow.names)
-            if missing:
-                raise UserError(f"task {task.name}: {key} has no column {', '.join(sorted(missing))}; it has "
-                                f"{', '.join(parquet.schema_arrow.names)} (`image_column`, `label_column` name them)")
-            row = 0
-            for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=[task.image_column, task.label_column])
-                images, labels = (table[c].to_pylist() for c in (task.image_column, task.label_column))
-                for image, label in zip(images, labels, strict=True):
-                    yield f"{key} row {row}", image.get("bytes") if isinstance(image, dict) else image, label
-                    row += 1
+def _decoded(rows: Iterator[Row], preprocess: Preprocess, threads: int) -> Iterator[tuple[Row, np.ndarray | str]]:
+    """Rows with their decoded images, in their order; Pillow lets threads decode side by side."""
+    decode = partial(_decode, preprocess=preprocess)
+    if threads <= 1:
+        yield from ((row, decode(row)) for row in rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        while some := list(islice(rows, 8 * threads)):
+            yield from zip(some, pool.map(decode, some), strict=True)
 
 
-def load_split(task: TaskConfig, split: str, preprocess: Preprocess) -> Split:
-    """Read, decode and resize a split. N * 3 * S * S bytes of memory.
+def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads: int = 1, sample: int | None = None,
+               generator: torch.Generator | None = None) -> Split:
+    """Read, decode and resize a split, or `sample` images of it that `generator` draws, in the order of the draw.
 
-    A task without validation files gives every tenth training image to validation. Raises UserError for a folder
-    without files for the split, an empty split, a label outside the classes or an image that cannot be decoded.
+    The images lie in an unnamed temporary file ($TMPDIR) of N * 3 * S * S bytes, mapped into memory. Images that cannot
+    be read are counted and left out. Raises UserError for a split that is not there or empty, a label outside the
+    classes, and more unreadable images than the task's `max_corrupt`.
     """
-    store = Store(task_url(task))
-    keys = _split_keys(store)
-    classes = task_classes(task)
-    carved = split != "test" and not keys["val"]
-    files = keys["train"] if carved else keys[split]
-    if not files:
-        raise UserError(f"task {task.name}: no {split}*.parquet under {store.url}")
-    images, labels = [], []
-    for index, (name, data, label) in enumerate(_rows(task, store, files)):
-        if carved and (index % round(1 / VAL_SHARE) == 0) != (split == "val"):
-            continue
-        if not isinstance(label, int):
-            raise UserError(f"task {task.name}: {name} has label {label!r}; labels are integers, 0 for the first class")
-        if not 0 <= label < len(classes):
-            raise UserError(f"task {task.name}: {name} has label {label!r}, but there are {len(classes)} classes")
-        try:
-            images.append(_decode(data, preprocess))
-        except UnidentifiedImageError:
-            raise UserError(f"task {task.name}: {name} is not a readable image: no format that is known") from None
-        except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # all that Pillow raises
-            raise UserError(f"task {task.name}: {name} is not a readable image: {error}") from None
-        labels.append(label)
-    if not images:
-        raise UserError(f"task {task.name}: the {split} split under {store.url} is empty")
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(pixels, torch.tensor(labels, dtype=torch.int64), classes)
+    source = _source(task)
+    classes, parts = source.classes, split_parts(task, source)
+    if split not in parts:
+        raise UserError(f"task {task.name}: no {split} split under {source.where} (there is "
+                        f"{', '.join(p for p in source.pools if p)}); `splits: {{{split}: NAME or a share of train}}` "
+                        f"of the task says what to use")
+    members = parts[split].members(source, task.splits.seed)
+    if not len(members):
+        raise UserError(f"task {task.name}: the {split} split under {source.where} is empty")
+    if sample is not None:
+        members = members[torch.randperm(len(members), generator=generator)[:sample].numpy()]
+    wanted = np.sort(members)
+    labels, kept, skipped = list[int](), list[int](), list[str]()
+    with tempfile.TemporaryFile(prefix="raytvb-images-") as file:
+        for position, (row, image) in zip(wanted, _decoded(_chosen(source.rows(parts[split].pool), wanted), preprocess,
+                                                           threads), strict=True):
+            if isinstance(image, str):
+                skipped.append(f"{row.name} is not a readable image: {image}")
+                if len(skipped) > task.max_corrupt:
+                    raise UserError(f"task {task.name}: {skipped[0]}" + (
+                        f", and {len(skipped) - 1} more of {split}" if len(skipped) > 1 else "") +
+                        f"; up to `max_corrupt: {task.max_corrupt}` of a split are skipped")
+                continue
+            labels.append(_label(task, row, len(classes)))
+            kept.append(int(position))
+            file.write(image)
+        if not kept:
+            raise UserError(f"task {task.name}: the {split} split under {source.where} is empty: {skipped[0]}")
+        file.flush()
+        shape = (len(kept), 3, preprocess.size, preprocess.size)
+        images = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
+    found = Split(images, torch.tensor(labels, dtype=torch.int64), classes, len(skipped))
+    if sample is None:
+        return found
+    place = {position: k for k, position in enumerate(kept)}
+    order = torch.tensor([place[int(m)] for m in members if int(m) in place])
+    return Split(found.images[order], found.labels[order], classes, len(skipped))
+
+
+def _chosen(rows: Iterator[Row], wanted: np.ndarray) -> Iterator[Row]:
+    """The rows at the wanted positions, which rise; nothing is read after the last."""
+    todo = iter(wanted.tolist())
+    target = next(todo, None)
+    for position, row in enumerate(rows):
+        if target is None:
+            return
+        if position == target:
+            yield row
+            target = next(todo, None)
+            if target is None:
+                return
+
+
+def _label(task: TaskConfig, row: Row, classes: int) -> int:
+    if not isinstance(row.label, int):
+        raise UserError(f"task {task.name}: {row.name} has label {row.label!r}; labels are integers, 0 for the first "
+                        f"class")
+    if not 0 <= row.label < classes:
+        raise UserError(f"task {task.name}: {row.name} has label {row.label!r}, but there are {classes} classes")
+    return int(row.label)

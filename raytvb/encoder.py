@@ -170,9 +170,10 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 def zero_shot_head(encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str],
                    templates: Sequence[str]) -> Tensor:
     """Text embeddings of the classes (C, E) float32: mean over templates of unit vectors, made unit length, times the
-    logit scale, so that logits are unit image features @ head.T."""
+    logit scale, so that logits are unit image features @ head.T. An underscore in a name is read as a space."""
     model: Any = encoder.model
-    total = sum(model.encode_text(tokenizer([t.format(c) for c in classes]), normalize=True) for t in templates)
+    words = [c.replace("_", " ") for c in classes]
+    total = sum(model.encode_text(tokenizer([t.format(w) for w in words]), normalize=True) for t in templates)
     return nn.functional.normalize(total, dim=-1) * model.logit_scale.exp()
 
 

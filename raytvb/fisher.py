@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+Model = Callable[[Tensor], Tensor]
 CHECKED = 2  # images on which the fast path is compared with plain autograd
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _SUMS = {torch.add, torch.mul, Tensor.add, Tensor.mul, Tensor.__add__, Tensor.__radd__, Tensor.__mul__, Tensor.__rmul__}
 
 
 def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal["exact"] = 1, batch_size: int = 32,
-                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
+                  generator: torch.Generator | None = None,
+                  precision: Literal["fp32", "bf16"] = "fp32") -> dict[str, Tensor]:
     """Diagonal Fisher information of every parameter that requires grad, averaged over the images.
 
     Linear, convolution, normalisation and attention layers, scales and additive embeddings take one pass a batch. What
@@ -41,6 +43,7 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
         draws: labels sampled from p(.|x) per image, or "exact" for the expectation over all C classes.
         batch_size: images a forward pass takes.
         generator: seeds the sampled labels (a CPU generator); the default is seeded with 0.
+        precision: of the forward and backward pass; "bf16" is autocast to bfloat16. Squares are summed in float32.
 
     Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is nothing to score.
     """
@@ -49,7 +52,15 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
         raise ValueError(f"nothing to score: {len(parameters)} parameters require grad, {len(images)} images, "
                          f"draws = {draws}")
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
-    slow = _unsupported(classifier, parameters, images[:CHECKED]) if len(images) >= CHECKED else set[str]()
+
+    def model(batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return classifier(batch)
+
+    # Half precision rounds the two ways differently.
+    exact = precision == "fp32" and all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
+    slow = _unsupported(model, parameters, images[:CHECKED], 1e-4 if exact else 5e-2) if len(images) >= CHECKED else (
+        set[str]())
     if slow:
         warnings.warn(f"{len(slow)} of {len(parameters)} parameters are used in ways that have no fast rule and are "
                       f"scored image by image: {', '.join(sorted(slow)[:5])}{', …' if len(slow) > 5 else ''}",
@@ -57,14 +68,14 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
     scores = _zeros(parameters)
     for batch in images.split(batch_size):
         with torch.no_grad():
-            labels, weights = _labels_and_weights(classifier(batch), draws, generator)
+            labels, weights = _labels_and_weights(model(batch), draws, generator)
         each = slow if len(batch) >= CHECKED else parameters.keys()  # one sample cannot be told from other sizes of 1
-        late = _add_batch(classifier, {n: p for n, p in parameters.items() if n not in each}, batch, labels, weights,
+        late = _add_batch(model, {n: p for n, p in parameters.items() if n not in each}, batch, labels, weights,
                           scores)
         if late:
             raise RuntimeError(f"the model uses {', '.join(sorted(late))} in another way for {len(batch)} images than "
                                f"for {CHECKED}; score it with batch_size=1")
-        _add_each(classifier, {n: parameters[n] for n in each}, batch, labels, weights, scores)
+        _add_each(model, {n: parameters[n] for n in each}, batch, labels, weights, scores)
     return {n: s / len(images) for n, s in scores.items()}
 
 
@@ -84,13 +95,13 @@ def _labels_and_weights(logits: Tensor, draws: int | Literal["exact"], generator
     return labels, torch.full(labels.shape, 1.0 / draws, device=logits.device)
 
 
-def _log_likelihoods(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _log_likelihoods(classifier: Model, images: Tensor, labels: Tensor) -> Tensor:
     """log p(y|x) of the labels (N, R), shape (N, R)."""
     return classifier(images).float().log_softmax(dim=1).gather(1, labels)
 
 
 @torch.enable_grad()
-def _add_batch(classifier: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor,
+def _add_batch(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor,
                weights: Tensor, scores: Mapping[str, Tensor]) -> set[str]:
     """Add the weighted squares of a batch to `scores`; returns the names of parameters used in an unknown way."""
     if not parameters:
@@ -107,7 +118,7 @@ def _add_batch(classifier: nn.Module, parameters: Mapping[str, Tensor], images: 
 
 
 @torch.enable_grad()
-def _add_each(classifier: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor,
+def _add_each(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor,
               weights: Tensor, scores: Mapping[str, Tensor]) -> None:
     """The plain definition, one backward pass for each image and label: right for every model."""
     if not parameters:
@@ -122,7 +133,8 @@ def _add_each(classifier: nn.Module, parameters: Mapping[str, Tensor], images: T
                     scores[name].add_(weight * gradient.float().square())
 
 
-def _unsupported(classifier: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -> set[str]:
+def _unsupported(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor,
+                 relative: float = 1e-4) -> set[str]:
     """Names whose fast scores are not those of plain autograd on a few images: no rule, or one that is wrong here."""
     with torch.no_grad():
         labels = classifier(images).argmax(dim=1, keepdim=True)
@@ -131,8 +143,6 @@ def _unsupported(classifier: nn.Module, parameters: Mapping[str, Tensor], images
     unknown = _add_batch(classifier, parameters, images, labels, weights, fast)
     _add_each(classifier, parameters, images, labels, weights, plain)
     largest = max(float(s.max()) for s in plain.values())
-    # Half precision rounds the two ways differently.
-    relative = 1e-4 if all(p.dtype in (torch.float32, torch.float64) for p in parameters.values()) else 5e-2
     return unknown | {n for n in parameters if float((fast[n] - plain[n]).abs().max())
                       > max(relative * float(plain[n].max()), 1e-9 * largest)}
 
@@ -170,7 +180,7 @@ class _Recorder(TorchFunctionMode):
             return self._product(func, args, names[0])
         if func in _SUMS and len(args) == 2 and not kwargs and len(names) == 1:
             return self._broadcast(func, args, names[0])
-        return self._view(func(*args, **kwargs), names)
+        return self._view(func, func(*args, **kwargs), names)
 
     def _name(self, value: Any) -> str:
         return self._names.get(id(value), "") if isinstance(value, Tensor) else ""
@@ -180,10 +190,14 @@ class _Recorder(TorchFunctionMode):
             self.unknown.add(name)
         self._used.add(name)
 
-    def _view(self, out: Any, names: list[str]) -> Any:
+    def _view(self, func: Any, out: Any, names: list[str]) -> Any:
         """A view with a parameter's elements in their order stands for it; one copy a sample is where it is used."""
         name = names[0]
         parameter = self._parameters[name]
+        if func is Tensor.to and out.shape == parameter.shape:  # of another precision
+            self._names[id(out)] = name
+            self._alive.append(out)
+            return out
         if isinstance(out, Tensor) and len(names) == 1 and out.data_ptr() == parameter.data_ptr():
             if out.numel() == parameter.numel() and out.is_contiguous():
                 self._names[id(out)] = name

@@ -139,6 +139,8 @@ class Pipeline:
 
         def done(name: str, record: dict[str, Any]) -> None:
             note = f"{name}: loss {record['metrics']['final_loss']:.3f}"
+            if skipped := record["metrics"].get("skipped"):
+                note += f", {skipped} images cannot be read and are left out"
             if self._stream is not None:
                 self._stream.offer(name)
                 errors = self._stream.status["relative_error"]
@@ -221,9 +223,14 @@ class Pipeline:
         """Object references of every task's evaluation images (and the control's), made once."""
         if split not in self._splits:
             tasks = workers.all_tasks(self.experiment)
-            call = remote.array_task(workers.evaluation_split, self.experiment, gpu=False)
+            call = remote.task(workers.evaluation_split, self.experiment, gpu=False, results=2)
             refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split) for t in tasks}
-            _fail("reading images", remote.collect({status: name for name, (status, _) in refs.items()}))
+
+            def read(name: str, skipped: int) -> None:
+                if skipped:
+                    self.reporter.say(f"{name}: {skipped} images of the {split} split cannot be read and are left out")
+
+            _fail("reading images", remote.collect({status: name for name, (status, _) in refs.items()}, read))
             self._splits[split] = tuple((name, result) for name, (_, result) in refs.items())
         return self._splits[split]
 

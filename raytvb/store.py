@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -28,6 +28,7 @@ import fsspec.asyn
 _TEMPORARY = ".raytvb-tmp-"  # names that begin so are in no listing
 _PART_BYTES = 8 * 2**20  # what a streaming writer holds; S3's 10 000 parts then allow 80 GB a file
 _DELETERS = 8
+_READERS = 16
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs")
 _VARIABLES = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION"
 _WAYS_OUT = {
@@ -42,6 +43,10 @@ _WAYS_OUT = {
     "FSTimeoutError": "the endpoint does not answer in time: check that AWS_ENDPOINT_URL is an S3 server",
     "ReadTimeoutError": "the endpoint does not answer in time: check that AWS_ENDPOINT_URL is an S3 server",
     "PermissionError": "access denied: check the permissions, or the credentials and the bucket's policy",
+    "ConnectError": "the server cannot be reached: check the network and the URL",
+    "ConnectionError": "the server cannot be reached: check the network and the URL",
+    "RepositoryNotFoundError": "no such repository on the hub, or a private one: check the URL, set HF_TOKEN",
+    "GatedRepoError": "accept the data set's terms on the hub, and set HF_TOKEN",
     "NotADirectoryError": "a part of the path is a file, not a folder: choose another place",
     "IsADirectoryError": "there is a folder of this name: choose another key, or delete the folder",
     "404": "no such bucket, or no S3 server: check the URL and AWS_ENDPOINT_URL",
@@ -137,6 +142,13 @@ class Store:
         path = self.path(_checked(key))
         with self._reading(key):
             return bytes(self.fs.cat_file(path))
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes]:
+        """Whole files, in the order of the keys; several requests are under way at a time. All are held in memory."""
+        if self._is_local:
+            return [self.read(key) for key in keys]
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.read, keys))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes start..stop-1; for an empty range the store is not asked.
@@ -236,7 +248,8 @@ class Store:
         except StoreError:
             raise
         except Exception as error:
-            if isinstance(error, (OSError, ValueError)) or _library_code(error):  # ValueError: a malformed endpoint
+            foreign = self._scheme not in ("file", "s3")  # its library may raise anything
+            if isinstance(error, (OSError, ValueError)) or _library_code(error) or foreign:  # ValueError: an endpoint
                 self._explain(error, key, action)
             raise
 

@@ -55,6 +55,11 @@ def device() -> torch.device:
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 
+def _threads(experiment: Experiment) -> int:
+    """Threads that decode images; how many changes no result."""
+    return max(1, int(experiment.resources.cpus_per_task))
+
+
 def all_tasks(experiment: Experiment) -> list[TaskConfig]:
     """The tasks, and the control where there is one that is not a task itself."""
     control = experiment.control
@@ -96,11 +101,12 @@ def score_task(experiment: Experiment, fingerprint: str, task: TaskConfig, round
     if kept is not None:
         damped = damp(parameters, unflatten(torch.from_numpy(kept.copy()), parameters), experiment.talos.damping)
         classifier.load_state_dict(damped, strict=False)
-    split = load_split(task, "train", preprocess)
-    chosen = torch.randperm(len(split), generator=generator)[:experiment.talos.images]
+    split = load_split(task, "train", preprocess, threads=_threads(experiment), sample=experiment.talos.images,
+                       generator=generator)
     place = device()
-    images = preprocess.normalise(split.images[chosen].to(place))
-    scores = flatten(fisher_scores(classifier.to(place), images, draws=experiment.talos.draws, generator=generator))
+    images = preprocess.normalise(split.images.to(place))
+    scores = flatten(fisher_scores(classifier.to(place), images, draws=experiment.talos.draws, generator=generator,
+                                   precision=experiment.talos.precision))
     return (-scores if experiment.talos.select == "highest" else scores).cpu().numpy()
 
 
@@ -161,17 +167,22 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
         path = os.path.relpath(f"{artifacts.mask_prefix(mask_id)}/mask.safetensors", prefix)
         info = vector_info(fingerprint, mask_path=path, mask=mask.fingerprint)
         parents["mask"] = mask.fingerprint
-    split = load_split(task, "train", preprocess)
+    split = load_split(task, "train", preprocess, threads=_threads(experiment))
+    config = experiment.finetune.model_copy(update={"epochs": task.epochs or experiment.finetune.epochs})
     try:
-        tuned = finetune(classifier, split, tensors, experiment.finetune, preprocess,
+        tuned = finetune(classifier, split, tensors, config, preprocess,
                          seed=task_seed(experiment.seed, task.name), device=device(),
                          start=artifacts.load_checkpoint(store, experiment, task),
                          save=partial(artifacts.write_checkpoint, store, experiment, task),
                          save_every_s=experiment.resources.checkpoint_s)
     except UserError as error:
-        raise UserError(f"task {task.name}: {error}") from None
+        good = artifacts.load_checkpoint(store, experiment, task)
+        kept = "" if good is None else (f"; its last good checkpoint, after step {good.step}, is kept in "
+                                        f"{store.where(artifacts.checkpoint_prefix(task.name))}")
+        raise UserError(f"task {task.name}: {error}{kept}") from None
     artifacts.check_finite(tuned.values, store.where(key))
     metrics = {"steps": tuned.steps, "final_loss": tuned.final_loss, "seconds": tuned.seconds, "images": len(split),
+               "skipped": split.skipped,
                "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
     head = store.read(f"{prefix}/head.safetensors")
     files = {"vector.safetensors": vector_bytes(tuned.values, info)}
@@ -181,12 +192,14 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
     return record
 
 
-def evaluation_split(experiment: Experiment, fingerprint: str, task: TaskConfig, split: str) -> dict[str, Any]:
-    """Images and labels of a split as plain arrays, which workers of a node share in Ray's object store."""
+def evaluation_split(experiment: Experiment, fingerprint: str, task: TaskConfig,
+                     split: str) -> tuple[int, dict[str, Any]]:
+    """Images of a split that could not be read, and the rest with labels as plain arrays, which workers of a node
+    share in Ray's object store."""
     worker_setup()
     preprocess = artifacts.base_encoder(experiment.store, fingerprint).preprocess
-    loaded = load_split(task, split, preprocess)
-    return {"images": loaded.images.numpy(), "labels": loaded.labels.numpy(), "classes": loaded.classes}
+    loaded = load_split(task, split, preprocess, threads=_threads(experiment))
+    return loaded.skipped, {"images": loaded.images.numpy(), "labels": loaded.labels.numpy(), "classes": loaded.classes}
 
 
 def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str, Mapping[str, Any]]) -> Evaluator:

@@ -150,7 +150,16 @@ WRONG = [
     ({"finetune": {"lr": float("nan")}}, "finetune.lr", "finite number", "nan"),
     ({"finetune": {"epochs": 0}}, "finetune.epochs", "greater than 0", "0"),
     ({"finetune": {"epochs": "many"}}, "finetune.epochs", "number", "'many'"),
-    ({"finetune": {"warmup": 1.0}}, "finetune.warmup", "less than 1", "1.0"),
+    ({"finetune": {"warmup": 1.5}}, "finetune", "a share below 1, or a whole number of steps", "1.5"),
+    ({"finetune": {"accumulate": 9, "batch_size": 8}}, "finetune", "a batch of 8 has no more parts", "9"),
+    ({"finetune": {"label_smoothing": 1.0}}, "finetune.label_smoothing", "less than 1", "1.0"),
+    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 1.5}}]}, "tasks[0].splits", "between 0 and 1", "1.5"),
+    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 0.5, "test": 0.5}}]}, "tasks[0].splits", "nothing for", ""),
+    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": "x", "test": "x"}}]}, "tasks[0].splits", "same name", "x"),
+    ({"tasks": [{"name": "a", "data": "/a", "root": "/b"}]}, "tasks[0]", "only with `data: torchvision:NAME`", ""),
+    ({"tasks": ["clip9"]}, "tasks[0]", "no preset (clip8, clip14, clip20)", "clip9"),
+    ({"tasks": {"preset": "clip9"}}, "tasks", "there are clip8, clip14, clip20", "clip9"),
+    ({"tasks": [{"preset": "clip8", "name": "a"}]}, "tasks", "names its tasks itself", "clip8"),
     ({"finetune": {"batch_size": 1.5}}, "finetune.batch_size", "integer", "1.5"),
     ({"search": {"sizes": [2, 0]}}, "search.sizes[1]", "greater than or equal to 1", "0"),
     ({"search": {"objective": "best"}}, "search.objective", "'subsets', 'all' or 'single'", "'best'"),
@@ -178,6 +187,29 @@ def test_a_wrong_value_is_named_with_its_path_and_the_rule(fields: dict[str, Any
                                                            given: str) -> None:
     lines = [line for line in refusal(**fields).removeprefix("file.yaml: ").splitlines() if rule in line]
     assert lines and lines[0].strip().startswith(path) and given in lines[0]
+
+
+PAPER = {"Cars": 35, "DTD": 76, "EuroSAT": 12, "GTSRB": 11, "MNIST": 5, "RESISC45": 15, "SVHN": 4, "SUN397": 14}
+
+
+@pytest.mark.parametrize("asked", ["clip8", ["clip8"], {"preset": "clip8"}, [{"preset": "clip8"}]])
+def test_a_preset_is_its_tasks_with_the_epochs_of_the_paper(asked: Any) -> None:
+    made = parse_experiment({"store": "/s", "tasks": asked, "model": {"name": "ViT-B-32", "pretrained": "openai"}})
+    assert {t.name: t.epochs for t in made.tasks} == PAPER
+    assert all(t.data and t.data.startswith("hf://datasets/") and t.templates for t in made.tasks)
+    assert made.tasks[3].classes and len(made.tasks[3].classes) == 43
+
+
+def test_presets_grow_mix_with_other_tasks_and_may_lie_elsewhere() -> None:
+    sizes = {n: parse_experiment({"store": "/s", "tasks": [f"clip{n}"]}).task_names for n in (8, 14, 20)}
+    assert {n: len(names) for n, names in sizes.items()} == {8: 8, 14: 14, 20: 20}
+    assert sizes[20][:14] == sizes[14] and sizes[14][:8] == sizes[8] == tuple(PAPER)
+    made = parse_experiment({"store": "/s", "tasks": [
+        {"preset": "clip14", "data": "s3://b/clip/", "epochs": 2, "max_corrupt": 0}, TASKS[0]]})
+    assert [t.data for t in made.tasks[:2]] == ["s3://b/clip/Cars", "s3://b/clip/DTD"] and len(made.tasks) == 15
+    assert {t.epochs for t in made.tasks} == {2, None} and {t.max_corrupt for t in made.tasks} == {0, 10}
+    with pytest.raises(UserError, match="given more than once: Cars"):
+        parse_experiment({"store": "/s", "tasks": [{"preset": "clip8"}, {"name": "Cars", "data": "/cars"}]})
 
 
 def test_every_wrong_field_is_listed_at_once() -> None:
