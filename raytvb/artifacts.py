@@ -29,12 +29,14 @@ from raytvb.encoder import (
 from raytvb.errors import UserError
 from raytvb.finetune import Checkpoint
 from raytvb.store import Store, StoreKeyError
-from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet
+from raytvb.talos import jaccard
+from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet, mask_intersections
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base"
 SHARED_MASK = "shared"
 GRAM = "gram"
+OVERLAP = "overlap"
 SUMMARY = "report/summary.json"
 REPORT = "report/index.html"
 
@@ -200,6 +202,16 @@ def write_mask(store: Store, experiment: Experiment, mask_id: str, tasks: Sequen
     metrics = {"kept": mask.kept, "total": len(mask.bits)}
     records.commit(store, mask_prefix(mask_id), identity=mask_identity(experiment, tasks), metrics=metrics,
                    files={"mask.safetensors": mask.to_bytes()}, parents={"mask": mask.fingerprint})
+
+
+def write_overlap(store: Store, experiment: Experiment) -> dict[str, Any]:
+    """Commit how far the tasks' own masks overlap: intersections (T, T) int64; mean, min and max Jaccard index."""
+    masks = [MaskFile(store, f"{mask_prefix(t)}/mask.safetensors") for t in experiment.task_names]
+    intersections = mask_intersections(masks)
+    pairs = jaccard(intersections)[tuple(torch.triu_indices(len(masks), len(masks), 1))]
+    metrics = {"mean": float(pairs.mean()), "min": float(pairs.min()), "max": float(pairs.max())}
+    return records.commit(store, OVERLAP, identity=mask_identity(experiment, experiment.tasks), metrics=metrics,
+                          files={"overlap.safetensors": save({"intersections": intersections})})
 
 
 def checkpoint_prefix(task: str) -> str:

@@ -239,14 +239,15 @@ def list_store(store: str) -> None:
     \b
     raytvb ls raytvb-quickstart
     """
-    from raytvb import records
+    from raytvb import artifacts, records
     from raytvb.report import format_bytes
 
     target = Store(store)
     keys = target.keys()
     table = Table("what", "size", "details", box=None)
+    listed = ("base", "masks", artifacts.OVERLAP, "vectors", "basis")
     for key in keys:
-        if key.endswith(f"/{records.RECORD}") and key.split("/")[0] in ("base", "masks", "vectors", "basis"):
+        if key.endswith(f"/{records.RECORD}") and key.split("/")[0] in listed:
             record = target.read_json(key)
             metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float)}
             details = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
@@ -329,6 +330,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"negation: {figures['lowered']:.0f} of {len(summary['negation'])} targets lowered, on average from "
               f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at "
               f"least {100 * figures['control_kept']:.1f} % of its accuracy on validation")
+    if overlap := summary.get("mask_overlap"):
+        print(f"overlap of the masks of two tasks (Jaccard index): {overlap['mean']:.2f} on average, "
+              f"{overlap['min']:.2f} to {overlap['max']:.2f}")
     stored = summary["stored_bytes"]
     print(f"stored: vectors {format_bytes(stored['vectors'])} and masks {format_bytes(stored['masks'])}, "
           f"{100 * (stored['vectors'] + stored['masks']) / stored['dense_fp32']:.1f} % of dense fp32 vectors")

@@ -72,8 +72,8 @@ class TaskConfig(_Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
     data: str | None = Field(None, description=(
-        "URL of a folder (local, s3://, hf://datasets/…, any fsspec scheme) with Parquet files or a folder of images per "
-        "class, or torchvision:NAME"))
+        "URL of a folder (local, s3://, hf://datasets/…, any fsspec scheme) with Parquet files or a folder of images "
+        "per class, or torchvision:NAME"))
     root: str | None = Field(None, description="folder of a torchvision data set (default: in the cache, downloaded)")
     splits: SplitsConfig = SplitsConfig()
     image_column: str = "image"
@@ -143,7 +143,7 @@ class FinetuneConfig(_Frozen):
     @model_validator(mode="after")
     def _whole_parts(self) -> FinetuneConfig:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate = {self.accumulate}: a batch of {self.batch_size} has no more parts than images")
+            raise ValueError(f"accumulate = {self.accumulate}: batches of {self.batch_size} have that many parts at most")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup = {self.warmup}: a share below 1, or a whole number of steps")
         return self
@@ -279,6 +279,11 @@ class Experiment(_Frozen):
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks in order; position t is row t of every Gram matrix and coefficient table."""
         return tuple(t.name for t in self.tasks)
+
+    @property
+    def own_masks(self) -> bool:
+        """Every task has a mask of its own."""
+        return self.talos.mask == "per-task" and self.talos.density < 1.0
 
     @property
     def control(self) -> TaskConfig | None:

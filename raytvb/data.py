@@ -1,8 +1,8 @@
 """The splits of a task: which images belong to train, val and test, decoded and resized for a model.
 
-Images come from the sources of `images`; the embedded suite is written as Parquet to a cache folder and goes through the
-same reader. Decoded images lie in a temporary file that is mapped into memory, so the system drops and rereads them as
-it needs to.
+Images come from the sources of `images`; the embedded suite is written as Parquet to a cache folder and goes through
+the same reader. Decoded images lie in a temporary file that is mapped into memory, so the system drops and rereads them
+as it needs to.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads:
                 continue
             labels.append(_label(task, row, len(classes)))
             kept.append(int(position))
-            file.write(image)
+            file.write(image.data)
         if not kept:
             raise UserError(f"task {task.name}: the {split} split under {source.where} is empty: {skipped[0]}")
         file.flush()

@@ -82,8 +82,8 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
         return ParquetSource(task, store, parquet)
     if images:
         return FolderSource(task, store, images)
-    raise UserError(f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of images under "
-                    f"{store.url}")
+    raise UserError(f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of images "
+                    f"under {store.url}")
 
 
 def _named(names: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -279,11 +279,12 @@ class TorchvisionSource:
             name, options = DATA_SETS[self._name]
             kind = getattr(torchvision.datasets, name)
             takes = inspect.signature(kind.__init__).parameters
-            downloads = "download" in takes or "kwargs" in takes and name != "ImageNet"
+            downloads = "download" in takes or ("kwargs" in takes and name != "ImageNet")
+            arguments = options[pool] | ({"download": True} if downloads else {})
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
                 with FileLock(str(self._root / f".{self._name}.lock")):  # other workers of this machine wait
-                    self._made[pool] = kind(str(self._root), **options[pool], **({"download": True} if downloads else {}))
+                    self._made[pool] = kind(str(self._root), **arguments)
             except Exception as error:  # of the network, of a server, of an archive: torchvision has no common class
                 raise UserError(f"task {self._task.name}: torchvision cannot get {self._name}: {error}. Put its files "
                                 f"under {self._root} yourself, or give `root:`, where they are") from error

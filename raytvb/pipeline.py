@@ -127,6 +127,10 @@ class Pipeline:
             self._stream.finish()
             failed |= self._stream.failed
         _fail("finetune", failed)
+        if self.experiment.own_masks and len(self.experiment.tasks) > 1 and records.find(
+                self.store, artifacts.OVERLAP) is None:
+            call = remote.task(workers.record_overlap, self.experiment, gpu=False).remote(self.experiment)
+            _fail("mask overlap", remote.collect({call: "masks"}))
         return bool(missing)
 
     def _missing_vectors(self) -> list[TaskConfig]:

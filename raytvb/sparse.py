@@ -88,7 +88,8 @@ class MaskedAdamW:
     @property
     def state_bytes(self) -> int:
         """Bytes held for the kept entries: values, moments (there after the first step) and positions."""
-        held = [self.values, *self._optimizer.state[self.values].values(), *(e.indices for e in self._entries if e.indices is not None)]
+        held = [self.values, *self._optimizer.state[self.values].values()]
+        held += [e.indices for e in self._entries if e.indices is not None]
         return sum(t.numel() * t.element_size() for t in held)
 
     def state(self) -> dict[str, Tensor]:

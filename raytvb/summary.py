@@ -113,10 +113,12 @@ def summarise(store: Store, experiment: Experiment) -> dict[str, Any]:
     for found in (*addition.values(), *random_subset.values()):
         found["spread"] = _spread(found, addition["full"])
     models, control = read_rows(store, "models"), experiment.control
+    overlap = records.find(store, artifacts.OVERLAP) if experiment.own_masks else None
     timings = store.read_json("report/timings.json") if store.exists("report/timings.json") else {}
     return {"tasks": list(tasks), "zero_shot": _by_model(models, "zero-shot"),
             "fine_tuned": _by_model(models, "fine-tuned"), "addition": addition, "random_subset": random_subset,
             "negation": _negation(store, tasks, control.name) if control is not None else {},
+            "mask_overlap": overlap["metrics"] if overlap is not None else None,
             "chosen": choose(results, bases, len(tasks)), "stored_bytes": stored, "seconds": timings,
             "floor": {c.name: fits[c.name].floor for c in bases},
             "provenance": {"experiment": experiment.identity(), "base": base["parents"]["fingerprint"],

@@ -68,8 +68,12 @@ def damp(parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], damping: 
     return {n: torch.where(kept[n], p, p * damping) for n, p in parameters.items()}
 
 
-def jaccard(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """|A and B| / |A or B| of two masks with the same names."""
-    both = sum(int((left[n] & right[n]).sum()) for n in left)
-    either = sum(int((left[n] | right[n]).sum()) for n in left)
-    return both / either if either else 1.0
+def jaccard(intersections: Tensor) -> Tensor:
+    """|A and B| / |A or B| of masks, (T, T) float64, from the sizes of their intersections (T, T).
+
+    The diagonal of `intersections` are the sizes of the masks; two empty masks are equal.
+    """
+    common = intersections.double()
+    sizes = common.diagonal()
+    either = sizes[:, None] + sizes[None, :] - common
+    return torch.where(either > 0, common / either, 1.0)

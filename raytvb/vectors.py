@@ -121,8 +121,12 @@ class MaskFile:
 
     def bits(self, start: int, stop: int) -> Tensor:
         """Bool (stop - start,) of a coordinate range; `start` must be a multiple of 8."""
+        return unpack_bits(self.packed(start, stop), stop - start)
+
+    def packed(self, start: int, stop: int) -> Tensor:
+        """The same range as it is stored: uint8, eight coordinates a byte, the rest of the last byte zero."""
         data = self._store.read_range(self._key, self._bits + start // 8, self._bits + (stop + 7) // 8)
-        return unpack_bits(torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)), stop - start)
+        return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
 
     def kept_before(self, start: int) -> int:
         """Number of kept entries in front of coordinate `start`."""
@@ -137,6 +141,25 @@ class MaskFile:
         if mask.fingerprint != self.fingerprint:
             raise VectorError(f"{self._store.where(self._key)}: bits and fingerprint differ; the file is damaged")
         return mask
+
+
+def mask_intersections(masks: Sequence[MaskFile]) -> Tensor:
+    """Number of entries that each two masks both keep, (T, T) int64; its diagonal is what each keeps.
+
+    Reads every file once, T * 128 kB at a time. Raises VectorError for masks over different numbers of parameters.
+    """
+    totals = {m.total for m in masks}
+    if len(totals) > 1:
+        raise VectorError(f"masks over different numbers of parameters: {sorted(totals)}")
+    counts = torch.zeros(len(masks), len(masks), dtype=torch.int64)
+    for start in range(0, masks[0].total, 16 * BLOCK):
+        read = [m.packed(start, min(start + 16 * BLOCK, m.total)) for m in masks]
+        for first in range(0, len(read[0]), BLOCK // 8):
+            # Products of zeros and ones: float32 counts up to 2^24 exactly.
+            bits = torch.stack([unpack_bits(r[first:first + BLOCK // 8], 8 * len(r[first:first + BLOCK // 8]))
+                                for r in read]).float()
+            counts += (bits @ bits.T).long()
+    return counts
 
 
 def vector_info(base: str, *, mask_path: str | None = None, mask: str | None = None) -> dict[str, Any]:

@@ -145,6 +145,14 @@ def own_mask(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Mask
     return mask
 
 
+def record_overlap(experiment: Experiment) -> None:
+    """Store how far the tasks' own masks overlap, unless that is stored."""
+    worker_setup()
+    store = Store(experiment.store)
+    if records.find(store, artifacts.OVERLAP, artifacts.mask_identity(experiment, experiment.tasks)) is None:
+        artifacts.write_overlap(store, experiment)
+
+
 def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> dict[str, Any]:
     """Fine-tune one task, from its checkpoint if it has one, and commit its vector; returns the record."""
     worker_setup()

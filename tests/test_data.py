@@ -181,7 +181,7 @@ def test_more_unreadable_images_than_allowed_are_an_error_that_names_the_first(t
 
 def test_a_split_of_unreadable_images_only_is_empty(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [{"path": "elsewhere.png"}], [0], names=["a"])
-    with pytest.raises(UserError, match=r"task own: the test split .* is empty: test\.parquet row 0 .*there is no image"):
+    with pytest.raises(UserError, match=r"the test split .* is empty: test\.parquet row 0 .*there is no image"):
         load_split(own_task(tmp_path), "test", SQUASH)
 
 
@@ -215,7 +215,8 @@ def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> 
 @pytest.mark.parametrize("names", [
     ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"),
     ("default/train/0000", "default/train/0001", "default/validation/0000", "default/test/0000"),
-    ("data/train-00000-of-00002-b42a775f407cee45", "data/train-00001-of-00002-0badcafe0badcafe", "data/valid", "data/test"),
+    ("data/train-00000-of-00002-b42a775f407cee45", "data/train-00001-of-00002-0badcafe0badcafe", "data/valid",
+     "data/test"),
     ("train_a", "train_b", "dev", "testing_1")])
 def test_files_of_a_split_are_found_by_the_names_in_use(tmp_path: Path, names: tuple[str, ...]) -> None:
     for number, name in enumerate(names):
@@ -229,7 +230,8 @@ def test_files_of_a_split_in_several_folders_are_an_error_that_lists_them(tmp_pa
         write_parquet(tmp_path / folder / "train-00000-of-00001.parquet", [encoded(picture(1))], [0], names=["a"])
     with pytest.raises(UserError, match=r"train files in several folders \(cropped_digits, full_numbers\); name one"):
         load_split(own_task(tmp_path), "train", SQUASH)
-    assert len(load_split(own_task(tmp_path / "full_numbers", splits={"val": "train", "train": None}), "val", SQUASH)) == 1
+    one = own_task(tmp_path / "full_numbers", splits={"val": "train"})
+    assert len(load_split(one, "val", SQUASH)) == 1
 
 
 def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
@@ -320,7 +322,7 @@ def test_a_folder_per_class_under_a_folder_per_split(kind: str, tmp_path: Path, 
     assert np.array_equal(pixels(found["test"]), np.stack([np.asarray(picture(k)) for k in (3, 4)]))
     named = TaskConfig(name="pets", data=root, classes=("a cat", "a wolf", "an owl"))
     assert load_split(named, "val", SQUASH).classes == ("a cat", "a wolf", "an owl")
-    with pytest.raises(UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf, owl"):
+    with pytest.raises(UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf"):
         load_split(TaskConfig(name="pets", data=root, classes=("cat", "wolf")), "val", SQUASH)
 
 

@@ -235,6 +235,11 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
     masks = [store.read_json(f"masks/{t}/record.json")["parents"]["mask"] for t in TASKS[:2]]
     assert len(set(masks)) == 2
     summary = store.read_json("report/summary.json")
+    left, right = (artifacts.load_mask(store, t).bits for t in TASKS[:2])
+    overlap = int((left & right).sum()) / int((left | right).sum())
+    assert 0 < overlap < 1 and list(summary["mask_overlap"].values()) == pytest.approx([overlap] * 3)
+    assert f"(Jaccard index): {overlap:.2f} on average" in capsys.readouterr().out
+    assert f"(Jaccard index): {overlap:.2f}" in store.read("report/index.html").decode()
     assert set(summary["negation"]) == set(TASKS[:2])
     shapes = load_file(store.path("basis/svd-m1/basis-00001-of-00001.safetensors"))
     base = load_file(store.path("base/model.safetensors"))

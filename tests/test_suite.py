@@ -1,22 +1,16 @@
 """The embedded suite as it is drawn and as it is read back, other data sets made on the spot, and the tiny CLIP."""
 
 import copy
-import io
 import json
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from raytvb import suite

@@ -118,11 +118,14 @@ def test_damp_multiplies_the_rejected_weights_only() -> None:
 
 
 def test_jaccard_is_intersection_over_union() -> None:
-    left = {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([[True]])}
-    right = {"b": torch.tensor([[True]]), "a": torch.tensor([False, True, True, False])}
-    assert jaccard(left, right) == pytest.approx(2 / 4)
-    assert jaccard(left, left) == 1.0
-    assert jaccard(left, {"a": ~left["a"], "b": ~left["b"]}) == 0.0
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(200, generator=generator) < d for d in (0.1, 0.5, 0.5, 0.0, 0.0)]
+    found = jaccard(torch.tensor([[int((a & b).sum()) for b in masks] for a in masks]))
+    sets = [set(m.nonzero()[:, 0].tolist()) for m in masks]
+    for i, a in enumerate(sets):
+        for j, b in enumerate(sets):
+            assert float(found[i, j]) == pytest.approx(len(a & b) / len(a | b) if a | b else 1.0)
+
 
 
 def test_flatten_goes_by_sorted_names_and_unflatten_undoes_it() -> None:

@@ -25,6 +25,7 @@ from raytvb.vectors import (
     _header_bytes,
     gram_matrix,
     gram_row,
+    mask_intersections,
     vector_bytes,
     vector_info,
     write_combinations,
@@ -427,3 +428,17 @@ def test_paths_may_be_relative_to_the_working_folder(store: Store, kind: str, mo
     monkeypatch.chdir(store.url)
     assert torch.equal(gram_matrix(keys), expected)
     assert torch.equal(gram_matrix([f"file://{store.local_path(k)}" for k in keys]), expected)
+
+
+def test_intersections_of_masks_are_counted_over_the_whole_length(tmp_path: Path) -> None:
+    """Over the ends of a block of 65,536 and of the 16 that are read together."""
+    store, total = Store(str(tmp_path)), 16 * 65536 + 70_003
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(total, generator=generator) < d for d in (0.1, 0.1, 0.9, 0.5)]
+    for number, bits in enumerate(masks):
+        store.write(f"{number}.safetensors", Mask({"a": (total,)}, bits).to_bytes())
+    found = mask_intersections([MaskFile(store, f"{n}.safetensors") for n in range(4)])
+    assert found.tolist() == [[int((a & b).sum()) for b in masks] for a in masks]
+    store.write("other.safetensors", Mask({"a": (9,)}, torch.ones(9, dtype=torch.bool)).to_bytes())
+    with pytest.raises(VectorError, match="different numbers of parameters"):
+        mask_intersections([MaskFile(store, "0.safetensors"), MaskFile(store, "other.safetensors")])
