@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytvb import suite
-from raytvb.config import Experiment, half, load_experiment, parse_experiment, quarter
+from raytvb.config import TINY_MODEL, Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
 from raytvb.store import Store
 
@@ -295,6 +296,86 @@ def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
     code = submit_job(file, address, follow=not no_wait, with_code=not no_code)
     if code:
         raise click.exceptions.Exit(code)
+
+
+@cli.group()
+def bench() -> None:
+    """Time our kernels beside plainly written references of the published algorithms, in one process.
+
+    \b
+    raytvb bench fisher                        sensitivity scores: seconds an image, memory
+    raytvb bench finetune --json               optimizer and whole training steps
+    """
+
+
+def _bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+            click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
+            click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of torch."),
+            click.option("--model", default="ViT-B-32", show_default=True,
+                         help=f"Name of an open_clip architecture, with random weights, or {TINY_MODEL}.")):
+        command = option(command)
+    return command
+
+
+@bench.command(name="fisher")
+@click.option("--batch-size", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--scored", type=click.IntRange(1), default=4, show_default=True,
+              help="Images on which the loops are timed; each image takes the same time.")
+@_bench_options
+def bench_fisher(model: str, threads: int, precision: Any, as_json: bool, batch_size: int, scored: int) -> None:
+    """Sensitivity scores against the authors' loop, which goes through the batch's graph for each image.
+
+    \b
+    raytvb bench fisher
+    raytvb bench fisher --model RN50 --batch-size 16 --json
+    """
+    from raytvb import bench as benchmarks
+
+    _print_bench(lambda: benchmarks.bench_fisher(model, batch_size=batch_size, scored=scored, threads=threads,
+                                                 precision=precision), as_json)
+
+
+@bench.command(name="finetune")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Of the whole steps.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@_bench_options
+def bench_finetune(model: str, threads: int, precision: Any, as_json: bool, batch_size: int, density: float,
+                   repeats: int) -> None:
+    """Sparse training against the authors' masked AdamW and torch's fused one on all parameters.
+
+    \b
+    raytvb bench finetune
+    raytvb bench finetune --model ViT-L-14 --batch-size 32 --precision bf16 --json
+    """
+    from raytvb import bench as benchmarks
+
+    _print_bench(lambda: benchmarks.bench_finetune(model, batch_size=batch_size, density=density, repeats=repeats,
+                                                   threads=threads, precision=precision), as_json)
+
+
+def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    from raytvb.encoder import quiet_open_clip
+
+    quiet_open_clip()
+    found = work()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("", *(f"{part}" for part in ("value",)), box=None, show_header=False)
+
+    def rows(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                rows(f"{prefix}{name}.", value)
+            else:
+                shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+                table.add_row(f"{prefix}{name}", str(shown))
+
+    rows("", found)
+    _wide_console(110).print(table, markup=False)
 
 
 @cli.command(name="tasks")

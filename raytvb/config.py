@@ -143,7 +143,7 @@ class FinetuneConfig(_Frozen):
     @model_validator(mode="after")
     def _whole_parts(self) -> FinetuneConfig:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate = {self.accumulate}: batches of {self.batch_size} have that many parts at most")
+            raise ValueError(f"accumulate = {self.accumulate}: at most {self.batch_size}, the batch_size")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup = {self.warmup}: a share below 1, or a whole number of steps")
         return self

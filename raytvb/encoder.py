@@ -158,6 +158,19 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if n.startswith(VISUAL))
 
 
+def random_tower(name: str) -> tuple[nn.Module, int]:
+    """The image tower of a named model with random weights, and the side of its images in pixels.
+
+    Raises UserError for an unknown name.
+    """
+    known = _open_clip().list_models()
+    if name not in known:
+        raise UserError(f"unknown model {name!r}; open_clip has {', '.join(known)}")
+    visual = _open_clip().create_model(name, load_weights=False).visual
+    return visual, int(visual.preprocess_cfg["size"][0] if isinstance(visual.preprocess_cfg["size"], Sequence)
+                       else visual.preprocess_cfg["size"])
+
+
 def load_folder(folder: str | Path) -> Encoder:
     """Load an open_clip folder that `encoder_files` wrote."""
     model = _open_clip().create_model(f"local-dir:{folder}", require_pretrained=True)

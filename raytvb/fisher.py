@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Model = Callable[[Tensor], Tensor]
-CHECKED = 2  # images on which the fast path is compared with plain autograd
+Draw = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits (N, C) to labels (N, R) and weights (N, R)
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _SUMS = {torch.add, torch.mul, Tensor.add, Tensor.mul, Tensor.__add__, Tensor.__radd__, Tensor.__mul__, Tensor.__rmul__}
 
@@ -34,8 +34,8 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
     """Diagonal Fisher information of every parameter that requires grad, averaged over the images.
 
     Linear, convolution, normalisation and attention layers, scales and additive embeddings take one pass a batch. What
-    is used in another way is found out on the first images, by comparing with plain autograd, and scored image by
-    image; a warning says so.
+    is used in another way is found out on the first image, by comparing with plain autograd, and scored image by image;
+    a warning says so.
 
     Args:
         classifier: images (N, 3, H, W) to logits (N, C); used in the mode it is in (call `.eval()` first).
@@ -57,30 +57,38 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return classifier(batch)
 
-    # Half precision rounds the two ways differently.
+    def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return _labels_and_weights(logits.detach(), draws, generator)
+
+    # Half precision rounds the two ways differently; a wrong rule is off by more than that.
     exact = precision == "fp32" and all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
-    slow = _unsupported(model, parameters, images[:CHECKED], 1e-4 if exact else 5e-2) if len(images) >= CHECKED else (
-        set[str]())
-    if slow:
-        warnings.warn(f"{len(slow)} of {len(parameters)} parameters are used in ways that have no fast rule and are "
-                      f"scored image by image: {', '.join(sorted(slow)[:5])}{', …' if len(slow) > 5 else ''}",
-                      stacklevel=2)
-    scores = _zeros(parameters)
+    scores = {n: torch.zeros(p.shape, device=p.device) for n, p in parameters.items()}
+    slow: set[str] | None = None
     for batch in images.split(batch_size):
-        with torch.no_grad():
-            labels, weights = _labels_and_weights(model(batch), draws, generator)
-        each = slow if len(batch) >= CHECKED else parameters.keys()  # one sample cannot be told from other sizes of 1
-        late = _add_batch(model, {n: p for n, p in parameters.items() if n not in each}, batch, labels, weights,
-                          scores)
-        if late:
-            raise RuntimeError(f"the model uses {', '.join(sorted(late))} in another way for {len(batch)} images than "
-                               f"for {CHECKED}; score it with batch_size=1")
-        _add_each(model, {n: parameters[n] for n in each}, batch, labels, weights, scores)
-    return {n: s / len(images) for n, s in scores.items()}
+        if len(batch) == 1:  # it cannot be told from other sizes of 1
+            with torch.no_grad():
+                labels, weights = draw(model(batch))
+            _add_each(model, parameters, batch, labels, weights, scores)
+            continue
+        fast = {n: p for n, p in parameters.items() if n not in (slow or ())}
+        labels, weights, wrong = _add_batch(model, fast, batch, draw, scores,
+                                            None if slow is not None else 1e-4 if exact else 0.25)
+        if slow is None:
+            slow = wrong
+            _warn(slow, len(parameters))
+            for name in slow:
+                scores[name].zero_()
+        elif wrong:
+            raise RuntimeError(f"the model uses {', '.join(sorted(wrong))} in another way for {len(batch)} images than "
+                               f"for the first batch; score it with batch_size=1")
+        _add_each(model, {n: parameters[n] for n in slow}, batch, labels, weights, scores)
+    return {n: s.div_(len(images)) for n, s in scores.items()}
 
 
-def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: torch.zeros(p.shape, device=p.device) for n, p in parameters.items()}
+def _warn(slow: set[str], count: int) -> None:
+    if slow:
+        warnings.warn(f"{len(slow)} of {count} parameters are used in ways that have no fast rule and are scored image "
+                      f"by image: {', '.join(sorted(slow)[:5])}{', …' if len(slow) > 5 else ''}", stacklevel=3)
 
 
 def _labels_and_weights(logits: Tensor, draws: int | Literal["exact"], generator: torch.Generator | None) -> tuple[
@@ -95,26 +103,33 @@ def _labels_and_weights(logits: Tensor, draws: int | Literal["exact"], generator
     return labels, torch.full(labels.shape, 1.0 / draws, device=logits.device)
 
 
-def _log_likelihoods(classifier: Model, images: Tensor, labels: Tensor) -> Tensor:
-    """log p(y|x) of the labels (N, R), shape (N, R)."""
-    return classifier(images).float().log_softmax(dim=1).gather(1, labels)
-
-
 @torch.enable_grad()
-def _add_batch(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor,
-               weights: Tensor, scores: Mapping[str, Tensor]) -> set[str]:
-    """Add the weighted squares of a batch to `scores`; returns the names of parameters used in an unknown way."""
-    if not parameters:
-        return set()
+def _add_batch(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, draw: Draw,
+               scores: Mapping[str, Tensor], tolerance: float | None) -> tuple[Tensor, Tensor, set[str]]:
+    """Add the weighted squares of a batch to `scores`, for labels (N, R) and weights (N, R) drawn from the logits.
+
+    Returns both, and the names of parameters that are used in a way without a rule. With a tolerance, also those whose
+    squares for the first image and label are not those of plain autograd on that image: a rule that is wrong here.
+    """
     recorder = _Recorder(parameters, scores, len(images))
-    images = images.detach().requires_grad_()  # so that gradients flow down to the first layer's output
-    with recorder:
-        log_p = _log_likelihoods(classifier, images, labels)
-    for r in range(labels.shape[1]):
-        recorder.weights = weights[:, r]
-        torch.autograd.grad(log_p[:, r].sum(), [images, *recorder.expanded], allow_unused=True,
+    with torch.set_grad_enabled(bool(parameters)), recorder:
+        logits = classifier(images)
+        labels, recorder.weights_NR = draw(logits)
+        log_p = logits.float().log_softmax(dim=1).gather(1, labels)
+    if tolerance is not None and parameters:
+        recorder.expect(_gradients(classifier, parameters, images[:1], labels[0, :1]), tolerance)
+    for r in range(labels.shape[1] if recorder.ends else 0):
+        recorder.draw = r
+        torch.autograd.grad(log_p[:, r].sum(), recorder.ends, allow_unused=True,
                             retain_graph=r + 1 < labels.shape[1])
-    return recorder.unknown
+    return labels, recorder.weights_NR, recorder.unknown | recorder.unmet()
+
+
+def _gradients(classifier: Model, parameters: Mapping[str, Tensor], image: Tensor, label: Tensor) -> dict[str, Tensor]:
+    """d log p(label | image) by name, for those it depends on."""
+    log_p = classifier(image).float().log_softmax(dim=1)[0, label[0]]
+    found = torch.autograd.grad(log_p, list(parameters.values()), allow_unused=True)
+    return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 
 
 @torch.enable_grad()
@@ -124,27 +139,13 @@ def _add_each(classifier: Model, parameters: Mapping[str, Tensor], images: Tenso
     if not parameters:
         return
     for n in range(len(images)):
-        log_p = _log_likelihoods(classifier, images[n:n + 1], labels[n:n + 1])[0]
-        for r, weight in enumerate(weights[n]):
+        log_p = classifier(images[n:n + 1]).float().log_softmax(dim=1)[0, labels[n]]
+        for r, weight in enumerate(weights[n].tolist()):
             gradients = torch.autograd.grad(log_p[r], list(parameters.values()), allow_unused=True,
                                             retain_graph=r + 1 < len(log_p))
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    scores[name].add_(weight * gradient.float().square())
-
-
-def _unsupported(classifier: Model, parameters: Mapping[str, Tensor], images: Tensor,
-                 relative: float = 1e-4) -> set[str]:
-    """Names whose fast scores are not those of plain autograd on a few images: no rule, or one that is wrong here."""
-    with torch.no_grad():
-        labels = classifier(images).argmax(dim=1, keepdim=True)
-    weights = torch.ones(labels.shape, device=labels.device)
-    fast, plain = _zeros(parameters), _zeros(parameters)
-    unknown = _add_batch(classifier, parameters, images, labels, weights, fast)
-    _add_each(classifier, parameters, images, labels, weights, plain)
-    largest = max(float(s.max()) for s in plain.values())
-    return unknown | {n for n in parameters if float((fast[n] - plain[n]).abs().max())
-                      > max(relative * float(plain[n].max()), 1e-9 * largest)}
+                    scores[name].addcmul_(gradient.float(), gradient.float(), value=weight)
 
 
 class _Recorder(TorchFunctionMode):
@@ -160,9 +161,11 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Tensor] = []  # the views, so that no other tensor gets their id
         self._used: set[str] = set()
         self._parameters, self._scores, self._count = parameters, scores, count
-        self.expanded: list[Tensor] = []
+        self.ends: list[Tensor] = []  # where the backward pass may stop: what depends on no other parameter
         self.unknown: set[str] = set()
-        self.weights = torch.empty(0)
+        self.weights_NR, self.draw = torch.empty(0), 0
+        self._expected: dict[str, Tensor] = {}
+        self._margin: dict[str, float] = {}
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -181,6 +184,30 @@ class _Recorder(TorchFunctionMode):
         if func in _SUMS and len(args) == 2 and not kwargs and len(names) == 1:
             return self._broadcast(func, args, names[0])
         return self._view(func, func(*args, **kwargs), names)
+
+    def expect(self, gradients: dict[str, Tensor], tolerance: float) -> None:
+        """Compare the squares for the first image and draw with those of these gradients, relative to their maximum."""
+        self._expected = {n: g.float().square_() for n, g in gradients.items()}
+        most = {n: float(e.max()) for n, e in self._expected.items()}
+        largest = max(most.values(), default=0.0)
+        self._margin = {n: max(tolerance * most.get(n, 0.0), 1e-9 * largest) for n in self._parameters}
+
+    def _compare(self, name: str, squares: Tensor) -> None:
+        """The squares of the first image are as expected, else the name is unknown from now on."""
+        if self.draw == 0 and self._margin and name not in self.unknown:
+            expected = self._expected.pop(name, None)
+            difference = squares if expected is None else squares.reshape(expected.shape) - expected
+            if float(difference.abs().max()) > self._margin[name]:
+                self.unknown.add(name)
+
+    def unmet(self) -> set[str]:
+        """Names with an influence on the first image that no rule has met."""
+        return {n for n, e in self._expected.items() if float(e.max()) > self._margin[n]}
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights (N,) of the draw that is being scored."""
+        return self.weights_NR[:, self.draw]
 
     def _name(self, value: Any) -> str:
         return self._names.get(id(value), "") if isinstance(value, Tensor) else ""
@@ -214,7 +241,7 @@ class _Recorder(TorchFunctionMode):
     def _expand(self, name: str, copies: Tensor) -> None:
         """Score a parameter from the gradient of its copies (N, ...), one a sample."""
         self._use(name)
-        self.expanded.append(copies)
+        self.ends.append(copies)
         copies.register_hook(lambda g_N: self._add(name, g_N.reshape(self._count, *self._parameters[name].shape)))
 
     def _broadcast(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
@@ -252,8 +279,13 @@ class _Recorder(TorchFunctionMode):
 
         for name in filter(None, (weight, bias)):
             self._use(name)
-        out.register_hook(hook)
+        self._watch(given["input"], out, hook)
         return out
+
+    def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor], None]) -> None:
+        out.register_hook(hook)
+        if not source.requires_grad:
+            self.ends.append(out)
 
     def _product(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
         """x @ p with a matrix p (I, O)."""
@@ -267,25 +299,30 @@ class _Recorder(TorchFunctionMode):
             self._add_products(name, a_GNLI, g_GNLO)
 
         self._use(name)
-        out.register_hook(hook)
+        self._watch(args[0], out, hook)
         return out
 
     def _add(self, name: str, gradients: Tensor) -> None:
         """Add per-sample gradients (N, *shape)."""
-        self._scores[name].add_(torch.tensordot(self.weights, gradients.float().square(), 1))
+        squares = gradients.float().square()
+        self._compare(name, squares[0])
+        self._scores[name].add_(torch.tensordot(self.weights, squares, 1))
 
     def _add_products(self, name: str, g_GNLO: Tensor, a_GNLI: Tensor) -> None:
         """Add the squares of sum_l g_lo a_li, formed for one sample at a time; G are a convolution's groups."""
         groups, _, positions, features = g_GNLO.shape
         score_GOI = self._scores[name].view(groups, features, a_GNLI.shape[3])
         if positions == 1:  # the square of a product is the product of the squares
-            weighted = g_GNLO[:, :, 0].float().square() * self.weights[:, None]
-            score_GOI += weighted.transpose(1, 2) @ a_GNLI[:, :, 0].float().square()
+            g_GNO, a_GNI = g_GNLO[:, :, 0].float().square(), a_GNLI[:, :, 0].float().square()
+            self._compare(name, g_GNO[:, 0, :, None] * a_GNI[:, 0, None])
+            score_GOI += (g_GNO * self.weights[:, None]).transpose(1, 2) @ a_GNI
             return
         g_GNOL, a_GNLI, product_GOI = g_GNLO.float().transpose(2, 3), a_GNLI.float(), torch.empty_like(score_GOI)
         # One sample at a time is fastest by far: the product is still in the cache when it is squared.
         for n, weight in enumerate(self.weights.tolist()):
             torch.bmm(g_GNOL[:, n], a_GNLI[:, n], out=product_GOI)
+            if n == 0:
+                self._compare(name, product_GOI.square())
             score_GOI.addcmul_(product_GOI, product_GOI, value=weight)
 
 

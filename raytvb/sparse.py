@@ -74,9 +74,10 @@ class MaskedAdamW:
         self.values = nn.Parameter(torch.cat([e.gather(e.parameter.detach()) for e in self._entries]))
         self.values.grad = torch.zeros_like(self.values)
         sizes = [e.count for e in self._entries]
-        self._parts = self.values.detach().split(sizes)
+        self._values = self.values.detach().split(sizes)
+        self._gradients = self.values.grad.split(sizes)
         self._hooks = [e.parameter.register_post_accumulate_grad_hook(partial(_take, e, part))
-                       for e, part in zip(self._entries, self.values.grad.split(sizes), strict=True)]
+                       for e, part in zip(self._entries, self._gradients, strict=True)]
         self._optimizer = torch.optim.AdamW([self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
                                             fused=True)
 
@@ -84,6 +85,12 @@ class MaskedAdamW:
         """Leave the parameters' gradients alone from now on."""
         for hook in self._hooks:
             hook.remove()
+
+    def take_gradients(self) -> None:
+        """Take gradients that no backward pass has made but that were put into `.grad`."""
+        for entries, part in zip(self._entries, self._gradients, strict=True):
+            if entries.parameter.grad is not None:
+                _take(entries, part, entries.parameter)
 
     @property
     def state_bytes(self) -> int:
@@ -111,7 +118,7 @@ class MaskedAdamW:
     @torch.no_grad()
     def _scatter(self) -> None:
         """Write the kept values into the parameters."""
-        for entries, part in zip(self._entries, self._parts, strict=True):
+        for entries, part in zip(self._entries, self._values, strict=True):
             entries.scatter(part)
 
     @torch.no_grad()

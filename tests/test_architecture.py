@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Ray: tasks and actors", ("remote",)),
     ("Ray: search", ("search",)),
     ("summary", ("summary",)),
-    ("what is shown and handed out", ("report", "merge", "progress")),
+    ("what is shown and handed out", ("report", "merge", "progress", "bench")),
     ("dry run", ("plan",)),
     ("Ray: pipeline", ("pipeline",)),
     ("what the package offers", ("",)),

@@ -151,7 +151,7 @@ WRONG = [
     ({"finetune": {"epochs": 0}}, "finetune.epochs", "greater than 0", "0"),
     ({"finetune": {"epochs": "many"}}, "finetune.epochs", "number", "'many'"),
     ({"finetune": {"warmup": 1.5}}, "finetune", "a share below 1, or a whole number of steps", "1.5"),
-    ({"finetune": {"accumulate": 9, "batch_size": 8}}, "finetune", "batches of 8 have that many parts", "9"),
+    ({"finetune": {"accumulate": 9, "batch_size": 8}}, "finetune", "at most 8, the batch_size", "9"),
     ({"finetune": {"label_smoothing": 1.0}}, "finetune.label_smoothing", "less than 1", "1.0"),
     ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 1.5}}]}, "tasks[0].splits", "between 0 and 1", "1.5"),
     ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 0.5, "test": 0.5}}]}, "tasks[0].splits", "nothing", ""),
