@@ -1,19 +1,22 @@
 """Benchmarks: our kernels beside plainly written references of the published algorithms, in one process.
 
 Every result is a dict with `reference` and `ours` (seconds, bytes, counts of the work done), `ratio` (reference divided
-by ours), `machine` and `versions`. Weights are random: they do not matter to the time. Times are the best of several.
+by ours), `machine` and `versions`. Weights are random: they do not matter to the time. Times are medians.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -72,7 +75,7 @@ class Peak:
         done, before = threading.Event(), self._resident()
 
         def sample() -> None:
-            while not done.wait(0.005):
+            while not done.wait(0.05):
                 self.bytes = max(self.bytes, self._resident() - before)
 
         sampler = threading.Thread(target=sample, daemon=True)
@@ -99,34 +102,38 @@ def _classifier(model: str, device: torch.device) -> tuple[ImageClassifier, int]
     torch.manual_seed(0)
     if model == TINY_MODEL:
         encoder = load_encoder(ModelConfig())
-        visual, size = encoder.model.visual, encoder.preprocess.size
+        clip: Any = encoder.model
+        visual, size = clip.visual, encoder.preprocess.size
     else:
         visual, size = random_tower(model)
     with torch.no_grad():
         width = visual.eval()(torch.zeros(1, 3, size, size)).shape[1]
     head = 10 * nn.functional.normalize(torch.randn(CLASSES, width), dim=-1)
-    return ImageClassifier(visual, head).eval().to(device), size  # type: ignore[arg-type]
+    return ImageClassifier(visual, head).eval().to(device), size
 
 
 def published_scores(classifier: nn.Module, images: Tensor, labels: Tensor, scored: int) -> dict[str, Tensor]:
-    """Diagonal Fisher information as in the authors' code of TaLoS, summed over the first `scored` images.
+    """Diagonal Fisher information by the algorithm of the authors' code of TaLoS, summed over the first images.
 
-    One forward pass of the batch; then for each image a backward pass through the graph of the whole batch, whose
-    gradients are copied to the host, squared and added.
+    One forward pass of the batch; then for each of `scored` images a backward pass through the graph of the whole
+    batch, whose squared gradients are copied to the host and added there.
     """
     parameters = dict(classifier.named_parameters())
     scores = {n: torch.zeros(p.shape) for n, p in parameters.items()}
-    log_p = classifier(images).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    log_p = classifier(images).log_softmax(dim=1).gather(1, labels[:, None])
     for n in range(scored):
-        gradients = torch.autograd.grad(log_p[n], list(parameters.values()), retain_graph=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            scores[name] += gradient.cpu().square()
+        classifier.zero_grad()
+        log_p[n].backward(retain_graph=True)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                scores[name] += parameter.grad.square().to("cpu", copy=True)
+    classifier.zero_grad()
     return scores
 
 
-def bench_fisher(model: str = "ViT-B-32", *, batch_size: int = 32, scored: int = 4, threads: int = 1,
+def bench_fisher(model: str = "ViT-B-32", *, batch_size: int = 32, batches: int = 4, scored: int = 4, threads: int = 1,
                  device: torch.device | None = None, precision: Precision = "fp32") -> dict[str, Any]:
-    """Seconds an image of `fisher_scores` on one batch, of the published loop on the same batch, of a batch-1 loop.
+    """Seconds an image of `fisher_scores` on some batches, of the published loop on one, of a batch-1 loop.
 
     The loops are timed on the first `scored` images only, as each takes the same time.
     """
@@ -137,12 +144,12 @@ def bench_fisher(model: str = "ViT-B-32", *, batch_size: int = 32, scored: int =
     images = torch.randn(batch_size, 3, size, size, generator=generator).to(place)
     labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(place)
     scored = min(scored, batch_size)
-    fisher_scores(classifier, images[:2], batch_size=2, precision=precision)  # the first call allocates
+    score = partial(fisher_scores, classifier, batch_size=batch_size, precision=precision)
+    score(images)  # the first call takes memory from the system
     with Peak(place).watch() as ours_memory:
-        ours = min(_seconds(lambda: fisher_scores(classifier, images, batch_size=batch_size, precision=precision), place)
-                   for _ in range(2))
-    published_scores(classifier, images[:1], labels[:1], 1)
-    forward = _seconds(lambda: published_scores(classifier, images, labels, 0), place)
+        ours = _seconds(partial(score, torch.cat([images] * batches)), place)
+    published_scores(classifier, images, labels, 1)
+    forward = median(_seconds(lambda: published_scores(classifier, images, labels, 0), place) for _ in range(3))
     with Peak(place).watch() as published_memory:
         published = _seconds(lambda: published_scores(classifier, images, labels, scored), place)
 
@@ -150,23 +157,23 @@ def bench_fisher(model: str = "ViT-B-32", *, batch_size: int = 32, scored: int =
         for n in range(scored):
             published_scores(classifier, images[n:n + 1], labels[n:n + 1], 1)
 
-    one_by_one = _seconds(loop, place) / scored
-    reference = max(published - forward, 0.0) / scored + forward / batch_size
+    one_by_one = median(_seconds(loop, place) for _ in range(3)) / scored
+    reference, mine = max(published - forward, 0.0) / scored + forward / batch_size, ours / (batches * batch_size)
     return {
         "benchmark": "fisher", "model": model, "batch_size": batch_size, "precision": precision,
         "parameters": sum(p.numel() for p in classifier.parameters()),
         "reference": {"algorithm": "one backward pass an image through the graph of its batch (authors' code)",
                       "seconds_per_image": reference, "images_timed": scored, "memory_bytes": published_memory.bytes},
-        "ours": {"algorithm": "one forward and one backward pass a batch", "seconds_per_image": ours / batch_size,
-                 "images_timed": batch_size, "memory_bytes": ours_memory.bytes, "images_per_s": batch_size / ours},
-        "ratio": reference / (ours / batch_size),
+        "ours": {"algorithm": "one forward and one backward pass a batch", "seconds_per_image": mine,
+                 "images_timed": batches * batch_size, "memory_bytes": ours_memory.bytes, "images_per_s": 1 / mine},
+        "ratio": reference / mine,
         "loop": {"algorithm": "forward and backward pass of one image at a time", "seconds_per_image": one_by_one,
-                 "images_timed": scored, "ratio": one_by_one / (ours / batch_size)},
+                 "images_timed": scored, "ratio": one_by_one / mine},
         "machine": machine(place, threads), "versions": versions()}
 
 
 class PublishedMaskedAdamW:
-    """AdamW as in the authors' code of TaLoS: dense moments and a dense float mask that gradients and steps pass."""
+    """AdamW by the algorithm of the authors' code of TaLoS: moments of all entries, a dense float mask on the steps."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], *, weight_decay: float,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
@@ -184,110 +191,108 @@ class PublishedMaskedAdamW:
         self._steps += 1
         one, two = self._betas
         for parameter, mask, mean, square in self._parameters:
-            assert parameter.grad is not None
-            gradient = parameter.grad * mask
-            parameter.mul_(1 - lr * self._weight_decay * mask)
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.mul_(1 - mask * lr * self._weight_decay)
             mean.mul_(one).add_(gradient, alpha=1 - one)
             square.mul_(two).addcmul_(gradient, gradient, value=1 - two)
+            rate = mask * lr / (1 - one ** self._steps)
             deviation = (square.sqrt() / (1 - two ** self._steps) ** 0.5).add_(self._eps)
-            parameter.sub_(lr / (1 - one ** self._steps) * mask * mean / deviation)
+            parameter.add_(-1 * rate * (mean / deviation))
 
 
 def matmul_peak(device: torch.device, precision: Precision, side: int = 8192) -> float:
-    """Floating point operations a second of a large square matrix product: what the device reaches, not its data sheet."""
+    """Operations a second of a large square matrix product: what the device reaches, not what its data sheet says."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     left @ right
-    return 2 * side ** 3 / min(_seconds(lambda: left @ right, device) for _ in range(5))
+    return 2 * side ** 3 / median(_seconds(lambda: left @ right, device) for _ in range(5))
 
 
-def bench_finetune(model: str = "ViT-B-32", *, density: float = 0.1, batch_size: int = 8, repeats: int = 5,
-                   threads: int = 1, device: torch.device | None = None, precision: Precision = "fp32") -> dict[str, Any]:
-    """Seconds and bytes of the optimizer step alone, and of a whole training step, sparse and dense.
+def bench_finetune(model: str = "ViT-B-32", *, density: float = 0.1, batch_size: int = 8, repeats: int = 7,
+                   threads: int = 1, device: torch.device | None = None,
+                   precision: Precision = "fp32") -> dict[str, Any]:
+    """Seconds and bytes of the optimizer step alone, and seconds of a whole training step, sparse and dense.
 
-    Ours counts collecting the kept gradients, which in training happens within the backward pass. The optimizers are
-    timed without clipping; the whole steps have it.
+    The mask is that of the lowest sensitivity scores on a batch. Ours counts collecting the kept gradients, which in
+    training happens within the backward pass. The optimizers are timed without clipping; the whole steps have it.
     """
     torch.set_num_threads(threads)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier, size = _classifier(model, place)
     parameters = dict(classifier.named_parameters())
     generator = torch.Generator().manual_seed(0)
-    mask = select_mask({n: torch.rand(p.shape, generator=generator) for n, p in parameters.items()}, density)
     gradients = {n: torch.randn(p.shape, generator=generator).to(place) for n, p in parameters.items()}
     images = torch.randn(batch_size, 3, size, size, generator=generator).to(place)
+    mask = select_mask(fisher_scores(classifier, images, batch_size=batch_size), density)
     labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(place)
 
-    def best(step: Callable[[], object]) -> float:
+    def timed(step: Callable[[], object], take: Callable[[], object] | None = None) -> float:
+        """Of a step that finds its gradients; `take` may have each as soon as it is there, as in a backward pass."""
         times = []
         for _ in range(repeats + 1):  # the first one allocates
+            taken = 0.0
             for name, parameter in parameters.items():
-                parameter.grad = gradients[name].clone() if parameter.requires_grad else None
-            times.append(_seconds(step, place))
-        return min(times[1:])
-
-    def forward_backward() -> None:
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = classifier(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+                if parameter.requires_grad:
+                    parameter.grad = gradients[name].clone()
+                    taken += 0.0 if take is None else _seconds(take, place)
+            times.append(taken + _seconds(step, place))
+        return median(times[1:])
 
     published = PublishedMaskedAdamW(parameters, mask, weight_decay=0.1)
-    published_s = best(lambda: published.step(1e-5))
-    published_bytes = published.state_bytes
+    published_s, published_bytes = timed(partial(published.step, 1e-5)), published.state_bytes
     del published
+    plain = copy.deepcopy(classifier)
     dense = torch.optim.AdamW(parameters.values(), lr=1e-5, weight_decay=0.1, fused=True)
-    dense_s = best(dense.step)
-    dense_bytes = sum(t.numel() * t.element_size() for s in dense.state.values() for t in s.values())
+    fused_s = timed(dense.step)
+    fused_bytes = sum(t.numel() * t.element_size() for s in dense.state.values() for t in s.values())
+    dense.zero_grad()
+    dense = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    sparse = MaskedAdamW(parameters, mask, lr=1e-5, weight_decay=0.1)
+    ours_s, ours_bytes = timed(partial(sparse.step, 1e-5), sparse.take_gradients), sparse.state_bytes
+
+    def forward_backward(tuned: nn.Module) -> None:
+        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = tuned(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
 
     def dense_step() -> None:
-        forward_backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        forward_backward(plain)
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         dense.step()
         dense.zero_grad()
 
     def sparse_step() -> None:
-        forward_backward()
+        forward_backward(classifier)
         sparse.step(1e-5, 1.0)
 
-    def whole(step: Callable[[], None]) -> dict[str, Any]:
-        step()
-        with Peak(place).watch() as memory:
-            times = [_seconds(step, place) for _ in range(repeats)]
-        return {"seconds": min(times), "images_per_s": batch_size / min(times), "memory_bytes": memory.bytes}
-
-    dense.zero_grad()
-    dense_whole = whole(dense_step)
-    flops = _flops(forward_backward) if place.type == "cuda" else 0.0
-    dense.zero_grad()
-    sparse = MaskedAdamW(parameters, mask, lr=1e-5, weight_decay=0.1)
-
-    def sparse_update() -> None:
-        sparse.take_gradients()
-        sparse.step(1e-5)
-
-    ours_s = best(sparse_update)
-    sparse_whole = whole(sparse_step)
-    # Once more the other way round, so that neither has the quieter machine.
-    sparse.close()
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    again = whole(dense_step)
-    dense_whole = min(dense_whole, again, key=lambda w: w["seconds"])
-    whole_step = {"batch_size": batch_size, "precision": precision, "sparse": sparse_whole, "dense": dense_whole,
-                  "sparse_over_dense": sparse_whole["seconds"] / dense_whole["seconds"]}
-    if flops:
+    whole = {"sparse": sparse_step, "dense": dense_step}
+    peaks = {name: Peak(place) for name in whole}
+    times = dict[str, list[float]]({name: [] for name in whole})
+    for _ in range(repeats + 1):  # in turns, as the machine is not always equally quiet
+        for name, step in whole.items():
+            with peaks[name].watch():
+                times[name].append(_seconds(step, place))
+    seconds = {name: median(t[1:]) for name, t in times.items()}
+    whole_step: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    whole_step |= {name: {"seconds": s, "images_per_s": batch_size / s, "memory_bytes": peaks[name].bytes}
+                   for name, s in seconds.items()}
+    pairs = zip(times["sparse"][1:], times["dense"][1:], strict=True)
+    whole_step["sparse_over_dense"] = median(sparse_s / dense_s for sparse_s, dense_s in pairs)
+    if place.type == "cuda":
         peak = matmul_peak(place, precision)
-        whole_step |= {"matmul_peak_flops": peak, "share_of_peak": flops / sparse_whole["seconds"] / peak}
+        whole_step |= {"matmul_peak_flops": peak,
+                       "share_of_peak": _flops(partial(forward_backward, classifier)) / seconds["sparse"] / peak}
     return {
         "benchmark": "finetune", "model": model, "density": density, "kept": int(sum(m.sum() for m in mask.values())),
         "parameters": sum(p.numel() for p in parameters.values()),
         "reference": {"algorithm": "masked AdamW with dense moments and masks (authors' code)", "step_s": published_s,
                       "state_bytes": published_bytes},
         "ours": {"algorithm": "fused AdamW on the kept entries, gathered and scattered", "step_s": ours_s,
-                 "state_bytes": sparse.state_bytes},
+                 "state_bytes": ours_bytes},
         "ratio": published_s / ours_s,
-        "fused_dense": {"algorithm": "torch's fused AdamW on all entries", "step_s": dense_s, "state_bytes": dense_bytes,
-                        "ours_over_it": ours_s / dense_s},
+        "fused_dense": {"algorithm": "torch's fused AdamW on all entries", "step_s": fused_s,
+                        "state_bytes": fused_bytes, "ours_over_it": ours_s / fused_s},
         "whole_step": whole_step, "machine": machine(place, threads), "versions": versions()}
 
 

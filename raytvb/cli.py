@@ -312,7 +312,7 @@ def _bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
             click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
             click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
-            click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of torch."),
+            click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads on the CPU."),
             click.option("--model", default="ViT-B-32", show_default=True,
                          help=f"Name of an open_clip architecture, with random weights, or {TINY_MODEL}.")):
         command = option(command)
@@ -321,10 +321,12 @@ def _bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @bench.command(name="fisher")
 @click.option("--batch-size", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="That ours is timed on.")
 @click.option("--scored", type=click.IntRange(1), default=4, show_default=True,
               help="Images on which the loops are timed; each image takes the same time.")
 @_bench_options
-def bench_fisher(model: str, threads: int, precision: Any, as_json: bool, batch_size: int, scored: int) -> None:
+def bench_fisher(model: str, threads: int, precision: Any, as_json: bool, batch_size: int, batches: int,
+                 scored: int) -> None:
     """Sensitivity scores against the authors' loop, which goes through the batch's graph for each image.
 
     \b
@@ -333,14 +335,14 @@ def bench_fisher(model: str, threads: int, precision: Any, as_json: bool, batch_
     """
     from raytvb import bench as benchmarks
 
-    _print_bench(lambda: benchmarks.bench_fisher(model, batch_size=batch_size, scored=scored, threads=threads,
-                                                 precision=precision), as_json)
+    _print_bench(lambda: benchmarks.bench_fisher(model, batch_size=batch_size, batches=batches, scored=scored,
+                                                 threads=threads, precision=precision), as_json)
 
 
 @bench.command(name="finetune")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Of the whole steps.")
 @click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="For medians.")
 @_bench_options
 def bench_finetune(model: str, threads: int, precision: Any, as_json: bool, batch_size: int, density: float,
                    repeats: int) -> None:
@@ -364,15 +366,15 @@ def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    table = Table("", *(f"{part}" for part in ("value",)), box=None, show_header=False)
+    table = Table(box=None, show_header=False)
 
     def rows(prefix: str, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 rows(f"{prefix}{name}.", value)
             else:
-                shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
-                table.add_row(f"{prefix}{name}", str(shown))
+                form = "," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""
+                table.add_row(f"{prefix}{name}", format(value, form))
 
     rows("", found)
     _wide_console(110).print(table, markup=False)

@@ -261,16 +261,16 @@ class _Recorder(TorchFunctionMode):
         """x W' + b, or a convolution with W and b."""
         given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
         given |= kwargs
-        source, out = given["input"].detach(), func(*args, **kwargs)
+        source, out = given["input"], func(*args, **kwargs)
         weight, bias = self._name(given["weight"]), self._name(given.get("bias"))
         plain = all(not n or self._parameters[n] is given[k] for n, k in ((weight, "weight"), (bias, "bias")))
-        if self._name(given["input"]) or not plain or source.shape[0] != self._count or isinstance(
+        if self._name(source) or not plain or source.shape[0] != self._count or isinstance(
                 given.get("padding"), str) or not out.requires_grad:
-            self.unknown.update(n for n in (self._name(given["input"]), weight, bias) if n)
+            self.unknown.update(n for n in (self._name(source), weight, bias) if n)
             return out
-        columns = _linear_columns if func is F.linear else _convolution_columns(given)
+        columns = _linear_columns if func is F.linear else _convolution_columns(given, given["weight"].shape[2:])
 
-        def hook(g: Tensor) -> None:
+        def hook(g: Tensor, source: Tensor) -> None:
             a_GNLI, g_GNLO = columns(source, g)
             if weight:
                 self._add_products(weight, g_GNLO, a_GNLI)
@@ -279,27 +279,33 @@ class _Recorder(TorchFunctionMode):
 
         for name in filter(None, (weight, bias)):
             self._use(name)
-        self._watch(given["input"], out, hook)
+        self._watch(source, out, hook)
         return out
 
-    def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor], None]) -> None:
-        out.register_hook(hook)
+    def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor, Tensor], None]) -> None:
+        """Call `hook` with the gradient of a layer's output and the layer's input, which the last draw lets go."""
+        held = [source.detach()]
+
+        def called(g: Tensor) -> None:
+            hook(g, held.pop() if self.draw + 1 == self.weights_NR.shape[1] else held[0])
+
+        out.register_hook(called)
         if not source.requires_grad:
             self.ends.append(out)
 
     def _product(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
         """x @ p with a matrix p (I, O)."""
-        source, out = args[0].detach(), func(*args)
+        source, out = args[0], func(*args)
         if args[1].dim() != 2 or source.dim() < 2 or source.shape[0] != self._count or not out.requires_grad:
             self.unknown.add(name)
             return out
 
-        def hook(g: Tensor) -> None:
+        def hook(g: Tensor, source: Tensor) -> None:
             a_GNLI, g_GNLO = _linear_columns(source, g)
             self._add_products(name, a_GNLI, g_GNLO)
 
         self._use(name)
-        self._watch(args[0], out, hook)
+        self._watch(source, out, hook)
         return out
 
     def _add(self, name: str, gradients: Tensor) -> None:
@@ -332,14 +338,15 @@ def _linear_columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return source.reshape(1, count, -1, source.shape[-1]), g.reshape(1, count, -1, g.shape[-1])
 
 
-def _convolution_columns(given: Mapping[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _convolution_columns(given: Mapping[str, Any],
+                         size: tuple[int, ...]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The same for a convolution, which is a linear layer on patches: (G, N, L, I) and (G, N, L, O)."""
     groups = given.get("groups", 1)
     options = {"stride": given.get("stride", 1), "padding": given.get("padding", 0),
                "dilation": given.get("dilation", 1)}
 
     def columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        patches = F.unfold(source, given["weight"].shape[2:], **options)
+        patches = F.unfold(source, size, **options)
         split = [t.reshape(len(source), groups, -1, patches.shape[-1]).permute(1, 0, 3, 2) for t in (patches, g)]
         return split[0], split[1]
 

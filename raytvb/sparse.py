@@ -31,15 +31,19 @@ class _Entries:
     def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
         self.parameter, self.indices = parameter, None
         self.count = int(mask.sum())
+        self.filled = False  # a gradient has been taken since the last step
         if self.count < parameter.numel():
             # 4 bytes a position; no tensor of an image tower has 2^31 entries, but nothing would break.
             dtype = torch.int32 if parameter.numel() < 2**31 else torch.int64
             self.indices = mask.to(parameter.device).reshape(-1).nonzero()[:, 0].to(dtype)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Kept entries of a tensor of the parameter's shape, (K,) float32."""
+    def gather(self, tensor: Tensor, out: Tensor) -> None:
+        """Kept entries of a tensor of the parameter's shape into `out` (K,) float32."""
         flat = tensor.reshape(-1).float()
-        return flat if self.indices is None else flat.index_select(0, self.indices)
+        if self.indices is None:
+            out.copy_(flat)
+        else:
+            torch.index_select(flat, 0, self.indices, out=out)
 
     def scatter(self, values: Tensor) -> None:
         """`values` (K,) into the kept entries of the parameter."""
@@ -71,11 +75,12 @@ class MaskedAdamW:
             parameters[name].requires_grad_(entries.count > 0)
             if entries.count:
                 self._entries.append(entries)
-        self.values = nn.Parameter(torch.cat([e.gather(e.parameter.detach()) for e in self._entries]))
-        self.values.grad = torch.zeros_like(self.values)
         sizes = [e.count for e in self._entries]
-        self._values = self.values.detach().split(sizes)
-        self._gradients = self.values.grad.split(sizes)
+        self.values = nn.Parameter(torch.empty(sum(sizes), device=self._entries[0].parameter.device))
+        self.values.grad = torch.empty_like(self.values)
+        self._values, self._gradients = self.values.detach().split(sizes), self.values.grad.split(sizes)
+        for entries, part in zip(self._entries, self._values, strict=True):
+            entries.gather(entries.parameter.detach(), part)
         self._hooks = [e.parameter.register_post_accumulate_grad_hook(partial(_take, e, part))
                        for e, part in zip(self._entries, self._gradients, strict=True)]
         self._optimizer = torch.optim.AdamW([self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
@@ -129,6 +134,10 @@ class MaskedAdamW:
         """
         gradient = self.values.grad
         assert gradient is not None
+        for entries, part in zip(self._entries, self._gradients, strict=True):
+            if not entries.filled:  # no backward pass has come by
+                part.zero_()
+            entries.filled = False
         norm = gradient.norm()
         if torch.isfinite(norm):
             if clip is not None:
@@ -137,7 +146,6 @@ class MaskedAdamW:
                 group["lr"] = lr
             self._optimizer.step()
             self._scatter()
-        gradient.zero_()
         return float(norm)
 
 
@@ -145,5 +153,10 @@ class MaskedAdamW:
 def _take(entries: _Entries, part: Tensor, parameter: Tensor) -> None:
     """Add the kept entries of a parameter's gradient to their part of the flat one, and free it."""
     assert parameter.grad is not None
-    part += entries.gather(parameter.grad)
-    parameter.grad = None
+    if entries.filled:
+        more = torch.empty_like(part)
+        entries.gather(parameter.grad, more)
+        part += more
+    else:
+        entries.gather(parameter.grad, part)
+    entries.filled, parameter.grad = True, None
