@@ -143,6 +143,8 @@ def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
     is not there is left out. Raises UserError for a name that the data does not have.
     """
     asked = {s: getattr(task.splits, s) for s in SPLITS}
+    lower = {s: n.lower() for s, n in asked.items() if isinstance(n, str) and n not in source.pools}
+    asked |= {s: n for s, n in lower.items() if n in source.pools}  # the usual names are found in any case
     unknown = {s: n for s, n in asked.items() if isinstance(n, str) and n not in source.pools}
     if unknown:
         there = ", ".join(p for p in source.pools if p) or "no named splits"

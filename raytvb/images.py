@@ -12,7 +12,7 @@ import inspect
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,12 +86,16 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
                     f"under {store.url}")
 
 
-def _named(names: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Pools by name; where no name is that of a split, one pool of all, without a name."""
-    known = {alias for aliases in ALIASES.values() for alias in aliases}
-    if known & names.keys():
-        return dict(names)
-    return {"": sorted(k for keys in names.values() for k in keys)}
+_KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
+
+
+def _pools(keys: Sequence[str], name: Callable[[str], str]) -> dict[str, list[str]]:
+    """Keys by the name of their pool, in lower case if it is that of a split; one pool of all where none is."""
+    named: dict[str, list[str]] = {}
+    for key in keys:
+        found = name(key)
+        named.setdefault(found.lower() if found.lower() in _KNOWN else found, []).append(key)
+    return named if _KNOWN & named.keys() else {"": list(keys)}
 
 
 class ParquetSource:
@@ -99,10 +103,7 @@ class ParquetSource:
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
         self._task, self._store, self.where = task, store, store.url
-        named: dict[str, list[str]] = {}
-        for key in keys:
-            named.setdefault(self._pool(key), []).append(key)
-        self._keys = _named(named)
+        self._keys = _pools(keys, self._pool)
         for pool, found in self._keys.items():
             folders = sorted({self._configuration(k, pool) for k in found})
             if pool and len(folders) > 1:
@@ -114,15 +115,13 @@ class ParquetSource:
         """train for `train-00000-of-00002.parquet`, `train.parquet` and `train/0000.parquet`."""
         folder, name = posixpath.split(key)
         stem = _SHARD.sub("", name.removesuffix(".parquet"))
-        for alias in (a for aliases in ALIASES.values() for a in aliases):
-            if stem.startswith((f"{alias}-", f"{alias}_", f"{alias}.")):
-                return alias
-        return stem or posixpath.basename(folder)
+        first = re.split(r"[-_.]", stem)[0]
+        return first if first.lower() in _KNOWN else stem or posixpath.basename(folder)
 
     @staticmethod
     def _configuration(key: str, pool: str) -> str:
         folder = posixpath.dirname(key)
-        return posixpath.dirname(folder) if posixpath.basename(folder) == pool else folder
+        return posixpath.dirname(folder) if posixpath.basename(folder).lower() == pool else folder
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -191,16 +190,16 @@ class FolderSource:
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
         self._task, self._store, self.where = task, store, store.url
-        named: dict[str, list[str]] = {}
-        for key in keys:
-            named.setdefault(key.split("/")[0] if "/" in key else "", []).append(key)
-        self._keys = _named(named)
+        self._keys = _pools(keys, lambda key: key.split("/")[0] if "/" in key else "")
         self._depth = 0 if "" in self._keys else 1
         outside = [k for k in keys if k.count("/") <= self._depth]
         if outside:
             raise UserError(f"task {task.name}: {store.where(outside[0])} is in no folder of a class (a folder tree is "
                             f"CLASS/image.jpg or SPLIT/CLASS/image.jpg; splits are train, val and test)")
         self._folders = sorted({self._folder(k) for k in keys})
+        if len(self._folders) == 1:
+            raise UserError(f"task {task.name}: all images under {store.url} are in one class, {self._folders[0]}; "
+                            f"`data:` is the folder above those of the classes, or of the splits")
 
     def _folder(self, key: str) -> str:
         return key.split("/")[self._depth]

@@ -36,6 +36,7 @@ def test_finetune_prints_one_json_object_with_a_ratio(capsys: pytest.CaptureFixt
     found = printed(capsys, "finetune", "--batch-size", "8", "--repeats", "3", "--precision", "bf16")
     reference, ours = found["reference"], found["ours"]
     assert found["ratio"] == pytest.approx(reference["step_s"] / ours["step_s"])
+    assert found["ratio_with_gather"] == pytest.approx(reference["step_s"] / (ours["step_s"] + ours["gather_s"]))
     assert reference["state_bytes"] == 12 * found["parameters"] and found["kept"] == 47_712
     assert 12 * found["kept"] < ours["state_bytes"] <= 16 * found["kept"] + 4
     assert 8 * found["parameters"] <= found["fused_dense"]["state_bytes"] < 8.1 * found["parameters"]

@@ -311,15 +311,17 @@ def write_tree(root: str, names: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_folder_per_class_under_a_folder_per_split(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = str(tmp_path / "pets") if kind == "local" else f"{request.getfixturevalue('s3_environment')}/pets"
-    names = ["train/cat/1.png", "train/cat/2.png", "train/grey_wolf/deep/er/1.PNG", "test/cat/9.png",
+    names = ["Train/cat/1.png", "Train/cat/2.png", "Train/grey_wolf/deep/er/1.PNG", "test/cat/9.png",
              "test/owl/1.png", "valid/grey_wolf/3.png"]
     write_tree(root, names)
-    Store(root).write("train/cat/notes.txt", b"no image")
+    Store(root).write("Train/cat/notes.txt", b"no image")
     task = TaskConfig(name="pets", data=root)
     assert task_classes(task) == ("cat", "grey_wolf", "owl")
     found = {s: load_split(task, s, SQUASH) for s in SPLITS}
     assert {s: f.labels.tolist() for s, f in found.items()} == {"train": [0, 0, 1], "val": [1], "test": [0, 2]}
     assert np.array_equal(pixels(found["test"]), np.stack([np.asarray(picture(k)) for k in (3, 4)]))
+    asked = TaskConfig.model_validate({"name": "pets", "data": root, "splits": {"train": "Train", "val": "valid"}})
+    assert load_split(asked, "train", SQUASH).labels.tolist() == [0, 0, 1]
     named = TaskConfig(name="pets", data=root, classes=("a cat", "a wolf", "an owl"))
     assert load_split(named, "val", SQUASH).classes == ("a cat", "a wolf", "an owl")
     with pytest.raises(UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf"):
@@ -337,7 +339,7 @@ def test_a_folder_per_class_alone_is_split_by_shares(tmp_path: Path) -> None:
 
 
 def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
-    write_tree(str(tmp_path), ["train/cat/1.png", "train/2.png", "test/cat/1.png"])
+    write_tree(str(tmp_path), ["train/cat/1.png", "train/2.png", "test/dog/1.png"])
     with pytest.raises(UserError, match=r"train/2\.png is in no folder of a class"):
         task_classes(own_task(tmp_path))
     flat = tmp_path / "flat"
@@ -346,8 +348,17 @@ def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
         task_classes(own_task(flat))
 
 
+def test_a_folder_too_high_or_too_low_is_an_error(tmp_path: Path) -> None:
+    write_tree(str(tmp_path), [f"pets/{s}/{c}/{k}.png" for s in ("train", "test") for c in ("a", "b") for k in (1, 2)])
+    with pytest.raises(UserError, match=r"are in one class, pets; `data:` is the folder above those of the classes"):
+        task_classes(own_task(tmp_path))
+    with pytest.raises(UserError, match="is in no folder of a class"):
+        task_classes(own_task(tmp_path / "pets" / "train" / "a"))
+    assert task_classes(own_task(tmp_path / "pets")) == ("a", "b")
+
+
 def test_broken_files_of_a_folder_are_skipped_and_missing_ones_are_not(tmp_path: Path) -> None:
-    write_tree(str(tmp_path), [f"test/cat/{k}.png" for k in range(5)])
+    write_tree(str(tmp_path), [*(f"test/cat/{k}.png" for k in range(5)), "train/dog/1.png"])
     (tmp_path / "test/cat/2.png").write_bytes(encoded(picture(2))[:300])
     found = load_split(own_task(tmp_path), "test", SQUASH)
     assert found.skipped == 1 and len(found) == 4
