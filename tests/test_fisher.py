@@ -80,7 +80,22 @@ def timm_tower(name: str, **options: object) -> nn.Module:
     return tower(TimmModel(name, embed_dim=12, image_size=32, pretrained=False, **options), 12)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "conv": tiny_conv_net}
+class Tokens(nn.Module):
+    """A class token and positions whose gradients for one image are one piece of memory, as in timm's EVA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 12)), nn.Parameter(torch.randn(1, 5, 12))
+        self.patches, self.last = nn.Linear(192, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        return self.last(torch.tanh(3 * x).square().mean(dim=1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "conv": tiny_conv_net, "tokens": lambda: Tokens().eval()}
 TOWERS: dict[str, Callable[[], nn.Module]] = {
     "layer-scale-vit": layer_scale_vit, "attention-pool-vit": attention_pool_vit, "resnet": resnet,
     "timm-vit": lambda: timm_tower("test_vit", pool="avg"), "convnext": lambda: timm_tower("test_convnext", pool="avg"),

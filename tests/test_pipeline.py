@@ -222,6 +222,7 @@ def test_another_experiment_is_refused_with_the_fields_that_differ(finished: tup
     assert "talos" not in message
 
 
+@pytest.mark.slow
 def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tmp_path: Path,
                                                            capsys: pytest.CaptureFixture[str]):
     store = Store(str(tmp_path / "store"))

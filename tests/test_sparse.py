@@ -239,7 +239,7 @@ def test_smoothed_labels_give_the_loss_of_mixed_targets() -> None:
     expected = -(targets * net(PREPROCESS.normalise(split.images)).log_softmax(dim=1)).sum(dim=1).mean()
     config = FinetuneConfig(epochs=1, batch_size=16, lr=1e-2, label_smoothing=0.3)
     found = finetune(net, split, full_mask(net), config, PREPROCESS, seed=0, device=CPU)
-    assert found.steps == 1 and found.final_loss == pytest.approx(float(expected), rel=1e-5)
+    assert found.steps == 1 and found.final_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_bf16_trains_float32_weights_to_about_the_same() -> None:
