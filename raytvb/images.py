@@ -75,7 +75,7 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
     if url.startswith(TORCHVISION):
         return TorchvisionSource(task, Path(task.root) if task.root else cache / "torchvision")
     store = Store(url)
-    keys = store.keys()
+    keys = [k for k in store.keys() if not any(part.startswith((".", "__MACOSX")) for part in k.split("/"))]
     parquet = [k for k in keys if k.endswith(".parquet")]
     images = [k for k in keys if k.lower().endswith(IMAGE_FILES)]
     if parquet:
@@ -83,7 +83,7 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
     if images:
         return FolderSource(task, store, images)
     raise UserError(f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of images "
-                    f"under {store.url}")
+                    f"under {store.url}; `data:` is the folder above them")
 
 
 _KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)

@@ -144,11 +144,16 @@ class Store:
             return bytes(self.fs.cat_file(path))
 
     def read_many(self, keys: Sequence[str]) -> list[bytes]:
-        """Whole files, in the order of the keys; several requests are under way at a time. All are held in memory."""
-        if self._is_local:
-            return [self.read(key) for key in keys]
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.read, keys))
+        """Whole files, in the order of the keys; several requests are under way at a time. All are held in memory.
+
+        For files that others have named: what `keys` lists is read, whatever characters are in it.
+        """
+        with ThreadPoolExecutor(1 if self._is_local else _READERS) as pool:
+            return list(pool.map(self._read_listed, keys))
+
+    def _read_listed(self, key: str) -> bytes:
+        with self._reading(key):
+            return bytes(self.fs.cat_file(f"{self.path('').rstrip('/')}/{key}"))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes start..stop-1; for an empty range the store is not asked.

@@ -314,7 +314,8 @@ def test_a_folder_per_class_under_a_folder_per_split(kind: str, tmp_path: Path, 
     names = ["Train/cat/1.png", "Train/cat/2.png", "Train/grey_wolf/deep/er/1.PNG", "test/cat/9.png",
              "test/owl/1.png", "valid/grey_wolf/3.png"]
     write_tree(root, names)
-    Store(root).write("Train/cat/notes.txt", b"no image")
+    for name in ("Train/cat/notes.txt", "Train/cat/._1.png", ".cache/x.png", "__MACOSX/Train/cat/1.png"):
+        Store(root).write(name, b"no image")
     task = TaskConfig(name="pets", data=root)
     assert task_classes(task) == ("cat", "grey_wolf", "owl")
     found = {s: load_split(task, s, SQUASH) for s in SPLITS}
@@ -326,6 +327,16 @@ def test_a_folder_per_class_under_a_folder_per_split(kind: str, tmp_path: Path, 
     assert load_split(named, "val", SQUASH).classes == ("a cat", "a wolf", "an owl")
     with pytest.raises(UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf"):
         load_split(TaskConfig(name="pets", data=root, classes=("cat", "wolf")), "val", SQUASH)
+
+
+def test_file_names_of_any_characters_are_read(tmp_path: Path) -> None:
+    names = ["test/cat sat/a b.png", "test/cat sat/what?.png", "test/d\u00f6g/#1.png", "test/d\u00f6g/x[1]*%20.png"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(picture(number)))
+    found = load_split(own_task(tmp_path), "test", SQUASH)
+    assert found.classes == ("cat sat", "d\u00f6g") and found.labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(pixels(found), np.stack([np.asarray(picture(k)) for k in range(4)]))
 
 
 def test_a_folder_per_class_alone_is_split_by_shares(tmp_path: Path) -> None:
