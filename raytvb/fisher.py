@@ -45,8 +45,12 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
         generator: seeds the sampled labels (a CPU generator); the default is seeded with 0.
         precision: of the forward and backward pass; "bf16" is autocast to bfloat16. Squares are summed in float32.
 
-    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is nothing to score.
+    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is nothing to score, and for
+    arguments that are none of these.
     """
+    if not (draws == "exact" or isinstance(draws, int)) or batch_size < 1 or precision not in ("fp32", "bf16"):
+        raise ValueError(f'draws = {draws!r} (a number or "exact"), batch_size = {batch_size} (at least 1), '
+                         f'precision = {precision!r} ("fp32" or "bf16")')
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
     if not parameters or len(images) == 0 or (draws != "exact" and draws < 1):
         raise ValueError(f"nothing to score: {len(parameters)} parameters require grad, {len(images)} images, "

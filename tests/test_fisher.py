@@ -269,6 +269,10 @@ def test_nothing_to_score_is_an_error() -> None:
         fisher_scores(classifier, some_images(0))
     with pytest.raises(ValueError, match="draws = 0"):
         fisher_scores(classifier, some_images(2), draws=0)
+    for wrong in ({"draws": "all"}, {"batch_size": 0}, {"precision": "fp16"}):
+        (name, value), = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+            fisher_scores(classifier, some_images(2), **wrong)
     with pytest.raises(ValueError, match="0 parameters require grad"):
         fisher_scores(classifier.requires_grad_(False), some_images(2))
 
