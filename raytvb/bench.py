@@ -107,7 +107,8 @@ def _classifier(model: str, device: torch.device) -> tuple[ImageClassifier, int]
     else:
         visual, size = random_tower(model)
     with torch.no_grad():
-        width = visual.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        found = visual.eval()(torch.zeros(1, 3, size, size))
+        width = (found[0] if isinstance(found, tuple) else found).shape[1]
     head = 10 * nn.functional.normalize(torch.randn(CLASSES, width), dim=-1)
     return ImageClassifier(visual, head).eval().to(device), size
 

@@ -241,7 +241,9 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits; the features are made unit length, the logit scale is part of the head."""
-        return nn.functional.normalize(self.visual(images), dim=-1) @ self.head.T
+        found = self.visual(images)
+        features = found[0] if isinstance(found, tuple) else found  # CoCa's tower gives its tokens as well
+        return nn.functional.normalize(features, dim=-1) @ self.head.T
 
 
 def quiet_open_clip() -> None:

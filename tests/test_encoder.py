@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytvb.config import ModelConfig
-from raytvb.encoder import load_encoder
+from raytvb.encoder import ImageClassifier, load_encoder
 from raytvb.errors import UserError
 
 NAME = "raytvb-test-vit"
@@ -81,6 +81,16 @@ def test_a_checkpoint_with_other_objects_is_not_unpickled(tmp_path: Path) -> Non
     config = written(tmp_path / "weights.pt", {"state_dict": state(), "arguments": Path("anything")})
     with pytest.raises(UserError, match="it holds other Python objects"):
         load_encoder(config)
+
+
+def test_a_tower_that_gives_its_tokens_too_is_classified_by_its_features() -> None:
+    class Tower(torch.nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return images.flatten(1), images
+
+    images, head = torch.randn(3, 1, 2, 2), torch.randn(5, 4)
+    expected = torch.nn.functional.normalize(images.flatten(1), dim=-1) @ head.T
+    assert torch.equal(ImageClassifier(Tower(), head)(images), expected)
 
 
 def test_an_unknown_model_and_an_unknown_tag_list_those_there_are() -> None:
