@@ -1,7 +1,7 @@
 """Benchmarks: our kernels beside plainly written references of the published algorithms, in one process.
 
 Every result is a dict with `reference` and `ours` (seconds, bytes, counts of the work done), `ratio` (reference divided
-by ours), `machine` and `versions`. Weights are random: they do not matter to the time. Times are medians.
+by ours), `machine` and `versions`. Weights are random: they do not matter to the time.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def _lines(path: str) -> list[str]:
 
 
 class Peak:
-    """Largest memory above that at the start of a block, in bytes: of the GPU, or resident (0 where not known)."""
+    """Largest memory above that at the start of a block, in bytes: of the GPU, or resident (None: not measured)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.bytes = 0
+        self.bytes: int | None = None
         self._device = device
 
     def _resident(self) -> int:
-        fields = _lines("/proc/self/statm")
+        fields = _lines("/proc/self/statm")  # of Linux
         return int(fields[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
     @contextmanager
@@ -76,7 +76,7 @@ class Peak:
 
         def sample() -> None:
             while not done.wait(0.05):
-                self.bytes = max(self.bytes, self._resident() - before)
+                self.bytes = max(self.bytes or 0, self._resident() - before)
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
@@ -210,6 +210,47 @@ def matmul_peak(device: torch.device, precision: Precision, side: int = 8192) ->
     return 2 * side ** 3 / median(_seconds(lambda: left @ right, device) for _ in range(5))
 
 
+def _whole_steps(classifier: nn.Module, sparse: MaskedAdamW, plain: nn.Module, images: Tensor, labels: Tensor,
+                 repeats: int, precision: Precision) -> dict[str, Any]:
+    """Forward, backward, clipping and update of the sparsely trained classifier and of its densely trained copy."""
+    place = images.device
+    dense = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+
+    def forward_backward(tuned: nn.Module) -> None:
+        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = tuned(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+
+    def dense_step() -> None:
+        forward_backward(plain)
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        dense.step()
+        dense.zero_grad()
+
+    def sparse_step() -> None:
+        forward_backward(classifier)
+        sparse.step(1e-5, 1.0)
+
+    steps = {"sparse": sparse_step, "dense": dense_step}
+    peaks = {name: Peak(place) for name in steps}
+    times = dict[str, list[float]]({name: [] for name in steps})
+    for _ in range(repeats + 1):  # in turns, as the machine is not always equally quiet; the first ones allocate
+        for name, step in steps.items():
+            with peaks[name].watch():
+                times[name].append(_seconds(step, place))
+    seconds = {name: median(t[1:]) for name, t in times.items()}
+    pairs = zip(times["sparse"][1:], times["dense"][1:], strict=True)
+    found: dict[str, Any] = {"batch_size": len(images), "precision": precision,
+                             "sparse_over_dense": median(sparse_s / dense_s for sparse_s, dense_s in pairs)}
+    found |= {name: {"seconds": s, "images_per_s": len(images) / s, "memory_bytes": peaks[name].bytes}
+              for name, s in seconds.items()}
+    if place.type == "cuda":
+        peak = matmul_peak(place, precision)
+        found |= {"matmul_peak_flops": peak,
+                  "share_of_peak": _flops(partial(forward_backward, classifier)) / seconds["sparse"] / peak}
+    return found
+
+
 def bench_finetune(model: str = "ViT-B-32", *, density: float = 0.1, batch_size: int = 8, repeats: int = 7,
                    threads: int = 1, device: torch.device | None = None,
                    precision: Precision = "fp32") -> dict[str, Any]:
@@ -246,47 +287,15 @@ def bench_finetune(model: str = "ViT-B-32", *, density: float = 0.1, batch_size:
     published_s, published_bytes = timed(partial(published.step, 1e-5))[0], published.state_bytes
     del published
     plain = copy.deepcopy(classifier)
-    dense = torch.optim.AdamW(parameters.values(), lr=1e-5, weight_decay=0.1, fused=True)
-    fused_s = timed(dense.step)[0]
-    fused_bytes = sum(t.numel() * t.element_size() for s in dense.state.values() for t in s.values())
-    dense.zero_grad()
-    dense = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    fused = torch.optim.AdamW(parameters.values(), lr=1e-5, weight_decay=0.1, fused=True)
+    fused_s = timed(fused.step)[0]
+    fused_bytes = sum(t.numel() * t.element_size() for s in fused.state.values() for t in s.values())
+    fused.zero_grad()
+    del fused
     sparse = MaskedAdamW(parameters, mask, lr=1e-5, weight_decay=0.1)
     ours_s, taken_s = timed(partial(sparse.step, 1e-5), sparse.take_gradients)
     ours_bytes = sparse.state_bytes
-
-    def forward_backward(tuned: nn.Module) -> None:
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = tuned(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
-
-    def dense_step() -> None:
-        forward_backward(plain)
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        dense.step()
-        dense.zero_grad()
-
-    def sparse_step() -> None:
-        forward_backward(classifier)
-        sparse.step(1e-5, 1.0)
-
-    whole = {"sparse": sparse_step, "dense": dense_step}
-    peaks = {name: Peak(place) for name in whole}
-    times = dict[str, list[float]]({name: [] for name in whole})
-    for _ in range(repeats + 1):  # in turns, as the machine is not always equally quiet
-        for name, step in whole.items():
-            with peaks[name].watch():
-                times[name].append(_seconds(step, place))
-    seconds = {name: median(t[1:]) for name, t in times.items()}
-    whole_step: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-    whole_step |= {name: {"seconds": s, "images_per_s": batch_size / s, "memory_bytes": peaks[name].bytes}
-                   for name, s in seconds.items()}
-    pairs = zip(times["sparse"][1:], times["dense"][1:], strict=True)
-    whole_step["sparse_over_dense"] = median(sparse_s / dense_s for sparse_s, dense_s in pairs)
-    if place.type == "cuda":
-        peak = matmul_peak(place, precision)
-        whole_step |= {"matmul_peak_flops": peak,
-                       "share_of_peak": _flops(partial(forward_backward, classifier)) / seconds["sparse"] / peak}
+    whole_step = _whole_steps(classifier, sparse, plain, images, labels, repeats, precision)
     return {
         "benchmark": "finetune", "model": model, "density": density, "kept": int(sum(m.sum() for m in mask.values())),
         "parameters": sum(p.numel() for p in parameters.values()),

@@ -374,7 +374,7 @@ def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
                 rows(f"{prefix}{name}.", value)
             else:
                 form = "," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""
-                table.add_row(f"{prefix}{name}", format(value, form))
+                table.add_row(f"{prefix}{name}", "not measured" if value is None else format(value, form))
 
     rows("", found)
     _wide_console(110).print(table, markup=False)

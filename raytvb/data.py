@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -116,6 +116,26 @@ def task_classes(task: TaskConfig) -> tuple[str, ...]:
     return _source(task).classes
 
 
+def check_task(task: TaskConfig, splits: Sequence[str]) -> tuple[str, ...]:
+    """Class names of a task whose data has the splits. Raises UserError where it has not, without reading images."""
+    if task.data is not None:
+        source = _source(task)
+        parts = split_parts(task, source)
+        for split in splits:
+            _require(task, source, parts, split)
+    return task_classes(task)
+
+
+def _require(task: TaskConfig, source: Source, parts: Mapping[str, Part], split: str) -> None:
+    """Raise UserError that says what there is instead of a split, and how to name one."""
+    if split not in parts:
+        taken = {part.pool: s for s, part in parts.items()}
+        there = ", ".join(f"{p} (taken for {taken[p]})" if p in taken else p for p in source.pools if p)
+        allowed = "NAME" if split == "train" or "train" not in parts else "NAME or a share of train, such as 0.1"
+        raise UserError(f"task {task.name}: no {split} split under {source.where} (there is {there}); "
+                        f"`splits: {{{split}: {allowed}}}` of the task says what to use")
+
+
 @dataclass(frozen=True)
 class Part:
     """A split as the part of a pool between two shares of its seeded permutation; from 0 to 1 it is the whole pool."""
@@ -149,7 +169,7 @@ def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
     if unknown:
         there = ", ".join(p for p in source.pools if p) or "no named splits"
         raise UserError(f"task {task.name}: splits.{', splits.'.join(f'{s}: {n}' for s, n in unknown.items())}: "
-                        f"{source.where} has {there}")
+                        f"{source.where} has {there} (a share of train is a number, such as 0.1)")
     taken = {n for n in asked.values() if isinstance(n, str)}
     names = {s: asked[s] if isinstance(asked[s], str) else
              next((a for a in ALIASES[s] if a in source.pools and a not in taken), None) if asked[s] is None else None
@@ -179,6 +199,16 @@ def _geometry(document: str) -> list[Any]:
     return list(transform.transforms[:-2])  # without ToTensor and Normalize
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled to 8, where Pillow would cut off at 255. ValueError for wider ones."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has 16 bits at most
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {'floats' if image.mode == 'F' else '32-bit integers'}, whose range is not "
+                         f"known: save it with 8 or 16 bits")
+    return image
+
+
 def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | str:
     """An image as (3, S, S) uint8, or the reason why it cannot be read."""
     try:
@@ -186,7 +216,10 @@ def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | str:
             raise row.image
         if row.image is None:
             return "there is no image"
+        if not isinstance(row.image, bytes | Image.Image):
+            return f"the column holds {type(row.image).__name__}, not the bytes of an image"
         image = row.image if isinstance(row.image, Image.Image) else Image.open(io.BytesIO(row.image))
+        image = _eight_bits(image)
         if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
             for step in _geometry(json.dumps(dict(preprocess.config))):
                 image = step(image)
@@ -218,10 +251,7 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads:
     """
     source = _source(task)
     classes, parts = source.classes, split_parts(task, source)
-    if split not in parts:
-        raise UserError(f"task {task.name}: no {split} split under {source.where} (there is "
-                        f"{', '.join(p for p in source.pools if p)}); `splits: {{{split}: NAME or a share of train}}` "
-                        f"of the task says what to use")
+    _require(task, source, parts, split)
     members = parts[split].members(source, task.splits.seed)
     if not len(members):
         raise UserError(f"task {task.name}: the {split} split under {source.where} is empty")
@@ -230,8 +260,8 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads:
     wanted = np.sort(members)
     labels, kept, skipped = list[int](), list[int](), list[str]()
     with tempfile.TemporaryFile(prefix="raytvb-images-") as file:
-        for position, (row, image) in zip(wanted, _decoded(_chosen(source.rows(parts[split].pool), wanted), preprocess,
-                                                           threads), strict=True):
+        rows = source.rows(parts[split].pool, wanted.tolist())
+        for position, (row, image) in zip(wanted, _decoded(rows, preprocess, threads), strict=True):
             if isinstance(image, str):
                 skipped.append(f"{row.name} is not a readable image: {image}")
                 if len(skipped) > task.max_corrupt:
@@ -239,7 +269,7 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads:
                         f", and {len(skipped) - 1} more of {split}" if len(skipped) > 1 else "") +
                         f"; up to `max_corrupt: {task.max_corrupt}` of a split are skipped")
                 continue
-            labels.append(_label(task, row, len(classes)))
+            labels.append(_label(task, row, classes))
             kept.append(int(position))
             file.write(image.data)
         if not kept:
@@ -255,24 +285,12 @@ def load_split(task: TaskConfig, split: str, preprocess: Preprocess, *, threads:
     return Split(found.images[order], found.labels[order], classes, len(skipped))
 
 
-def _chosen(rows: Iterator[Row], wanted: np.ndarray) -> Iterator[Row]:
-    """The rows at the wanted positions, which rise; nothing is read after the last."""
-    todo = iter(wanted.tolist())
-    target = next(todo, None)
-    for position, row in enumerate(rows):
-        if target is None:
-            return
-        if position == target:
-            yield row
-            target = next(todo, None)
-            if target is None:
-                return
-
-
-def _label(task: TaskConfig, row: Row, classes: int) -> int:
+def _label(task: TaskConfig, row: Row, classes: tuple[str, ...]) -> int:
+    if isinstance(row.label, str) and row.label in classes:
+        return classes.index(row.label)
     if not isinstance(row.label, int):
         raise UserError(f"task {task.name}: {row.name} has label {row.label!r}; labels are integers, 0 for the first "
-                        f"class")
-    if not 0 <= row.label < classes:
-        raise UserError(f"task {task.name}: {row.name} has label {row.label!r}, but there are {classes} classes")
+                        f"class, or names of `classes`")
+    if not 0 <= row.label < len(classes):
+        raise UserError(f"task {task.name}: {row.name} has label {row.label!r}, but there are {len(classes)} classes")
     return int(row.label)

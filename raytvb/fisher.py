@@ -51,6 +51,9 @@ def fisher_scores(classifier: nn.Module, images: Tensor, *, draws: int | Literal
     if not (draws == "exact" or isinstance(draws, int)) or batch_size < 1 or precision not in ("fp32", "bf16"):
         raise ValueError(f'draws = {draws!r} (a number or "exact"), batch_size = {batch_size} (at least 1), '
                          f'precision = {precision!r} ("fp32" or "bf16")')
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; needed are normalised ones (N, 3, H, W) in "
+                         f"floating point")
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
     if not parameters or len(images) == 0 or (draws != "exact" and draws < 1):
         raise ValueError(f"nothing to score: {len(parameters)} parameters require grad, {len(images)} images, "

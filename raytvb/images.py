@@ -63,8 +63,8 @@ class Source(Protocol):
     def count(self, pool: str) -> int:
         """Images of a pool, readable or not."""
 
-    def rows(self, pool: str) -> Iterator[Row]:
-        """The images of a pool, always in the same order."""
+    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
+        """The images at some positions of a pool, which rise; little else is read."""
 
 
 def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
@@ -82,6 +82,10 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
         return ParquetSource(task, store, parquet)
     if images:
         return FolderSource(task, store, images)
+    if store.is_file():
+        raise UserError(f"task {task.name}: {store.url} is a file; `data:` is the folder that it is in")
+    if not keys:
+        raise UserError(f"task {task.name}: there is nothing under {store.url}")
     raise UserError(f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of images "
                     f"under {store.url}; `data:` is the folder above them")
 
@@ -89,13 +93,14 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
 _KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
 
 
-def _pools(keys: Sequence[str], name: Callable[[str], str]) -> dict[str, list[str]]:
-    """Keys by the name of their pool, in lower case if it is that of a split; one pool of all where none is."""
+def _pools(task: TaskConfig, keys: Sequence[str], name: Callable[[str], str]) -> dict[str, list[str]]:
+    """Keys by the name of their pool: a usual one, in lower case, or one that the task asks for; else '' for all."""
     named: dict[str, list[str]] = {}
     for key in keys:
         found = name(key)
         named.setdefault(found.lower() if found.lower() in _KNOWN else found, []).append(key)
-    return named if _KNOWN & named.keys() else {"": list(keys)}
+    asked = {s for s in (task.splits.train, task.splits.val, task.splits.test) if isinstance(s, str)}
+    return named if (_KNOWN | asked) & named.keys() else {"": list(keys)}
 
 
 class ParquetSource:
@@ -103,7 +108,7 @@ class ParquetSource:
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
         self._task, self._store, self.where = task, store, store.url
-        self._keys = _pools(keys, self._pool)
+        self._keys = _pools(task, keys, self._pool)
         for pool, found in self._keys.items():
             folders = sorted({self._configuration(k, pool) for k in found})
             if pool and len(folders) > 1:
@@ -130,17 +135,19 @@ class ParquetSource:
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Class names from the Hugging Face metadata of the first file, unless the task gives them."""
+        """Class names from the Hugging Face metadata of a pool's first file, unless the task gives them."""
         if self._task.classes is not None:
             return self._task.classes
-        with self._open(next(k for keys in self._keys.values() for k in keys)) as parquet:
-            metadata = parquet.schema_arrow.metadata or {}
-        try:
-            features = json.loads(metadata[b"huggingface"])["info"]["features"]
-            return tuple(features[self._task.label_column]["names"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"task {self._task.name}: {self.where} has no class names in its Parquet metadata; "
-                            f"give them as `classes: [...]` of the task") from None
+        for keys in self._keys.values():
+            with self._open(keys[0]) as parquet:
+                metadata = parquet.schema_arrow.metadata or {}
+            try:
+                features = json.loads(metadata[b"huggingface"])["info"]["features"]
+                return tuple(features[self._task.label_column]["names"])
+            except (KeyError, TypeError, ValueError):
+                continue
+        raise UserError(f"task {self._task.name}: {self.where} has no class names in its Parquet metadata; "
+                        f"give them as `classes: [...]` of the task")
 
     @contextmanager
     def _open(self, key: str) -> Iterator[pq.ParquetFile]:
@@ -162,9 +169,9 @@ class ParquetSource:
                 total += parquet.metadata.num_rows
         return total
 
-    def rows(self, pool: str) -> Iterator[Row]:
+    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
         """Rows in the order of the files' names; a few at a time are in memory, never a row group."""
-        task = self._task
+        task, todo, before = self._task, set(wanted), 0
         for key in self._keys[pool]:
             with self._open(key) as parquet:
                 missing = {task.image_column, task.label_column} - set(parquet.schema_arrow.names)
@@ -173,13 +180,21 @@ class ParquetSource:
                                     f"{', '.join(parquet.schema_arrow.names)} (`image_column`, `label_column` name "
                                     f"them)")
                 number = 0
-                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[task.image_column, task.label_column],
-                                                  use_threads=False):
-                    images, labels = (batch.column(c).to_pylist() for c in (task.image_column, task.label_column))
-                    for image, label in zip(images, labels, strict=True):
-                        data = image.get("bytes") if isinstance(image, dict) else image
-                        yield Row(f"{key} row {number}", data, label)
-                        number += 1
+                for group in range(parquet.num_row_groups):
+                    count = parquet.metadata.row_group(group).num_rows
+                    if todo.isdisjoint(range(before + number, before + number + count)):
+                        number += count
+                        continue
+                    for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], [task.image_column, task.label_column],
+                                                      use_threads=False):
+                        for place in range(len(batch)):
+                            if before + number in todo:
+                                image, label = (batch.column(c)[place].as_py() for c in (
+                                    task.image_column, task.label_column))
+                                data = image.get("bytes") if isinstance(image, dict) else image
+                                yield Row(f"{key} row {number}", data, label)
+                            number += 1
+                before += number
 
 
 class FolderSource:
@@ -190,13 +205,19 @@ class FolderSource:
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
         self._task, self._store, self.where = task, store, store.url
-        self._keys = _pools(keys, lambda key: key.split("/")[0] if "/" in key else "")
+        self._keys = _pools(task, keys, lambda key: key.split("/")[0] if "/" in key else "")
         self._depth = 0 if "" in self._keys else 1
         outside = [k for k in keys if k.count("/") <= self._depth]
         if outside:
             raise UserError(f"task {task.name}: {store.where(outside[0])} is in no folder of a class (a folder tree is "
                             f"CLASS/image.jpg or SPLIT/CLASS/image.jpg; splits are train, val and test)")
         self._folders = sorted({self._folder(k) for k in keys})
+        inner = [frozenset(k.split("/")[1] for k in keys if k.startswith(f"{f}/")) for f in self._folders]
+        if not self._depth and len(inner) > 1 and len(inner[0]) > 1 and len(set(inner)) == 1 and all(
+                k.count("/") > 1 for k in keys):
+            raise UserError(f"task {task.name}: {store.url} has the same folders ({', '.join(sorted(inner[0])[:3])}…) "
+                            f"in each of {', '.join(self._folders[:5])}: if these are splits, say which with "
+                            f"`splits: {{train: {self._folders[0]}, test: {self._folders[-1]}}}`")
         if len(self._folders) == 1:
             raise UserError(f"task {task.name}: all images under {store.url} are in one class, {self._folders[0]}; "
                             f"`data:` is the folder above those of the classes, or of the splits")
@@ -224,10 +245,10 @@ class FolderSource:
         """Files with the ending of an image."""
         return len(self._keys[pool])
 
-    def rows(self, pool: str) -> Iterator[Row]:
+    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
         """Files in the order of their names, a few requests at a time."""
         numbers = {folder: k for k, folder in enumerate(self._folders)}
-        keys = iter(self._keys[pool])
+        keys = iter([self._keys[pool][k] for k in wanted])
         while some := list(islice(keys, ROWS_AT_ONCE)):
             for key, data in zip(some, self._store.read_many(some), strict=True):
                 yield Row(key, data, numbers[self._folder(key)])
@@ -305,10 +326,10 @@ class TorchvisionSource:
         """Images of the data set."""
         return len(self._data_set(pool))
 
-    def rows(self, pool: str) -> Iterator[Row]:
+    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
         """Images in torchvision's order, opened one by one."""
         data_set = self._data_set(pool)
-        for number in range(len(data_set)):
+        for number in wanted:
             name = f"{self._name} {pool} image {number}".replace("  ", " ")
             try:
                 image, label = data_set[number]

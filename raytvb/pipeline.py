@@ -16,6 +16,7 @@ from raytvb.basis_actor import fit_candidate, load_gram
 from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.config import Experiment, TaskConfig
 from raytvb.connect import connect, preflight
+from raytvb.data import SPLITS
 from raytvb.errors import UserError
 from raytvb.progress import Reporter, Stage
 from raytvb.remote import Evaluation, Refs
@@ -33,6 +34,18 @@ def _fail(stage: str, failed: dict[str, str]) -> None:
         lines = "\n  ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
         raise UserError(f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:\n  {lines}\n"
                         f"Once the cause is removed, run the same command again to go on.")
+
+
+def _warnings(metrics: dict[str, Any], experiment: Experiment) -> list[str]:
+    """What a user should know of a fine-tune that went through."""
+    warm, found = experiment.finetune.warmup, []
+    if metrics.get("skipped"):
+        found.append(f"{metrics['skipped']} images cannot be read and are left out")
+    if metrics.get("classes_without_images"):
+        found.append(f"{metrics['classes_without_images']} classes have no training images")
+    if warm >= max(1, metrics["steps"]):
+        found.append(f"its {metrics['steps']} steps end within the warm-up of {warm:g}")
+    return found
 
 
 class _Stream:
@@ -86,10 +99,12 @@ class Pipeline:
         preflight(self.experiment, reporter.say)
         self._splits: dict[str, Refs] = {}
         self._fingerprint = ""
+        self._splits_needed: tuple[str, ...] = SPLITS
         self._stream: _Stream | None = None
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
         """Run the given stages in their order."""
+        self._splits_needed = SPLITS if {"search", "evaluate"} & set(stages) else SPLITS[:1]
         if "finetune" in stages:
             self._timed("finetune", lambda: self.finetune(stream="basis" in stages))
         if "basis" in stages:
@@ -143,8 +158,7 @@ class Pipeline:
 
         def done(name: str, record: dict[str, Any]) -> None:
             note = f"{name}: loss {record['metrics']['final_loss']:.3f}"
-            if skipped := record["metrics"].get("skipped"):
-                note += f", {skipped} images cannot be read and are left out"
+            note += "".join(f", {warning}" for warning in _warnings(record["metrics"], self.experiment))
             if self._stream is not None:
                 self._stream.offer(name)
                 errors = self._stream.status["relative_error"]
@@ -159,7 +173,8 @@ class Pipeline:
         if record is None:
             with self.reporter.stage("prepare", 1) as stage:
                 found: dict[str, Any] = {}
-                call = remote.task(workers.prepare_base, self.experiment, gpu=False).remote(self.experiment)
+                prepare = remote.task(workers.prepare_base, self.experiment, gpu=False)
+                call = prepare.remote(self.experiment, self._splits_needed)
                 _fail("prepare", remote.collect({call: self.experiment.model.name}, lambda _, r: found.update(r)))
                 record = found
                 stage.advance(f"{record['metrics']['parameters']:,} parameters")

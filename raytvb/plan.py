@@ -5,7 +5,7 @@ from __future__ import annotations
 from raytvb import artifacts, records
 from raytvb.candidates import basis_candidates
 from raytvb.config import Experiment
-from raytvb.data import task_classes
+from raytvb.data import SPLITS, check_task
 from raytvb.encoder import count_parameters, quiet_open_clip
 from raytvb.report import format_bytes
 from raytvb.store import Store
@@ -20,7 +20,7 @@ def describe(experiment: Experiment) -> str:
     if store.exists(artifacts.EXPERIMENT):
         artifacts.freeze(store, experiment)
     for task in all_tasks(experiment):
-        task_classes(task)
+        check_task(task, SPLITS if task in experiment.tasks else SPLITS[1:])
     quiet_open_clip()
     parameters, tasks = count_parameters(experiment.model), len(experiment.tasks)
     kept = kept_count(parameters, experiment.talos.density)

@@ -61,7 +61,7 @@ class MaskedAdamW:
     `requires_grad = False`, so autograd skips them. Clipping, like weight decay, looks at the kept entries alone.
 
     As soon as the backward pass has a parameter's gradient, its kept entries are added to the flat gradient and the
-    rest is freed: no two whole gradients exist at a time, and several backward passes before a step add up.
+    whole one is freed; several backward passes before a step add up.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], *, lr: float,

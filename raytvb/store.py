@@ -128,6 +128,11 @@ class Store:
             return False
         return True
 
+    def is_file(self) -> bool:
+        """Whether the URL itself is one file, and so no store."""
+        with self._explained("", "read"):
+            return bool(self.fs.isfile(self.path("")))
+
     def size(self, key: str) -> int:
         """Bytes of the file."""
         path = self.path(_checked(key))

@@ -33,8 +33,10 @@ def select_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tenso
     """Keep the round(density * D) entries with the lowest scores over all tensors together, exactly that many.
 
     Ties at the threshold are broken by position (sorted names, then flat index). O(D) memory: a k-th value selection,
-    no sort. Returns name -> bool tensor. Raises ValueError for a density outside (0, 1] or scores that are NaN.
+    no sort. Returns name -> bool tensor. Raises ValueError for a density outside (0, 1], scores that are NaN, or none.
     """
+    if not scores:
+        raise ValueError("there are no scores to select from")
     flat = flatten(scores).float()
     if torch.isnan(flat).any():
         bad = [n for n in sorted(scores) if torch.isnan(scores[n]).any()]

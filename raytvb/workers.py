@@ -22,7 +22,7 @@ from torch import Tensor
 from raytvb import artifacts, records
 from raytvb.candidates import Candidate
 from raytvb.config import Experiment, TaskConfig
-from raytvb.data import Split, load_split, task_classes
+from raytvb.data import SPLITS, Split, check_task, load_split
 from raytvb.encoder import ImageClassifier, Preprocess, quiet_open_clip
 from raytvb.errors import UserError
 from raytvb.evaluate import (
@@ -67,14 +67,15 @@ def all_tasks(experiment: Experiment) -> list[TaskConfig]:
     return [*experiment.tasks, *extra]
 
 
-def prepare_base(experiment: Experiment) -> dict[str, Any]:
-    """Store the pretrained model and the heads; returns its record."""
+def prepare_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
+    """Store the pretrained model and the heads, if every task has the splits; returns its record."""
     worker_setup()
     store = Store(experiment.store)
     record = records.find(store, artifacts.BASE, artifacts.base_identity(experiment))
     if record is not None:
         return record
-    classes = {t.name: task_classes(t) for t in all_tasks(experiment)}
+    classes = {t.name: check_task(t, [s for s in splits if s != "train" or t in experiment.tasks])
+               for t in all_tasks(experiment)}
     return artifacts.write_base(store, experiment, classes)
 
 
@@ -187,10 +188,10 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
         good = artifacts.load_checkpoint(store, experiment, task)
         kept = "" if good is None else (f"; its last good checkpoint, after step {good.step}, is kept in "
                                         f"{store.where(artifacts.checkpoint_prefix(task.name))}")
-        raise UserError(f"task {task.name}: {error}{kept}") from None
+        raise UserError(f"task {task.name}: {error} (that is another experiment, with another store){kept}") from None
     artifacts.check_finite(tuned.values, store.where(key))
     metrics = {"steps": tuned.steps, "final_loss": tuned.final_loss, "seconds": tuned.seconds, "images": len(split),
-               "skipped": split.skipped,
+               "skipped": split.skipped, "classes_without_images": len(split.classes) - len(split.labels.unique()),
                "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5)}
     head = store.read(f"{prefix}/head.safetensors")
     files = {"vector.safetensors": vector_bytes(tuned.values, info)}

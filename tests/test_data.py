@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from raytvb.config import TaskConfig
-from raytvb.data import SPLITS, load_split, task_classes
+from raytvb.data import SPLITS, check_task, load_split, task_classes
 from raytvb.encoder import Preprocess
 from raytvb.errors import UserError
 from raytvb.store import Store
@@ -96,6 +96,53 @@ def test_a_yes_or_no_label_is_a_class_number(tmp_path: Path) -> None:
                   names=["no", "yes"])
     labels = load_split(own_task(tmp_path), "test", SQUASH).labels
     assert labels.dtype == torch.int64 and labels.tolist() == [1, 0, 1]
+
+
+def test_grey_images_of_sixteen_bits_are_scaled_and_floats_are_unreadable(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(32) * 8, (32, 1))
+    images = [encoded(Image.fromarray((ramp * 257).astype(np.uint16)), form) for form in ("PNG", "TIFF")]
+    images += [encoded(Image.fromarray((ramp / 255).astype(np.float32)), "TIFF")]
+    write_parquet(tmp_path / "test.parquet", images, [0, 0, 0], names=["a"])
+    found = load_split(own_task(tmp_path), "test", SQUASH)
+    assert found.skipped == 1 and np.array_equal(pixels(found), np.stack([ramp] * 2)[..., None].repeat(3, axis=3))
+    with pytest.raises(UserError, match="row 2 is not a readable image: its pixels are floats"):
+        load_split(own_task(tmp_path, max_corrupt=0), "test", SQUASH)
+
+
+def test_labels_may_be_names_of_classes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(3)], ["dog", "cat", "dog"])
+    assert load_split(own_task(tmp_path, classes=["cat", "dog"]), "test", SQUASH).labels.tolist() == [1, 0, 1]
+    with pytest.raises(UserError, match=r"row 0 has label 'dog'; labels are integers, .* or names of `classes`"):
+        load_split(own_task(tmp_path, classes=["cat", "horse"]), "test", SQUASH)
+
+
+def test_class_names_of_one_split_serve_all(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture(1))] * 2, [1, 0], names=["a", "b"])
+    write_parquet(tmp_path / "test.parquet", [encoded(picture(1))], [1])
+    assert load_split(own_task(tmp_path), "test", SQUASH).classes == ("a", "b")
+
+
+def test_a_column_of_paths_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", ["a.png", "b.png"], [0, 0], names=["a"])
+    with pytest.raises(UserError, match="the column holds str, not the bytes of an image"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+
+
+def test_a_sample_reads_the_row_groups_that_it_is_in(tmp_path: Path) -> None:
+    """The second row group is damaged; a sample of the others does not notice."""
+    images = [encoded(picture(k)) for k in range(12)]
+    write_parquet(tmp_path / "test.parquet", images, list(range(12)), names=[f"c{k}" for k in range(12)])
+    data = bytearray((tmp_path / "test.parquet").read_bytes())
+    chunk = pq.ParquetFile(tmp_path / "test.parquet").metadata.row_group(1).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start:start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    (tmp_path / "test.parquet").write_bytes(bytes(data))
+    seed = next(s for s in range(999) if not {4, 5, 6, 7} & set(
+        torch.randperm(12, generator=torch.Generator().manual_seed(s))[:3].tolist()))
+    sampled = load_split(own_task(tmp_path), "test", SQUASH, sample=3, generator=torch.Generator().manual_seed(seed))
+    assert len(sampled) == 3
+    with pytest.raises((OSError, UserError), match=r"test\.parquet"):
+        load_split(own_task(tmp_path), "test", SQUASH)
 
 
 def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -202,13 +249,18 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, fields: 
 
 
 def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"task own: there is nothing under {tmp_path}"):
+        load_split(own_task(tmp_path), "test", SQUASH)
+    (tmp_path / "notes.txt").write_text("no data")
     with pytest.raises(UserError, match=rf"task own: no Parquet files .* and no folders of images under {tmp_path}"):
         load_split(own_task(tmp_path), "test", SQUASH)
+    with pytest.raises(UserError, match=r"notes\.txt is a file; `data:` is the folder that it is in"):
+        load_split(own_task(tmp_path / "notes.txt"), "test", SQUASH)
     empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
     pq.write_table(empty, tmp_path / "test.parquet")
     with pytest.raises(UserError, match=rf"task own: the test split under {tmp_path} is empty"):
         load_split(own_task(tmp_path, classes=["a"]), "test", SQUASH)
-    with pytest.raises(UserError, match=rf"task own: no train split under {tmp_path} \(there is test\); `splits:"):
+    with pytest.raises(UserError, match=r"task own: no train split under .* \(there is test \(taken for test\)\); `splits:"):
         load_split(own_task(tmp_path, classes=["a"]), "train", SQUASH)
 
 
@@ -248,7 +300,7 @@ def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
         assert not made["train"] & made["val"] and not made["train"] & made["test"] and not made["val"] & made["test"]
         return {s: len(i) for s, i in made.items()}
 
-    with pytest.raises(UserError, match=r"no test split .* \(there is extra, train, validation\); `splits: {test: "):
+    with pytest.raises(UserError, match=r"no test split .*extra, train \(taken for train\), .*; `splits: {test: "):
         found()
     assert sizes_of(found(test="extra")) == {"train": 50, "val": 7, "test": 4}
     assert sizes_of(found(test="validation")) == {"train": 45, "val": 5, "test": 7}  # it cannot be val as well
@@ -366,6 +418,26 @@ def test_a_folder_too_high_or_too_low_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in no folder of a class"):
         task_classes(own_task(tmp_path / "pets" / "train" / "a"))
     assert task_classes(own_task(tmp_path / "pets")) == ("a", "b")
+
+
+def test_folders_of_splits_with_other_names_have_to_be_named(tmp_path: Path) -> None:
+    write_tree(str(tmp_path), [f"{f}/{c}/{k}.png" for f in ("fold0", "fold1") for c in ("a", "b") for k in range(10)])
+    with pytest.raises(UserError, match=r"same folders \(a, b…\) in each of fold0, fold1: .*train: fold0"):
+        task_classes(own_task(tmp_path))
+    named = own_task(tmp_path, splits={"train": "fold0", "test": "fold1"})
+    assert task_classes(named) == ("a", "b")
+    assert {s: len(load_split(named, s, SQUASH)) for s in SPLITS} == {"train": 18, "val": 2, "test": 20}
+
+
+def test_what_a_split_lacks_is_told_without_reading_images(tmp_path: Path) -> None:
+    write_tree(str(tmp_path), [f"train/{c}/{k}.png" for c in ("a", "b") for k in range(3)])
+    assert check_task(own_task(tmp_path), ["train", "val"]) == ("a", "b")
+    with pytest.raises(UserError, match=r"no test split .* \(there is train \(taken for train\)\); .*such as 0\.1"):
+        check_task(own_task(tmp_path), SPLITS)
+    with pytest.raises(UserError, match=r"no train split .* \(taken for val\)\); `splits: {train: NAME}`"):
+        check_task(own_task(tmp_path, splits={"val": "train"}), SPLITS)
+    with pytest.raises(UserError, match=r"splits\.val: 10%: .* a number, such as 0\.1"):
+        check_task(own_task(tmp_path, splits={"val": "10%"}), SPLITS)
 
 
 def test_broken_files_of_a_folder_are_skipped_and_missing_ones_are_not(tmp_path: Path) -> None:

@@ -269,6 +269,9 @@ def test_nothing_to_score_is_an_error() -> None:
         fisher_scores(classifier, some_images(0))
     with pytest.raises(ValueError, match="draws = 0"):
         fisher_scores(classifier, some_images(2), draws=0)
+    for images in (some_images(2)[0], torch.zeros(2, 3, 16, 16, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"needed are normalised ones \(N, 3, H, W\)"):
+            fisher_scores(classifier, images)
     for wrong in ({"draws": "all"}, {"batch_size": 0}, {"precision": "fp16"}):
         (name, value), = wrong.items()
         with pytest.raises(ValueError, match=f"{name} = {value!r}"):

@@ -66,6 +66,7 @@ def test_folders_and_a_torchvision_data_set_with_all_options_of_training(
     metrics = {t: store.read_json(f"vectors/{t}/record.json")["metrics"] for t in ("pets", "EuroSAT")}
     assert {t: (m["images"], m["skipped"], m["steps"]) for t, m in metrics.items()} == {
         "pets": (286, 2, 27), "EuroSAT": (195, 0, 7)}
+    assert "EuroSAT: loss" in shown.err and "within the warm-up" not in shown.err
     summary = store.read_json("report/summary.json")
     assert summary["fine_tuned"]["pets"] > summary["zero_shot"]["pets"]
 
@@ -88,9 +89,11 @@ def test_more_corrupt_images_than_allowed_stop_one_task_and_name_the_first(
         ray_cluster: None, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [{"name": "pets", "data": str(folders / "pets"), "max_corrupt": 1},
              {"name": "EuroSAT", "data": "torchvision:EuroSAT", "root": str(folders / "torchvision")}]
-    file = experiment_file(tmp_path, tasks=tasks, talos={"density": 1.0})
+    file = experiment_file(tmp_path, tasks=tasks, talos={"density": 1.0},
+                           finetune={"epochs": 1, "batch_size": 32, "warmup": 500})
     assert main(["finetune", str(file)]) == 1
     message = capsys.readouterr().err
+    assert ", its 7 steps end within the warm-up of 500" in message
     assert "pets: task pets: train/" in message and "truncated, and 1 more of train; up to `max_corrupt: 1`" in message
     store = Store(str(tmp_path / "store"))
     assert store.exists("vectors/EuroSAT/record.json") and not store.exists("vectors/pets/record.json")
@@ -102,8 +105,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folders: Path,
                            resources={"checkpoint_s": 1e-9})
     experiment = load_experiment(file)
     base = workers.prepare_base(experiment)
-    with pytest.raises(UserError, match=r"task pets: the loss is nan at step 2 of 9; lower finetune.lr \(1e\+30\); its "
-                                        r"last good checkpoint, after step 1, is kept in .*vectors/pets/checkpoint"):
+    with pytest.raises(UserError, match=r"task pets: the loss is nan at step 2 of 9; lower finetune.lr \(1e\+30\) "
+                                        r"\(that is another experiment, with another store\); its last good "
+                                        r"checkpoint, after step 1, is kept in .*vectors/pets/checkpoint"):
         workers.finetune_task(experiment, base["parents"]["fingerprint"], experiment.tasks[0])
     store = Store(experiment.store)
     kept = artifacts.load_checkpoint(store, experiment, experiment.tasks[0])
