@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raytvb import records
-from raytvb.basis import BasisFit
+from raytvb.basis_files import INDEX, StoredBasis
 from raytvb.config import Experiment, TaskConfig
 from raytvb.data import task_classes
 from raytvb.encoder import (
@@ -26,11 +26,13 @@ from raytvb.encoder import (
     load_tokenizer,
     zero_shot_head,
 )
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.finetune import Checkpoint
+from raytvb.masks import Mask, MaskFile, mask_intersections
+from raytvb.records import FileInfo
 from raytvb.store import Store, StoreKeyError
 from raytvb.talos import jaccard
-from raytvb.vectors import Mask, MaskFile, VectorError, VectorFile, VectorSet, mask_intersections
+from raytvb.vectors import VectorFile, VectorSet
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base"
@@ -56,14 +58,19 @@ def mask_prefix(mask_id: str) -> str:
     return f"masks/{mask_id}"
 
 
-def basis_prefix(method: str, size: int) -> str:
+def basis_prefix(name: str) -> str:
     """Folder of a basis."""
-    return f"basis/{method}-m{size}"
+    return f"basis/{name}"
 
 
-def basis_keys(method: str, size: int) -> list[str]:
-    """The basis vectors, each a vector file."""
-    return [f"{basis_prefix(method, size)}/basis-{m:05d}-of-{size:05d}.safetensors" for m in range(1, size + 1)]
+def online_prefix(name: str) -> str:
+    """Folder of the state of an online basis."""
+    return f"online/{name}"
+
+
+def online_tables(count: int) -> str:
+    """The file of an online basis's small matrices after `count` tasks."""
+    return f"after-{count:06d}.safetensors"
 
 
 def freeze(store: Store, experiment: Experiment) -> None:
@@ -105,10 +112,13 @@ def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> dict[s
     return {k: identity[k] for k in ("model", "seed", "talos")} | {"tasks": [t.model_dump(mode="json") for t in tasks]}
 
 
-def basis_identity(experiment: Experiment, method: str, size: int) -> dict[str, Any]:
+def basis_identity(experiment: Experiment, method: str, size: int, *, online: bool = False) -> dict[str, Any]:
     """Identity of a basis: that of all vectors, and how it was made."""
     identity = experiment.identity()
-    return {k: identity[k] for k in ("model", "seed", "talos", "finetune", "tasks")} | {"method": method, "size": size}
+    made: dict[str, Any] = {"method": method, "size": size}
+    if online:
+        made["online"] = {"buffer": experiment.basis.buffer}
+    return {k: identity[k] for k in ("model", "seed", "talos", "finetune", "tasks")} | made
 
 
 def head_key(experiment: Experiment, task: TaskConfig) -> str:
@@ -159,6 +169,15 @@ class Mirror:
         """Make the key readable through `local`."""
         if self._folder is not None and not self.local.exists(key):
             self._store.download(key, str(Path(self._folder.name) / key))
+
+    def basis(self, prefix: str) -> StoredBasis:
+        """Open a basis, all of its files and its mask fetched along with it."""
+        remote = StoredBasis(self._store, prefix)
+        if self._folder is None:
+            return remote
+        for key in (f"{prefix}/{INDEX}", *remote.files, *([remote.layout.mask_key] if remote.layout.mask_key else [])):
+            self.fetch(key)
+        return StoredBasis(self.local, prefix)
 
     def vector(self, key: str) -> VectorFile:
         """Open a vector file, its mask fetched along with it."""
@@ -241,7 +260,7 @@ def load_checkpoint(store: Store, experiment: Experiment, task: TaskConfig) -> C
         data = store.read(f"{prefix}/{name}")
     except StoreKeyError:
         return None
-    if records.FileInfo.of(data) != records.FileInfo(info["sha256"], info["size"]):
+    if not FileInfo.from_json(info).is_of(data):
         return None
     return Checkpoint(**record["metrics"], tensors=load(data))
 
@@ -251,20 +270,20 @@ def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
     return VectorSet([mirror(url).vector(vector_key(t)) for t in tasks])
 
 
-def basis_set(url: str, method: str, size: int) -> VectorSet:
+def stored_basis(url: str, name: str) -> StoredBasis:
     """The vectors of a basis, opened through the process's mirror."""
-    return VectorSet([mirror(url).vector(k) for k in basis_keys(method, size)])
+    return mirror(url).basis(basis_prefix(name))
 
 
-def write_coefficients(fit: BasisFit) -> bytes:
+def write_coefficients(B: Tensor, W: Tensor) -> bytes:
     """The coefficient file of a basis: B (T, M) and W (M, T), float64."""
     # Copies: W may be a view of B, and safetensors refuses tensors that share memory.
-    return save({"B": fit.B.contiguous().clone(), "W": fit.W.contiguous().clone()})
+    return save({"B": B.contiguous().clone(), "W": W.contiguous().clone()})
 
 
-def load_coefficients(store: Store, method: str, size: int) -> tuple[Tensor, Tensor]:
+def load_coefficients(store: Store, name: str) -> tuple[Tensor, Tensor]:
     """B (T, M) and W (M, T) of a stored basis, float64."""
-    tensors = load(store.read(f"{basis_prefix(method, size)}/coefficients.safetensors"))
+    tensors = load(store.read(f"{basis_prefix(name)}/coefficients.safetensors"))
     return tensors["B"], tensors["W"]
 
 
@@ -295,7 +314,7 @@ def verify(store: Store) -> tuple[int, list[str]]:
             except FileNotFoundError:
                 problems.append(f"{path}: missing")
                 continue
-            if records.FileInfo.of(data) != records.FileInfo(info["sha256"], info["size"]):
+            if not FileInfo.from_json(info).is_of(data):
                 problems.append(f"{path}: {len(data)} bytes that differ from the record's {info['size']}")
     return checked, problems
 

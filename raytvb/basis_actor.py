@@ -1,162 +1,223 @@
-"""The stream from task vectors to bases: takes each vector as it commits, keeps the exact Gram matrix and a fit of it.
+"""The stream from task vectors to bases: takes each vector as it commits, keeps the exact Gram matrix and fits of it.
 
-A plain class; `remote` wraps it as a Ray actor. Its state is in the store (the Gram matrix and which vector, by
-checksum, each row belongs to), so a restarted actor goes on where it was and a repeated call changes nothing.
+A plain class; `remote` wraps it as a Ray actor. Its state is in the store (see `gram_state`), so a restarted actor goes
+on where it was, a repeated call changes nothing, and of two actors only the later one writes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from raytvb import artifacts, records
-from raytvb.basis import BasisFit, fit_basis
-from raytvb.candidates import basis_candidates, sizes_of
+from raytvb.basis import BasisFit, fit_bases, fit_basis, relative_loss
+from raytvb.candidates import Candidate, basis_candidates, sizes_of
 from raytvb.config import Experiment
+from raytvb.gram_state import GramState, GramWriter, grown
+from raytvb.online_basis import OnlineBasis
+from raytvb.records import FileInfo
+from raytvb.shards import CoordinateShard, Shards, write_bases
 from raytvb.store import Store
-from raytvb.vectors import VectorSet, gram_row, write_combinations
+from raytvb.vectors import VectorFile
 from raytvb.workers import worker_setup
-
-GRAM_FILE = "gram.safetensors"
-
-
-def fit_candidate(experiment: Experiment, gram: Tensor, method: str, size: int) -> BasisFit:
-    """The fit behind a stored basis; its seed is the experiment's."""
-    generator = torch.Generator().manual_seed(experiment.seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "basis size")  # M = T was asked for, or there is one task
-        return fit_basis(gram, size, method=method, generator=generator)
 
 
 def load_gram(store: Store, experiment: Experiment) -> Tensor | None:
     """The stored Gram matrix (T, T) in the order of the tasks, or None where a task's row is missing."""
-    record = records.find(store, artifacts.GRAM)
-    if record is None or set(record["metrics"]["tasks"]) != set(experiment.task_names):
-        return None
-    order = [record["metrics"]["tasks"].index(t) for t in experiment.task_names]
-    return load(store.read(f"{artifacts.GRAM}/{GRAM_FILE}"))["gram"][order][:, order]
+    state = GramState.read(store)
+    known = set(experiment.task_names) <= state.checksums.keys()
+    return state.ordered(experiment.task_names) if known else None
+
+
+def task_errors(gram: Tensor, fit: BasisFit) -> Tensor:
+    """Relative squared error ‖S w_t − v_t‖² / ‖v_t‖² of each task (T,) float64; 0 for a zero vector."""
+    rest = fit.B @ fit.W - torch.eye(len(gram), dtype=torch.float64)
+    error, norm = (rest * (gram.double() @ rest)).sum(dim=0).clamp(min=0), gram.double().diagonal()
+    return torch.where(norm > 0, error / norm.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
 
 
 class BasisBuilder:
     """Streams the vectors of one experiment into its Gram matrix, and writes the bases.
 
-    Memory is a few blocks of coordinates and T x T numbers. Where the store is not local, a copy of every vector file
-    is kept in the temporary folder (T * density * D * 4 bytes), so each is downloaded once.
+    The shards do what is D-sized; here are T x T numbers only.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        """Restores what an earlier builder knew."""
+    def __init__(self, experiment: Experiment, shards: Shards | None = None) -> None:
+        """Reads what the store knows; with the first change it takes the Gram matrix over.
+
+        shards: default, one in this process.
+        """
         worker_setup()
         self._experiment, self._store = experiment, Store(experiment.store)
-        self._tasks: list[str] = []
-        self._checksums: dict[str, str] = {}
-        self._gram = torch.zeros(0, 0, dtype=torch.float64)
-        self._history: list[dict[str, Any]] = []
-        self._restore()
+        self._shards = shards if shards is not None else CoordinateShard(experiment)
+        self._state = GramState.read(self._store)
+        self._claimed: GramWriter | None = None
+        self._online = [OnlineBasis(experiment, self._store, self._shards, c)
+                        for c in basis_candidates(experiment) if c.online]
 
-    def _restore(self) -> None:
-        record = records.find(self._store, artifacts.GRAM)
-        if record is None:
-            return
-        data = self._store.read(f"{artifacts.GRAM}/{GRAM_FILE}")
-        if hashlib.sha256(data).hexdigest() != record["files"][GRAM_FILE]["sha256"]:
-            return  # killed between data and record: the vectors are still there and will be added again
-        self._tasks = list(record["metrics"]["tasks"])
-        self._history = list(record["metrics"]["history"])
-        self._checksums, self._gram = dict(record["parents"]), load(data)["gram"]
+    @property
+    def _writer(self) -> GramWriter:
+        """The right to write, taken at first use; from then on a builder that had it before cannot write."""
+        if self._claimed is None:
+            self._claimed = GramWriter(self._store)
+            self._state = GramState.read(self._store)  # as the one before left it
+        return self._claimed
 
-    def add(self, task: str) -> dict[str, Any]:
-        """Take in the committed vector of a task: read it once, extend the Gram matrix, refit, save the state.
+    # Taking vectors in -----------------------------------------------------------------------------------------------
 
-        Returns the number of vectors so far and the relative error of the present fits. Idempotent; a vector that was
-        made again replaces its old row. Raises VectorError for a damaged file or one that does not belong.
+    def add(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """Take in the committed vectors of tasks: each is read once, the Gram matrix extended and saved.
+
+        Idempotent; a vector that was made again replaces its old row. A vector that cannot be used is left out, and
+        its reason told; the rest goes on. Returns `status()` with `failed` {task: reason}.
         """
-        record = records.find(self._store, artifacts.vector_prefix(task))
-        if record is None:
-            raise FileNotFoundError(f"{artifacts.vector_key(task)} has not been committed")
-        checksum = record["files"]["vector.safetensors"]["sha256"]
-        if self._checksums.get(task) != checksum:
-            self._forget(task)
-            names = [*self._tasks, task]
-            vectors = artifacts.vector_set(self._experiment.store, names)
-            self._check(task, vectors, checksum)
-            row = gram_row(vectors, len(names) - 1, range(len(names)))
-            self._extend(task, checksum, row)
-            self._history.append({"task": task, "vectors": len(self._tasks), "relative_error": self._errors()})
-            self._save()
-        return self.status()
+        failed, committed = dict[str, str](), dict[str, str]()
+        for task in dict.fromkeys(tasks):
+            record = records.find(self._store, artifacts.vector_prefix(task))
+            if record is None:
+                failed[task] = f"{self._store.where(artifacts.vector_key(task))} has not been committed"
+            else:
+                committed[task] = record["files"]["vector.safetensors"]["sha256"]
+        if any(self._state.checksums.get(task) != checksum for task, checksum in committed.items()):
+            self._writer.check()
+        new = [k for k in committed.items() if self._state.checksums.get(k[0]) != k[1]]
+        replaced = [task for task, _ in new if task in self._state.checksums]
+        if replaced:
+            self._state.forget(replaced)
+            self._writer.save(self._state)
+        if new:
+            failed |= self._shards.fetch(new)
+            new = [k for k in new if k[0] not in failed]
+            failed |= self._extend(new) if new else {}
+            for basis in self._online:
+                basis.follow(self._state.checksums)
+        return self.status() | {"failed": failed}
 
-    def _check(self, task: str, vectors: VectorSet, checksum: str) -> None:
-        file = vectors.files[-1]
-        if hashlib.sha256(file.store.read(file.key)).hexdigest() != checksum:
-            raise ValueError(f"{file.where}: the bytes differ from those recorded; delete vectors/{task} and run again")
+    def _extend(self, new: list[tuple[str, str]]) -> dict[str, str]:
+        """Rows of usable vectors; task to reason for those with values that are not finite."""
+        rows = self._shards.rows([*self._state.known, *new], len(new)).sum(dim=0)
+        before = len(self._state.tasks)
+        bad = [i for i in range(len(new)) if not bool(torch.isfinite(rows[i, before + i]))]
+        failed = {new[i][0]: str(VectorFile(self._store, artifacts.vector_key(new[i][0])).complain()) for i in bad}
+        good = [i for i in range(len(new)) if i not in bad]
+        if good:
+            columns = [*range(before), *(before + i for i in good)]
+            self._append([new[i] for i in good], rows[good][:, columns])
+        return failed
 
-    def _forget(self, task: str) -> None:
-        if task in self._tasks:
-            keep = [i for i, t in enumerate(self._tasks) if t != task]
-            self._gram, self._tasks = self._gram[keep][:, keep], [self._tasks[i] for i in keep]
-            self._checksums.pop(task)
+    def _append(self, known: list[tuple[str, str]], rows: Tensor) -> None:
+        total = len(self._state.tasks) + len(known)
+        last = self._state.history[-1]["vectors"] if self._state.history else 0
+        history = []
+        if total <= 64 or total >= 1.1 * last or total == len(self._experiment.tasks):
+            history = [{"vectors": total, "floor": self._floors(grown(self._state.gram, rows))}]
+        self._writer.append(self._state, known, rows, history)
+        if total == len(self._experiment.tasks):
+            self._writer.save(self._state)
 
-    def _extend(self, task: str, checksum: str, row: Tensor) -> None:
-        count = len(self._tasks)
-        gram = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-        gram[:count, :count] = self._gram
-        gram[count, :], gram[:, count] = row, row
-        self._gram = gram
-        self._tasks.append(task)
-        self._checksums[task] = checksum
+    def _floors(self, gram: Tensor) -> dict[str, float]:
+        """Least relative error of any basis, at each size that is smaller than the number of vectors."""
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+        return {str(m): float(values[m:].sum() / values.sum()) for m in sizes_of(self._experiment)
+                if m < len(gram) and values.sum() > 0}
 
-    def _errors(self) -> dict[str, float]:
-        """Relative error of the first method's fit at every size that is smaller than the number of vectors."""
-        method, count = self._experiment.basis.method[0], len(self._tasks)
-        return {str(m): fit_candidate(self._experiment, self._gram, method, m).loss
-                for m in sizes_of(self._experiment) if m < count}
+    def missing(self, tasks: Sequence[str]) -> list[str]:
+        """Those of the tasks that have not been taken in."""
+        return [t for t in tasks if t not in self._state.checksums]
 
-    def _save(self) -> None:
-        metrics = {"tasks": self._tasks, "history": self._history}
-        identity = {"tasks": sorted(self._experiment.task_names)}
-        records.commit(self._store, artifacts.GRAM, identity=identity, parents=self._checksums, metrics=metrics,
-                       files={GRAM_FILE: save({"gram": self._gram})})
+    # Answers, at any moment ------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Number of vectors taken in, and the relative error of the latest fits by size."""
-        latest = self._history[-1]["relative_error"] if self._history else {}
-        return {"vectors": len(self._tasks), "relative_error": latest}
+        """Number of vectors so far, the least error at each size, and the cache: where it is and its bytes."""
+        latest = self._state.history[-1]["floor"] if self._state.history else {}
+        kind, size = self._shards.cache()
+        return {"vectors": len(self._state.tasks), "floor": latest, "cache": kind, "cache_bytes": size}
+
+    def tasks(self) -> list[str]:
+        """The tasks so far in the order of their arrival: position t is row t of every matrix."""
+        return list(self._state.tasks)
 
     def gram(self) -> Tensor:
         """The Gram matrix (T, T) float64 in the order of the experiment's tasks, once all are there."""
-        missing = [t for t in self._experiment.task_names if t not in self._tasks]
-        if missing:
-            raise ValueError(f"vectors not taken in yet: {', '.join(missing)}")
-        order = [self._tasks.index(t) for t in self._experiment.task_names]
-        return self._gram[order][:, order]
+        return self._state.ordered(self._experiment.task_names)
 
-    def write_bases(self) -> list[str]:
-        """Write every basis that has no record, all in one pass over the vectors; returns the names written."""
-        experiment, gram = self._experiment, self.gram()
+    def fit(self, method: str, size: int) -> BasisFit:
+        """The fit of `size` basis vectors to the vectors so far, in the order of `tasks()`. ValueError for none."""
+        if not self._state.tasks:
+            raise ValueError("no vectors have been taken in yet")
+        return fit_basis(self._state.gram, size, method=method, generator=self._generator())
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues (T,) float64 of the Gram matrix so far, falling."""
+        return torch.linalg.eigvalsh(self._state.gram).flip(0).clamp(min=0)
+
+    def errors(self, method: str, size: int) -> dict[str, float]:
+        """Relative squared error of each task so far, as `fit(method, size)` reconstructs it."""
+        found = task_errors(self._state.gram, self.fit(method, size)).tolist()
+        return dict(zip(self._state.tasks, found, strict=True))
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._experiment.seed)
+
+    # Writing bases ---------------------------------------------------------------------------------------------------
+
+    def write_bases(self) -> dict[str, Any]:
+        """Write every basis that has no record, all in one pass over the vectors.
+
+        Returns `written`, their names, and `notes`, what a user should know of them.
+        """
+        gram, experiment = self.gram(), self._experiment
         missing = [c for c in basis_candidates(experiment) if records.find(
-            self._store, artifacts.basis_prefix(c.method, c.size),
-            artifacts.basis_identity(experiment, c.method, c.size)) is None]
+            self._store, artifacts.basis_prefix(c.name),
+            artifacts.basis_identity(experiment, c.method, c.size, online=c.online)) is None]
         if not missing:
-            return []
-        fits = {c.name: fit_candidate(experiment, gram, c.method, c.size) for c in missing}
-        vectors = artifacts.vector_set(experiment.store, experiment.task_names)
-        keys = {c.name: artifacts.basis_keys(c.method, c.size) for c in missing}
-        written = write_combinations(vectors, [(fits[n].B, keys[n]) for n in fits], self._store)
+            return {"written": [], "notes": []}
+        self._writer.check()
+        fits, notes = self._fits(gram, [c for c in missing if not c.online])
+        known = [(t, self._state.checksums[t]) for t in experiment.task_names]
+        outputs = {artifacts.basis_prefix(n): fit.B for n, fit in fits.items()}
+        files = write_bases(self._store, self._shards, outputs, known) if outputs else {}
+        for basis in self._online:
+            basis.follow(self._state.checksums)
         for c in missing:
-            fit, prefix = fits[c.name], artifacts.basis_prefix(c.method, c.size)
-            # JSON has no infinity, which is what the condition number of dependent columns is.
-            condition = fit.condition if math.isfinite(fit.condition) else None
-            metrics = {"relative_error": fit.loss, "floor": fit.floor, "condition": condition,
-                       "convex": fit.convex, "tasks": list(experiment.task_names)}
-            files = {k.removeprefix(prefix + "/"): written[k] for k in keys[c.name]}
-            records.commit(self._store, prefix, identity=artifacts.basis_identity(experiment, c.method, c.size),
-                           files={"coefficients.safetensors": artifacts.write_coefficients(fit)}, written=files,
-                           parents={f"vectors/{t}": s for t, s in sorted(self._checksums.items())}, metrics=metrics)
-        return [c.name for c in missing]
+            if not c.online:
+                fit, written = fits[c.name], files[artifacts.basis_prefix(c.name)]
+                self._commit(c, gram, fit.B, fit.W, written, {"floor": fit.floor, "condition": fit.condition,
+                                                              "relative_error": fit.loss})
+        for basis, c in zip(self._online, (c for c in basis_candidates(experiment) if c.online), strict=True):
+            if c in missing:
+                state = basis.state
+                self._commit(c, gram, state.H, state.W, basis.written, {
+                    "relative_error": relative_loss(gram, state.H, state.W), "error_bounds": basis.error_bounds(),
+                    "floor": float(self._floors(gram).get(str(c.size), 0.0)), "condition": None})
+        return {"written": [c.name for c in missing], "notes": notes}
+
+    def _fits(self, gram: Tensor, candidates: Sequence[Candidate]) -> tuple[dict[str, BasisFit], list[str]]:
+        """Fits by name, each method's sizes from one call, and what they warned of."""
+        fits, notes = dict[str, BasisFit](), list[str]()
+        for method in dict.fromkeys(c.method for c in candidates):
+            chosen = [c for c in candidates if c.method == method]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                found = fit_bases(gram, [c.size for c in chosen], method=method, generator=self._generator())
+            fits |= {c.name: fit for c, fit in zip(chosen, found, strict=True)}
+            notes += [f"{method}: {w.message}" for w in caught if issubclass(w.category, UserWarning)]
+        return fits, list(dict.fromkeys(notes))
+
+    def _commit(self, candidate: Candidate, gram: Tensor, B: Tensor, W: Tensor, written: dict[str, FileInfo],
+                metrics: dict[str, Any]) -> None:
+        # JSON has no infinity, which is what the condition number of dependent columns is.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        convex = bool((B >= -1e-9).all()) and bool(((B.sum(0) - 1).abs() <= 1e-9).all())
+        records.commit(
+            self._store, artifacts.basis_prefix(candidate.name), written=written,
+            identity=artifacts.basis_identity(self._experiment, candidate.method, candidate.size,
+                                              online=candidate.online),
+            files={"coefficients.safetensors": artifacts.write_coefficients(B, W)},
+            parents={f"vectors/{t}": s for t, s in sorted(self._state.checksums.items())},
+            metrics={"convex": convex, "vectors": B.shape[1], "tasks": list(self._experiment.task_names), **finite})

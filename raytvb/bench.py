@@ -28,6 +28,7 @@ from raytvb.fisher import fisher_scores
 from raytvb.sparse import MaskedAdamW
 from raytvb.talos import select_mask
 
+CPU = torch.device("cpu")
 CLASSES = 50
 Precision = Literal["fp32", "bf16"]
 
@@ -52,16 +53,18 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where that is not known."""
+    fields = _lines("/proc/self/statm")  # of Linux
+    return int(fields[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
 class Peak:
     """Largest memory above that at the start of a block, in bytes: of the GPU, or resident (None: not measured)."""
 
     def __init__(self, device: torch.device) -> None:
         self.bytes: int | None = None
         self._device = device
-
-    def _resident(self) -> int:
-        fields = _lines("/proc/self/statm")  # of Linux
-        return int(fields[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
     @contextmanager
     def watch(self) -> Iterator[Peak]:
@@ -72,11 +75,11 @@ class Peak:
             yield self
             self.bytes = torch.cuda.max_memory_allocated(self._device) - before
             return
-        done, before = threading.Event(), self._resident()
+        done, before = threading.Event(), resident_bytes()
 
         def sample() -> None:
             while not done.wait(0.05):
-                self.bytes = max(self.bytes or 0, self._resident() - before)
+                self.bytes = max(self.bytes or 0, resident_bytes() - before)
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytvb import suite
+from raytvb.basis import METHODS
 from raytvb.config import TINY_MODEL, Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
 from raytvb.store import Store
@@ -204,32 +205,74 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.argument("store")
 @click.option("--add", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Add a task; repeatable.")
 @click.option("--negate", multiple=True, metavar="TASK[=WEIGHT]", callback=_weights, help="Subtract one; repeatable.")
+@click.option("--analogy", nargs=3, metavar="A B C", help="Add A - B + C.")
 @click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
+@click.option("--merge", "kind", type=click.Choice(["decoded", "sum"]), default="decoded", show_default=True,
+              help="sum: the plain sum of a convex basis's vectors, which adds all tasks.")
+@click.option("--vector", "vectors", multiple=True, metavar="NUMBER[=WEIGHT]", callback=_weights,
+              help="Add a vector of the basis itself, from 1 on, instead of tasks; repeatable.")
 @click.option("--coefficient", type=float, help="Scale of the whole merge. Default: what validation data chose for "
-              "adding that many tasks; the report shows what it chose for forgetting each.")
+              "adding that many tasks (1 with --vector); the report shows what it chose for forgetting each.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
-def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]], basis: str | None,
+def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]],
+          analogy: tuple[str, str, str] | None, basis: str | None, kind: Any, vectors: list[tuple[str, float]],
           coefficient: float | None, out: Path) -> None:
     """Write any mix of tasks as an ordinary open_clip folder (load it as `local-dir:OUT`).
 
     \b
     raytvb merge raytvb-quickstart --add glyphs/greek-blur --add glyphs/latin-fog --out merged/
     raytvb merge s3://bucket/prefix --negate glyphs/greek-blur --basis full --coefficient 0.5 --out forgot/
+    raytvb merge raytvb-quickstart --analogy glyphs/greek-blur glyphs/latin-blur glyphs/latin-fog --out analogy/
+    raytvb merge raytvb-quickstart --merge sum --basis ae-m4 --out all/
+    raytvb merge raytvb-quickstart --basis svd-m4 --vector 1=0.8 --vector 3=-0.2 --out mixed/
     """
+    from raytvb import mixes
     from raytvb.encoder import quiet_open_clip
     from raytvb.merge import merge as merge_tasks
 
-    if not add and not negate:
-        raise UserError("nothing to merge: name tasks with --add or --negate (`raytvb ls STORE` lists them)")
-    tasks: dict[str, float] = {}
-    for name, weight in [*add, *((n, -w) for n, w in negate)]:
-        tasks[name] = tasks.get(name, 0.0) + weight
+    tasks = mixes.total(*({n: w} for n, w in add), *({n: -w} for n, w in negate),
+                        *([mixes.analogy(*analogy)] if analogy else []))
+    if sum((bool(tasks), bool(vectors), kind == "sum")) != 1:
+        raise UserError("name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or, without "
+                        "those, add all with `--merge sum`, or vectors of the basis with --vector")
+    numbers = dict[int, float]()
+    for number, weight in vectors:
+        if not number.isdecimal():
+            raise UserError(f"--vector {number}: use a number from 1 on")
+        numbers[int(number)] = numbers.get(int(number), 0.0) + weight
     if coefficient is not None and not math.isfinite(coefficient):
         raise UserError(f"--coefficient {coefficient}: use a finite number")
     quiet_open_clip()
-    done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient)
-    print(f"{', '.join(tasks)} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
+    done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient,
+                       kind="vectors" if numbers else kind, vectors=numbers)
+    what = ", ".join(tasks) or (f"vectors {', '.join(map(str, numbers))}" if numbers else "all tasks")
+    print(f"{what} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
     print(f"open_clip.create_model('local-dir:{out}')")
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--method", type=click.Choice(sorted(METHODS)), default="ae", show_default=True)
+@click.option("--size", type=click.IntRange(1), help="Basis size M: shows the error of each task at it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def spectrum(store: str, method: str, size: int | None, as_json: bool) -> None:
+    """What bases of any size would lose, from the task vectors that are there: also while they are still being made.
+
+    \b
+    raytvb spectrum raytvb-quickstart                         eigenvalues, and the least error at every M
+    raytvb spectrum s3://bucket/prefix --size 16 --method svd --json
+    """
+    from raytvb.spectrum import describe_tasks, spectrum_of
+
+    found = spectrum_of(Store(store), method, size)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("M", "eigenvalue, % of the sum", "least error of M vectors", box=None)
+    for m, (share, floor) in enumerate(zip(found["share"], found["floor"], strict=True), 1):
+        table.add_row(str(m), f"{100 * share:.2f}", f"{floor:.4f}")
+    _wide_console(80).print(table)
+    print(describe_tasks(found))
 
 
 @cli.command(name="ls")
@@ -305,6 +348,9 @@ def bench() -> None:
     \b
     raytvb bench fisher                        sensitivity scores: seconds an image, memory
     raytvb bench finetune --json               optimizer and whole training steps
+    raytvb bench basis --tasks 50              the fit on the Gram matrix
+    raytvb bench gram                          the Gram matrix from files (7 GB of them)
+    raytvb bench arrivals                      what one more vector costs when 1,000 are there
     """
 
 
@@ -358,6 +404,78 @@ def bench_finetune(model: str, threads: int, precision: Any, as_json: bool, batc
                                                    threads=threads, precision=precision), as_json)
 
 
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+_FOLDER = click.option("--folder", type=click.Path(exists=True, file_okay=False),
+                       help="Where the files are made (default: the temporary folder).")
+
+
+@bench.command(name="basis")
+@click.option("--tasks", type=click.IntRange(2, 2000), default=20, show_default=True)
+@click.option("--size", type=click.IntRange(1), help="Default: half of the tasks.")
+@click.option("--kind", type=click.Choice(["clustered", "positive", "orthogonal"]), default="clustered",
+              show_default=True, help="Of the vectors: clusters, a common mean, or noise alone.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="The Gram matrix is multiplied by it.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--method", type=click.Choice(sorted(METHODS)), default="ae", show_default=True)
+@click.option("--curve", is_flag=True, help="Also ours alone for 8 to 2,000 tasks (minutes).")
+@_THREADS
+@_AS_JSON
+def bench_basis(as_json: bool, curve: bool, **options: Any) -> None:
+    """The fit of a basis against the authors' 6,000 steps of Adam, on the same Gram matrix.
+
+    \b
+    raytvb bench basis --tasks 50 --size 25
+    raytvb bench basis --tasks 200 --kind positive --scale 1e-8 --json
+    """
+    from raytvb import bench_basis as benchmark
+
+    points = (8, 20, 50, 100, 200, 500, 1000, 2000) if curve else ()
+    _print_bench(lambda: benchmark.bench_basis(**options, curve=points), as_json)
+
+
+@bench.command(name="gram")
+@click.option("--tasks", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--parameters", type=click.IntRange(8), default=87_849_216, show_default="those of ViT-B/32")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="For medians of ours.")
+@click.option("--curve", is_flag=True, help="Also ours alone for 8 to 2,000 vectors, and 2^16 to 2^24 parameters.")
+@_FOLDER
+@_THREADS
+@_AS_JSON
+def bench_gram(as_json: bool, **options: Any) -> None:
+    """The Gram matrix from vector files on a warm local disk, against loading them all.
+
+    Writes tasks x parameters x 4 bytes of files, and the reference holds as much in memory.
+
+    \b
+    raytvb bench gram --folder /mnt/nvme
+    raytvb bench gram --parameters 8000000 --dtype bf16 --json
+    """
+    from raytvb import bench_gram as benchmark
+
+    _print_bench(lambda: benchmark.bench_gram(**options), as_json)
+
+
+@bench.command(name="arrivals")
+@click.option("--tasks", type=click.IntRange(2), default=1000, show_default=True)
+@click.option("--values", type=click.IntRange(8), default=47_700, show_default=True, help="Kept entries of a vector.")
+@click.option("--cache", type=click.Choice(["memory", "disk"]), default="memory", show_default=True)
+@_FOLDER
+@_THREADS
+@_AS_JSON
+def bench_arrivals(as_json: bool, **options: Any) -> None:
+    """The incremental Gram matrix: seconds and memory of each arrival, against making it anew.
+
+    \b
+    raytvb bench arrivals
+    raytvb bench arrivals --tasks 300 --values 1000000 --cache disk --json
+    """
+    from raytvb import bench_arrivals as benchmark
+
+    _print_bench(lambda: benchmark.bench_arrivals(**options), as_json)
+
+
 def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     from raytvb.encoder import quiet_open_clip
 
@@ -372,6 +490,8 @@ def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 rows(f"{prefix}{name}.", value)
+            elif isinstance(value, list):
+                rows(f"{prefix}{name}.", {str(i): v for i, v in enumerate(value)})
             else:
                 form = "," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""
                 table.add_row(f"{prefix}{name}", "not measured" if value is None else format(value, form))
@@ -413,6 +533,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"negation: {figures['lowered']:.0f} of {len(summary['negation'])} targets lowered, on average from "
               f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at "
               f"least {100 * figures['control_kept']:.1f} % of its accuracy on validation")
+    for name, found in summary.get("online", {}).items():
+        lost, anew = (mean(list(found[kind]["forgetting"].values())) for kind in ("online", "offline"))
+        print(f"{name}, tasks arriving one by one: single tasks {100 * found['online']['mean'][-1]:.1f} at the end, "
+              f"{100 * lost:.1f} points forgotten (fitted anew: {100 * found['offline']['mean'][-1]:.1f}, "
+              f"{100 * anew:.1f})")
     if overlap := summary.get("mask_overlap"):
         print(f"overlap of the masks of two tasks (Jaccard index): {overlap['mean']:.2f} on average, "
               f"{overlap['min']:.2f} to {overlap['max']:.2f}")

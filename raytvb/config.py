@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from raytvb import presets, suite
 from raytvb.basis import METHODS
 from raytvb.errors import UserError
+from raytvb.online import ONLINE_METHODS
 
 TINY_MODEL = "glyphs-tiny"
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
@@ -153,6 +154,9 @@ class BasisConfig(_Frozen):
     """Which bases are built: one method or several."""
 
     method: tuple[str, ...] = ("ae",)
+    online: bool = Field(False, description=(
+        f"also bases that see each vector once, in bounded memory ({', '.join(ONLINE_METHODS)})"))
+    buffer: Count = Field(1, description="vectors that an online basis takes in at a time; it holds M and these")
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +172,9 @@ class BasisConfig(_Frozen):
         unknown = [m for m in self.method if m not in METHODS]
         if unknown or not self.method:
             raise ValueError(f"unknown method {', '.join(unknown) or '(none given)'}; allowed: {', '.join(METHODS)}")
+        if self.online and not set(self.method) & set(ONLINE_METHODS):
+            raise ValueError(f"online: none of the methods {', '.join(self.method)} can be online; "
+                             f"those that can: {', '.join(ONLINE_METHODS)}")
         return self
 
 
@@ -217,6 +224,9 @@ class ResourceConfig(_Frozen):
     max_retries: int = Field(20, ge=0, description="restarts of a task whose worker or node died")
     checkpoint_s: float = Field(300.0, gt=0.0, description="seconds between checkpoints of a fine-tune")
     concurrent_trials: int = Field(0, ge=0, description="0: as many as the cluster has room for")
+    shards: Count = Field(1, description="actors that the coordinates of the vectors are split over for the basis")
+    cache: Literal["auto", "memory", "disk"] = Field("auto", description=(
+        "where those keep the vectors' kept values; auto: memory up to 1 GB each, else a file under $TMPDIR"))
     wait_s: float = Field(0.0, ge=0.0, description="how long to wait for an autoscaler to bring what is asked for")
 
     @model_validator(mode="after")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -14,16 +15,18 @@ from torch import Tensor
 from raytvb import artifacts, records
 from raytvb.encoder import CONFIG_FILE, WEIGHTS_FILE
 from raytvb.errors import UserError
+from raytvb.mixes import decoded, summed, vector_of
 from raytvb.store import Store
-from raytvb.vectors import VectorSet
+from raytvb.vectors import Coordinates
+
+Kind = Literal["decoded", "sum", "vectors"]
 
 
-def merged_state(state: Mapping[str, Tensor], vectors: VectorSet, weights: Tensor) -> dict[str, Tensor]:
+def merged_state(state: Mapping[str, Tensor], vectors: Coordinates, weights: Tensor) -> dict[str, Tensor]:
     """State dict plus sum_f weights[f] * vectors[f], in float32; the given state dict is not changed."""
-    direction = vectors.combine(weights)
+    direction = next(vectors.combinations(weights[:, None]))
     merged = {n: t.clone() for n, t in state.items()}
-    mask = vectors.files[0].mask if vectors.compact else None
-    tensors = mask.load().tensors() if mask is not None else None
+    tensors = vectors.mask.load().tensors() if vectors.mask is not None else None
     offset = 0
     for name, shape in vectors.parameters.items():
         if name not in merged or tuple(merged[name].shape) != tuple(shape):
@@ -45,49 +48,89 @@ def default_coefficient(store: Store, source: str, count: int) -> float:
     return chosen[min(chosen, key=lambda s: (abs(s - count), s))]
 
 
+@dataclass(frozen=True)
+class _Mix:
+    """What is to be added to the pretrained weights: coefficient * sum_f weights[f] * vectors[f]."""
+
+    vectors: Coordinates
+    weights: Tensor
+    coefficient: float
+    source: str
+
+
+def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
+    keys = (k for k in store.keys("vectors") if k.endswith("/vector.safetensors"))
+    names = [k.removeprefix("vectors/").removesuffix("/vector.safetensors") for k in keys]
+    if not names:
+        raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
+    weights = vector_of(names, tasks)
+    chosen = [n for n in names if n in tasks]
+    return _Mix(artifacts.vector_set(store.url, chosen), weights[[names.index(n) for n in chosen]],
+                default_coefficient(store, "full", _added(tasks)), "full")
+
+
+def _added(tasks: Mapping[str, float]) -> int:
+    return sum(1 for w in tasks.values() if w > 0) or 1
+
+
+def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vectors: Mapping[int, float]) -> _Mix:
+    record = records.find(store, artifacts.basis_prefix(name))
+    if record is None:
+        there = sorted({k.split("/")[1] for k in store.keys("basis")})
+        raise UserError(f"{store.url} has no basis {name!r}; it has {', '.join(there) or 'none'}, and `full`")
+    basis = artifacts.stored_basis(store.url, name)
+    if kind == "sum":
+        if not record["metrics"]["convex"]:
+            raise UserError(f"the vectors of {name} are no convex combinations of task vectors, so their plain sum "
+                            f"means nothing: use `--merge decoded`, or a basis of ae, ae-anchored, kmeans …")
+        count = len(record["metrics"]["tasks"])
+        return _Mix(basis, summed(basis.size), default_coefficient(store, f"{name}-sum", count), f"{name}-sum")
+    if kind == "vectors":
+        outside = [m for m in vectors if not 1 <= m <= basis.size]
+        if outside:
+            raise UserError(f"{name} has the vectors 1 to {basis.size}, not {', '.join(map(str, outside))}")
+        weights = torch.zeros(basis.size, dtype=torch.float64)
+        for number, weight in vectors.items():
+            weights[number - 1] = weight
+        return _Mix(basis, weights, 1.0, name)
+    table = artifacts.load_coefficients(store, name)[1]
+    weights = decoded(table, vector_of(record["metrics"]["tasks"], tasks))
+    return _Mix(basis, weights, default_coefficient(store, name, _added(tasks)), name)
+
+
 def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | None = None,
-          coefficient: float | None = None) -> dict[str, Any]:
-    """Write theta_0 + coefficient * sum_t weight_t * tau_t to the folder `out`, loadable as `local-dir:out`.
+          coefficient: float | None = None, kind: Kind = "decoded",
+          vectors: Mapping[int, float] | None = None) -> dict[str, Any]:
+    """Write a merged model to the folder `out`, loadable as `local-dir:out`.
 
     Args:
         tasks: weight by task name: 1 adds, -1 negates.
         basis: `<method>-m<M>` decodes the task vectors from that basis; default: the chosen one, else full vectors.
-        coefficient: default: what validation chose for additions of that many tasks.
-    Raises UserError for an unknown task or basis.
+        coefficient: scale of the whole merge; default: what validation chose for additions of that many tasks.
+        kind: `decoded`: theta_0 + coefficient * sum_t weight_t * tau_t; `sum`: the plain sum of the basis vectors,
+            which adds all tasks; `vectors`: the basis vectors with the weights in `vectors` (numbered from 1).
+    Raises UserError for an unknown task or basis, ValueError for tasks that are not there.
     """
     chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if store.exists(artifacts.SUMMARY) else "full"
     source = basis or chosen
-    if source == "full":
-        vectors = artifacts.vector_set(store.url, list(tasks)) if _known(store, tasks) else None
-        table = torch.eye(len(tasks), dtype=torch.float64)
-        columns = list(range(len(tasks)))
-    else:
-        record = records.find(store, f"basis/{source}")
-        if record is None:
-            there = sorted({k.split("/")[1] for k in store.keys("basis")})
-            raise UserError(f"{store.url} has no basis {source!r}; it has {', '.join(there) or 'none'}, and `full`")
-        method, size = source.rsplit("-m", 1)
-        names = record["metrics"]["tasks"]
-        _check(store, tasks, names)
-        vectors, table = artifacts.basis_set(store.url, method, int(size)), artifacts.load_coefficients(
-            store, method, int(size))[1]
-        columns = [names.index(t) for t in tasks]
-    assert vectors is not None
-    added = sum(1 for w in tasks.values() if w > 0) or 1
-    alpha = default_coefficient(store, source, added) if coefficient is None else coefficient
-    weights = alpha * table[:, columns] @ torch.tensor(list(tasks.values()), dtype=torch.float64)
+    if source == "full" and kind != "decoded":
+        raise UserError(f"`{kind}` merges the vectors of a basis: name one with --basis (`raytvb ls {store.url}`)")
+    mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {})
+    alpha = mix.coefficient if coefficient is None else coefficient
     base = records.find(store, artifacts.BASE)
     if base is None:
         raise UserError(f"{store.url} holds no pretrained model; run `raytvb run` first")
     encoder = artifacts.base_encoder(store.url, base["parents"]["fingerprint"])
+    merged = merged_state(encoder.model.state_dict(), mix.vectors, alpha * mix.weights)
     out.mkdir(parents=True, exist_ok=True)
     for name in base["files"]:
         if name != WEIGHTS_FILE:
             data = store.read(f"{artifacts.BASE}/{name}")
             (out / name).write_bytes(_with_place(data, out) if name == CONFIG_FILE else data)
-    save_file(merged_state(encoder.model.state_dict(), vectors, weights), out / WEIGHTS_FILE)
+    save_file(merged, out / WEIGHTS_FILE)
     (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
-    return {"source": source, "coefficient": alpha, "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
+    return {"source": mix.source, "coefficient": alpha, "tasks": dict(tasks), "folder": str(out),
+            "config": CONFIG_FILE}
 
 
 def _with_place(document: bytes, folder: Path) -> bytes:
@@ -97,17 +140,3 @@ def _with_place(document: bytes, folder: Path) -> bytes:
     if "bpe_path" in options:
         options["bpe_path"] = str(folder.resolve() / options["bpe_path"])
     return (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _check(store: Store, tasks: Mapping[str, float], names: list[str]) -> None:
-    unknown = [t for t in tasks if t not in names]
-    if not names:
-        raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
-    if unknown:
-        raise UserError(f"no task vector of {', '.join(unknown)}; there are {', '.join(names)}")
-
-
-def _known(store: Store, tasks: Mapping[str, float]) -> bool:
-    keys = (k for k in store.keys("vectors") if k.endswith("/vector.safetensors"))
-    _check(store, tasks, [k.removeprefix("vectors/").removesuffix("/vector.safetensors") for k in keys])
-    return True

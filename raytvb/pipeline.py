@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from raytvb import artifacts, records, remote, workers
-from raytvb.basis_actor import fit_candidate, load_gram
+from raytvb.basis_actor import load_gram
 from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.config import Experiment, TaskConfig
 from raytvb.connect import connect, preflight
@@ -20,13 +20,15 @@ from raytvb.data import SPLITS
 from raytvb.errors import UserError
 from raytvb.progress import Reporter, Stage
 from raytvb.remote import Evaluation, Refs
-from raytvb.report import write_report
+from raytvb.report import format_bytes, write_report
 from raytvb.search import find_result, run_search
 from raytvb.store import Store
 
 STAGES = ("finetune", "basis", "search", "evaluate", "report")
 TIMINGS = "report/timings.json"
 FULL = Candidate("full", "full", "full", 0)
+ATTEMPTS = 30  # a second apart, while an actor is being restarted
+BATCH = 32  # vectors that the basis actor takes in with one sweep over those before
 
 
 def _fail(stage: str, failed: dict[str, str]) -> None:
@@ -52,38 +54,60 @@ class _Stream:
     """Feeds committed vectors to the basis actor, one call in flight, so that nothing arrives out of order."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self._actor = remote.basis_actor(experiment)
+        self._actor, self._actors = remote.basis_actors(experiment)
+        self._offered: list[str] = []
         self._waiting: list[str] = []
         self._call: Any = None
-        self._task = ""
+        self._sent: list[str] = []
+        self._attempts = 0
         self.failed: dict[str, str] = {}
-        self.status: dict[str, Any] = {"vectors": 0, "relative_error": {}}
+        self.status: dict[str, Any] = {"vectors": 0, "floor": {}, "cache": "memory", "cache_bytes": 0}
 
     def offer(self, task: str) -> None:
+        self._offered.append(task)
         self._waiting.append(task)
         self.pump()
 
     def pump(self, timeout: float = 0.0) -> None:
-        """Take the answer of the call in flight if it is there, and send the next."""
+        """Take the answer of the call in flight if it is there, and send all that has come since."""
         if self._call is not None and ray.wait([self._call], timeout=timeout)[0]:
             try:
                 self.status = ray.get(self._call)
+                self.failed |= self.status["failed"]
+                self._attempts = 0
+            except ray.exceptions.ActorUnavailableError as error:
+                # Its node died; it is being restarted, and an offer that had come through changes nothing.
+                self._attempts += 1
+                if self._attempts > ATTEMPTS:
+                    self.failed |= dict.fromkeys(self._sent, remote.explain(error))
+                else:
+                    self._waiting = self._sent + self._waiting
+                    time.sleep(1.0)
             except ray.exceptions.RayError as error:
-                self.failed[self._task] = remote.explain(error)
+                self.failed |= dict.fromkeys(self._sent, remote.explain(error))
             self._call = None
         if self._call is None and self._waiting:
-            self._task = self._waiting.pop(0)
-            self._call = self._actor.add.remote(self._task)
+            self._sent, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            self._call = self._actor.add.remote(self._sent)
 
     def finish(self) -> None:
+        """Wait until all has been taken in, or has failed."""
         while self._call is not None or self._waiting:
             self.pump(timeout=1.0)
 
-    def write_bases(self) -> list[str]:
+    def write_bases(self) -> dict[str, Any]:
+        """See `BasisBuilder.write_bases`; the actors are not needed after it."""
         try:
-            return ray.get(self._actor.write_bases.remote())
+            return remote.patiently(lambda: ray.get(self._actor.write_bases.remote()), ATTEMPTS)
         except ray.exceptions.RayError as error:
             raise UserError(f"the bases could not be written: {remote.explain(error)}") from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
 
 
 class Pipeline:
@@ -141,6 +165,8 @@ class Pipeline:
         if self._stream is not None:
             self._stream.finish()
             failed |= self._stream.failed
+            if failed:
+                self._stream.close()
         _fail("finetune", failed)
         if self.experiment.own_masks and len(self.experiment.tasks) > 1 and records.find(
                 self.store, artifacts.OVERLAP) is None:
@@ -161,8 +187,8 @@ class Pipeline:
             note += "".join(f", {warning}" for warning in _warnings(record["metrics"], self.experiment))
             if self._stream is not None:
                 self._stream.offer(name)
-                errors = self._stream.status["relative_error"]
-                note += "".join(f", M={m} error {e:.3f}" for m, e in errors.items())
+                floors = self._stream.status["floor"]
+                note += "".join(f", M={m} error {e:.3f}" for m, e in floors.items())
             stage.advance(note)
 
         return remote.collect(pending, done, self._stream.pump if self._stream is not None else lambda: None)
@@ -219,12 +245,17 @@ class Pipeline:
             for task in self.experiment.task_names:
                 stream.offer(task)
             stream.finish()
+            if stream.failed:
+                stream.close()
             _fail("basis", stream.failed)
         with self.reporter.stage("basis", 1) as stage:
-            written = stream.write_bases()
-            stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(written)} of them new")
+            cache = f"{format_bytes(stream.status['cache_bytes'])} of vectors cached, {stream.status['cache']}"
+            done = stream.write_bases()
+            stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(done['written'])} new; {cache}")
+        for note in done["notes"]:
+            self.reporter.say(f"note: {note}")
         self._stream = None
-        return bool(written)
+        return bool(done["written"])
 
     # Search and evaluation -------------------------------------------------------------------------------------------
 
@@ -232,11 +263,10 @@ class Pipeline:
         """Everything that is searched and evaluated: the bases, their plain sums, the full vectors, the baselines."""
         gram = load_gram(self.store, self.experiment)
         built = basis_candidates(self.experiment)
-        missing = [c.name for c in built if records.find(self.store, artifacts.basis_prefix(c.method, c.size)) is None]
+        missing = [c.name for c in built if records.find(self.store, artifacts.basis_prefix(c.name)) is None]
         if gram is None or missing:
             raise UserError(f"bases are missing ({', '.join(missing) or 'no Gram matrix'}): run `raytvb basis` first")
-        fits = {c.name: fit_candidate(self.experiment, gram, c.method, c.size) for c in built}
-        return [FULL, *built, *sum_candidates(self.experiment, fits), *random_candidates(self.experiment, gram)]
+        return [FULL, *built, *sum_candidates(self.experiment), *random_candidates(self.experiment, gram)]
 
     def split_refs(self, split: str) -> Refs:
         """Object references of every task's evaluation images (and the control's), made once."""
@@ -294,6 +324,13 @@ class Pipeline:
                 raise UserError(f"{candidate.name} has not been searched: run `raytvb search` first")
             evaluations.append(Evaluation(candidate.name, workers.evaluate_candidate,
                                           (candidate, result["coefficient"]), ("test",)))
+            if candidate.online:
+                offline = find_result(self.store, self.experiment, candidate.offline)
+                if offline is None:
+                    raise UserError(f"{candidate.offline.name} has not been searched: run `raytvb search` first")
+                chosen = {"online": result["coefficient"], "offline": offline["coefficient"]}
+                evaluations.append(Evaluation(f"online/{candidate.name}", workers.evaluate_online,
+                                              (candidate, chosen), ("test",)))
         if control is not None:
             evaluations += [Evaluation(f"negation-full/{task}", workers.evaluate_negation, (FULL, index, control.name),
                                        ("val", "test")) for index, task in enumerate(self.experiment.task_names)]

@@ -29,14 +29,15 @@ def describe(experiment: Experiment) -> str:
     masks = (1 if experiment.talos.mask == "shared" else tasks) * parameters // 8 if sparse else 0
     wide = sparse and experiment.talos.mask == "per-task" and tasks > 1
     done = sum(records.find(store, artifacts.vector_prefix(t)) is not None for t in experiment.task_names)
-    built = sum(records.find(store, artifacts.basis_prefix(c.method, c.size)) is not None for c in bases)
+    built = sum(records.find(store, artifacts.basis_prefix(c.name)) is not None for c in bases)
     asked = experiment.resources
     return "\n".join((
         f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, {kept:,} trained per task",
         f"vectors   {tasks} tasks, {done} done; {format_bytes(4 * kept * tasks)} (dense: "
         f"{format_bytes(4 * parameters * tasks)}), masks {format_bytes(masks)}",
         f"bases     {len(bases)} ({', '.join(c.name for c in bases)}), {built} done; "
-        f"{format_bytes(4 * (parameters if wide else kept) * sum(c.size for c in bases))}",
+        f"{format_bytes(4 * (parameters if wide else kept) * sum(c.size for c in bases))}"
+        f"{' (dense, as every task has its own mask)' if wide else ''}",
         f"each task asks for {asked.cpus_per_task:g} CPUs and {asked.gpus_per_task:g} GPUs, restarted up to "
         f"{asked.max_retries} times; whether the cluster has them is checked when it runs",
         f"store     {store.url}: writable"))

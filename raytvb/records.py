@@ -17,17 +17,37 @@ from raytvb.store import Store
 RECORD = "record.json"
 
 
+PART = 4 * 2**20  # bytes
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """Checksum and size in bytes of one stored file."""
 
     sha256: str
     size: int
+    parts: tuple[str, ...] = ()
+    """Checksums of its consecutive parts of 4 MiB, where it is larger: a range can be checked without the rest."""
 
     @classmethod
     def of(cls, data: bytes) -> FileInfo:
         """Of bytes in memory."""
-        return cls(hashlib.sha256(data).hexdigest(), len(data))
+        view = memoryview(data)
+        parts = [hashlib.sha256(view[i:i + PART]).hexdigest() for i in range(0, len(data), PART)]
+        return cls(hashlib.sha256(data).hexdigest(), len(data), tuple(parts) if len(parts) > 1 else ())
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> FileInfo:
+        """As a record has it."""
+        return cls(fields["sha256"], fields["size"], tuple(fields.get("parts", ())))
+
+    def to_json(self) -> dict[str, Any]:
+        """For a record."""
+        return {"sha256": self.sha256, "size": self.size} | ({"parts": list(self.parts)} if self.parts else {})
+
+    def is_of(self, data: bytes) -> bool:
+        """The bytes are those of the file."""
+        return len(data) == self.size and hashlib.sha256(data).hexdigest() == self.sha256
 
 
 @cache
@@ -92,7 +112,7 @@ def commit(store: Store, prefix: str, *, identity: Mapping[str, Any], files: Map
         store.write(f"{prefix}/{name}", data)
         infos[name] = FileInfo.of(data)
     record = {"identity": dict(identity), "parents": dict(parents or {}), "metrics": dict(metrics or {}),
-              "files": {n: {"sha256": i.sha256, "size": i.size} for n, i in sorted(infos.items())},
+              "files": {n: i.to_json() for n, i in sorted(infos.items())},
               "versions": versions()}
     store.write_json(f"{prefix}/{RECORD}", record)
     return record

@@ -11,9 +11,10 @@ import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raytvb import artifacts, records
+from raytvb import artifacts
 from raytvb.config import Experiment
 from raytvb.evaluate import mean
+from raytvb.gram_state import GramState
 from raytvb.store import Store
 from raytvb.summary import summarise
 
@@ -23,8 +24,7 @@ Summary = Mapping[str, Any]
 def write_report(store: Store, experiment: Experiment) -> dict[str, Any]:
     """Write summary and page, the page first; returns the summary. Raises UserError where results are missing."""
     summary = summarise(store, experiment)
-    gram = records.find(store, artifacts.GRAM)
-    history = gram["metrics"]["history"] if gram else []
+    history = GramState.read(store).history
     store.write(artifacts.REPORT, render(summary, experiment.name, history).encode())
     store.write_json(artifacts.SUMMARY, summary)
     return summary
@@ -44,8 +44,8 @@ def _bases(summary: Summary) -> dict[str, dict[int, tuple[str, Mapping[str, Any]
     found: dict[str, dict[int, tuple[str, Mapping[str, Any]]]] = {}
     for name, entry in summary["addition"].items():
         if name != "full" and entry["merge"] == "decoded":
-            method, size = name.rsplit("-m", 1)
-            found.setdefault(method, {})[int(size)] = (name, entry)
+            label = f"{entry['method']} online" if entry["online"] else entry["method"]
+            found.setdefault(label, {})[entry["size"]] = (name, entry)
     return {m: dict(sorted(sizes.items())) for m, sizes in found.items()}
 
 
@@ -67,8 +67,8 @@ def plot_error(summary: Summary) -> str:
 def plot_subsets(summary: Summary) -> str:
     """Accuracy of additions by the number of tasks added."""
     def draw(axes: Axes) -> None:
-        sizes, largest = subset_sizes(summary), {m: max(s) for m, s in _bases(summary).items()}
-        shown = ["full", *(f"{m}-m{s}" for m, s in largest.items())]
+        sizes = subset_sizes(summary)
+        shown = ["full", *(found[max(found)][0] for found in _bases(summary).values())]
         lines = {n: summary["addition"][n] for n in shown} | dict(summary["random_subset"])
         for name, entry in lines.items():
             style = "k-" if name == "full" else (":" if name in summary["random_subset"] else "o-")
@@ -112,16 +112,28 @@ def plot_negation(summary: Summary) -> str:
 
 
 def plot_stream(history: list[dict[str, Any]]) -> str:
-    """Relative error of the fit after each vector that arrived."""
+    """Least relative error of any basis after each vector that arrived."""
     def draw(axes: Axes) -> None:
-        sizes = sorted({int(s) for h in history for s in h["relative_error"]})
+        sizes = sorted({int(s) for h in history for s in h["floor"]})
         for size in sizes:
-            known = [h for h in history if str(size) in h["relative_error"]]
-            points = [(h["vectors"], h["relative_error"][str(size)]) for h in known]
+            points = [(h["vectors"], h["floor"][str(size)]) for h in history if str(size) in h["floor"]]
             axes.plot(*zip(*points, strict=True), "o-", label=f"M = {size}")
         axes.set(xlabel="vectors arrived", ylabel="relative squared error", ylim=(0, None))
         if sizes:
             axes.legend()
+    return _svg(draw)
+
+
+def plot_online(summary: Summary) -> str:
+    """Mean accuracy of the tasks so far after each arrival, online and fitted anew, each decoded by itself."""
+    def draw(axes: Axes) -> None:
+        for number, (name, found) in enumerate(summary["online"].items()):
+            for kind, style in (("online", "o-"), ("offline", ":")):
+                label = name if kind == "online" else f"{name.removesuffix('-online')}, fitted anew"
+                axes.plot(found["arrivals"], [100 * a for a in found[kind]["mean"]], style, color=f"C{number}",
+                          label=label)
+        axes.set(xlabel="tasks arrived", ylabel="mean test accuracy, %")
+        axes.legend(fontsize="small")
     return _svg(draw)
 
 
@@ -165,7 +177,8 @@ def render(summary: Summary, name: str, history: list[dict[str, Any]]) -> str:
     template = environment.from_string((files("raytvb") / "report.html.j2").read_text(encoding="utf-8"))
     plots = {"error": plot_error(summary), "subsets": plot_subsets(summary), "tasks": plot_tasks(summary),
              "storage": plot_storage(summary), "negation": plot_negation(summary) if summary["negation"] else "",
-             "stream": plot_stream(history) if history else ""}
+             "stream": plot_stream(history) if history else "",
+             "online": plot_online(summary) if summary["online"] else ""}
     return template.render(name=name, summary=summary, plots=plots, headline=headline(summary),
                            embedded=all(t.startswith("glyphs/") for t in summary["tasks"]))
 

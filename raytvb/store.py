@@ -176,6 +176,22 @@ class Store:
                 raise OSError(f"bytes {start}..{stop} were asked for, {len(data)} came: the file is too short")
             return data
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Bytes from `start` on until `buffer` is full; of a local file without a copy. Raises as `read_range`."""
+        if not self._is_local:
+            buffer[:] = self.read_range(key, start, start + len(buffer))
+            return
+        path = self.path(_checked(key))
+        with self._reading(key), open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise OSError(f"bytes {start}..{start + len(buffer)} were asked for, {done} came: the file is too "
+                                  f"short")
+                done += count
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace the file, atomically."""
         path = self.path(_checked(key))

@@ -6,16 +6,20 @@ split is read once for each candidate.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from raytvb import artifacts, records
-from raytvb.basis_actor import fit_candidate, load_gram
+from raytvb.basis_actor import load_gram
 from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
 from raytvb.config import Experiment
 from raytvb.errors import UserError
 from raytvb.evaluate import mean
+from raytvb.online import forgetting
 from raytvb.search import find_result
 from raytvb.store import Store
 from raytvb.workers import has_rows, read_rows
@@ -49,9 +53,8 @@ def _spread(entry: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]
             "worst_difference": gaps[worst]}
 
 
-def _basis_bytes(store: Store, candidate: Candidate) -> int:
-    record = records.find(store, artifacts.basis_prefix(candidate.method, candidate.size))
-    return sum(f["size"] for f in record["files"].values()) if record else 0
+def _basis_bytes(record: Mapping[str, Any]) -> int:
+    return sum(f["size"] for f in record["files"].values())
 
 
 def _negation(store: Store, tasks: Sequence[str], control: str) -> dict[str, dict[str, Any]]:
@@ -72,6 +75,26 @@ def _negation(store: Store, tasks: Sequence[str], control: str) -> dict[str, dic
     return result
 
 
+def _online(store: Store, candidate: Candidate) -> dict[str, Any]:
+    """How an online basis did after each arrival, beside one that was fitted to all vectors so far.
+
+    `accuracy` is arrivals by tasks, each task decoded by itself, None where it had not arrived; `added` is the mean
+    accuracy of one model for all tasks so far; `forgetting` by task (see `online.forgetting`).
+    """
+    rows = read_rows(store, f"online/{candidate.name}")
+    looks, tasks = sorted({r["subset"] for r in rows}), list(dict.fromkeys(r["task"] for r in rows))
+    found: dict[str, Any] = {"method": candidate.method, "size": candidate.size, "arrivals": looks, "tasks": tasks}
+    for kind in ("online", "offline"):
+        single = {(r["subset"], r["task"]): _accuracy(r) for r in rows if r["model"] == kind and r["size"] == 1}
+        added = [[_accuracy(r) for r in rows if r["model"] == kind and r["size"] == 0 and r["subset"] == n]
+                 for n in looks]
+        matrix = [[single.get((n, t)) for t in tasks] for n in looks]
+        lost = forgetting(torch.tensor([[math.nan if a is None else a for a in row] for row in matrix]).double())
+        found[kind] = {"accuracy": matrix, "mean": [mean([a for a in row if a is not None]) for row in matrix],
+                       "added": [mean(a) for a in added], "forgetting": dict(zip(tasks, lost.tolist(), strict=True))}
+    return found
+
+
 def choose(results: Mapping[str, Mapping[str, Any]], bases: Sequence[Candidate], count: int) -> dict[str, Any]:
     """The decoded basis with the best objective on validation data; of equals the smallest.
 
@@ -90,25 +113,27 @@ def summarise(store: Store, experiment: Experiment) -> dict[str, Any]:
     if gram is None or base is None:
         raise UserError(f"{store.url} has no complete results yet: run `raytvb run` first")
     tasks, bases = experiment.task_names, basis_candidates(experiment)
-    fits = {c.name: fit_candidate(experiment, gram, c.method, c.size) for c in bases}
-    sums, randoms = sum_candidates(experiment, fits), random_candidates(experiment, gram)
+    stored_bases = {c.name: store.read_json(f"{artifacts.basis_prefix(c.name)}/{records.RECORD}") for c in bases}
+    sums, randoms = sum_candidates(experiment), random_candidates(experiment, gram)
     full = Candidate("full", "full", "full", 0)
     results, rows = {}, {}
     for c in (full, *bases, *sums, *randoms):
         found = find_result(store, experiment, c)
-        if found is None or not has_rows(store, c.name):
+        if found is None or not has_rows(store, c.name) or (c.online and not has_rows(store, f"online/{c.name}")):
             raise UserError(f"{c.name} has not been searched and evaluated yet: run `raytvb run` first")
         results[c.name], rows[c.name] = found, read_rows(store, c.name)
     stored = artifacts.stored_bytes(store, experiment, base["metrics"]["parameters"])
 
     def entry(c: Candidate, error: float, size: int) -> dict[str, Any]:
         found = _addition(rows[c.name], results[c.name]["coefficient"], tasks)
-        return {"merge": "sum" if c.kind == "sum" else "decoded", "relative_error": error, "stored_bytes": size,
+        return {"merge": "sum" if c.kind == "sum" else "decoded", "method": c.method, "size": c.size,
+                "online": c.online, "relative_error": error, "stored_bytes": size,
                 "validation_objective": results[c.name]["objective"], **found}
 
     addition = {"full": entry(full, 0.0, stored["vectors"])}
     for c in (*bases, *sums):
-        addition[c.name] = entry(c, fits[c.name.removesuffix("-sum")].loss, _basis_bytes(store, c))
+        record = stored_bases[c.basis]
+        addition[c.name] = entry(c, record["metrics"]["relative_error"], _basis_bytes(record))
     random_subset = {c.name: entry(c, _table_error(c, gram), stored["vectors"] * c.size // len(tasks)) for c in randoms}
     for found in (*addition.values(), *random_subset.values()):
         found["spread"] = _spread(found, addition["full"])
@@ -118,16 +143,15 @@ def summarise(store: Store, experiment: Experiment) -> dict[str, Any]:
     return {"tasks": list(tasks), "zero_shot": _by_model(models, "zero-shot"),
             "fine_tuned": _by_model(models, "fine-tuned"), "addition": addition, "random_subset": random_subset,
             "negation": _negation(store, tasks, control.name) if control is not None else {},
+            "online": {c.name: _online(store, c) for c in bases if c.online},
             "mask_overlap": overlap["metrics"] if overlap is not None else None,
             "chosen": choose(results, bases, len(tasks)), "stored_bytes": stored, "seconds": timings,
-            "floor": {c.name: fits[c.name].floor for c in bases},
+            "floor": {n: r["metrics"]["floor"] for n, r in stored_bases.items()},
             "provenance": {"experiment": experiment.identity(), "base": base["parents"]["fingerprint"],
                            "selection": "validation split only", "versions": records.versions()}}
 
 
 def _table_error(candidate: Candidate, gram: Any) -> float:
     """Relative reconstruction error of a table over the vectors themselves: tr((A - I)' G (A - I)) / tr G."""
-    import torch
-
     rest = torch.tensor(candidate.table, dtype=torch.float64) - torch.eye(len(gram), dtype=torch.float64)
     return float(torch.trace(rest.T @ gram @ rest) / torch.trace(gram))

@@ -9,7 +9,7 @@ import copy
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from raytvb import artifacts, records
+from raytvb.basis import fit_basis
 from raytvb.candidates import Candidate
 from raytvb.config import Experiment, TaskConfig
 from raytvb.data import SPLITS, Split, check_task, load_split
@@ -36,9 +38,12 @@ from raytvb.evaluate import (
 )
 from raytvb.finetune import finetune, task_seed
 from raytvb.fisher import fisher_scores
+from raytvb.gram_state import GramState
+from raytvb.masks import Mask
+from raytvb.online import arrivals
 from raytvb.store import Store
 from raytvb.talos import damp, flatten, round_density, select_further, unflatten
-from raytvb.vectors import Mask, vector_bytes, vector_info
+from raytvb.vectors import vector_bytes, vector_info
 
 NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)
 
@@ -219,10 +224,9 @@ def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str
     # Arrays from Ray's object store are read-only; tensors over them are only read here.
     splits = {n: Split(_tensor(a["images"]), _tensor(a["labels"]), tuple(a["classes"])) for n, a in arrays.items()}
     vectors = artifacts.vector_set(experiment.store, experiment.task_names)
-    shared = vectors.files[0].mask if vectors.compact else None
     model: Any = encoder.model
     return Evaluator(copy.deepcopy(model.visual), heads, splits, encoder.preprocess, device=device(),
-                     mask=None if shared is None else shared.load().tensors())
+                     mask=None if vectors.mask is None else vectors.mask.load().tensors())
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -233,22 +237,23 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 class CandidateEvaluator:
-    """Evaluates one candidate: the directions of its merges come from stored files, streamed, one at a time."""
+    """Evaluates one candidate: the directions of its merges come from stored files, streamed, a few at a time."""
 
     def __init__(self, experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> None:
         self._names = experiment.task_names
         self._evaluator, self._candidate = evaluator, candidate
         self._vectors, self._table = candidate.open(experiment)
 
-    def counts(self, subset: Sequence[int], alpha: float) -> dict[str, Count]:
-        """Correct answers by task for the addition of the subset's tasks, on the images of those tasks."""
-        direction = self._vectors.combine(self._table[:, list(subset)].sum(dim=1))
-        self._evaluator.merge(direction, alpha)
-        return {self._names[t]: self._evaluator.count(self._names[t]) for t in subset}
+    def counts(self, subsets: Sequence[Sequence[int]], alpha: float) -> Iterator[dict[str, Count]]:
+        """Correct answers by task for the addition of each subset's tasks, on the images of those tasks."""
+        weights = torch.stack([self._table[:, list(subset)].sum(dim=1) for subset in subsets], dim=1)
+        for subset, direction in zip(subsets, self._vectors.combinations(weights), strict=True):
+            self._evaluator.merge(direction, alpha)
+            yield {self._names[t]: self._evaluator.count(self._names[t]) for t in subset}
 
     def size_class(self, subsets: Sequence[Sequence[int]], alpha: float) -> float:
         """Mean accuracy over all tasks of all subsets; every subset has the same size."""
-        return mean([c.accuracy for subset in subsets for c in self.counts(subset, alpha).values()])
+        return mean([c.accuracy for counts in self.counts(subsets, alpha) for c in counts.values()])
 
 
 def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> dict[str, Any]:
@@ -307,8 +312,8 @@ def evaluate_candidate(experiment: Experiment, candidate: Candidate, coefficient
     subject, rows = CandidateEvaluator(experiment, candidate, evaluator), []
     for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
         alpha = coefficients[str(size)]
-        for number, subset in enumerate(subsets):
-            for task, count in subject.counts(subset, alpha).items():
+        for number, counts in enumerate(subject.counts(subsets, alpha)):
+            for task, count in counts.items():
                 rows.append(_row(candidate.name, "test", size, number, task, alpha, count))
     write_rows(Store(experiment.store), candidate.name, rows)
 
@@ -320,12 +325,43 @@ def evaluate_models(experiment: Experiment, evaluator: Evaluator) -> None:
     for task in experiment.task_names:
         rows.append(_row("zero-shot", "test", 0, 0, task, 0.0, evaluator.count(task)))
     vectors = artifacts.vector_set(experiment.store, experiment.task_names)
-    for index, task in enumerate(experiment.task_names):
-        weights = torch.zeros(len(experiment.tasks), dtype=torch.float64)
-        weights[index] = 1.0
-        evaluator.merge(vectors.combine(weights), 1.0)
+    each = vectors.combinations(torch.eye(len(experiment.tasks), dtype=torch.float64))
+    for index, (task, direction) in enumerate(zip(experiment.task_names, each, strict=True)):
+        evaluator.merge(direction, 1.0)
         rows.append(_row("fine-tuned", "test", 1, index, task, 1.0, evaluator.count(task)))
     write_rows(Store(experiment.store), "models", rows)
+
+
+def evaluate_online(experiment: Experiment, candidate: Candidate, coefficients: Mapping[str, Mapping[str, float]],
+                    evaluator: Evaluator) -> None:
+    """Test accuracy after each arrival, from the online basis and from one that is fitted to all vectors so far.
+
+    coefficients: by `online` and `offline`, those that the search chose for the two bases of all tasks; an addition of
+    n of T tasks has that of all times T/n. At most 16 arrivals are looked at, and the tasks that came with them.
+    """
+    store, names = Store(experiment.store), experiment.task_names
+    gram = GramState.read(store).ordered(names)
+    looks, total, rows = arrivals(len(names), experiment.basis.buffer), len(names), []
+    vectors = artifacts.vector_set(experiment.store, names)
+    for n in looks:
+        tables = load(store.read(f"{artifacts.online_prefix(candidate.name)}/{artifacts.online_tables(n)}"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # as many vectors as tasks, or more than their rank
+            fit = fit_basis(gram[:n, :n], candidate.size, method=candidate.method,
+                            generator=torch.Generator().manual_seed(experiment.seed))
+        for kind, table in (("online", tables["H"] @ tables["W"]), ("offline", fit.B @ fit.W)):
+            watched = [look - 1 for look in looks if look <= n]
+            weights = torch.zeros(total, len(watched) + 1, dtype=torch.float64)
+            weights[:n, :-1], weights[:n, -1] = table[:, watched], table.sum(dim=1)
+            chosen = coefficients[kind]
+            single, together = chosen["1"], chosen[str(total)] * total / n
+            for position, direction in enumerate(vectors.combinations(weights)):
+                alone = position < len(watched)
+                evaluator.merge(direction, single if alone else together)
+                for t in watched[position:position + 1] if alone else watched:
+                    rows.append(_row(kind, "test", 1 if alone else 0, n, names[t], single if alone else together,
+                                     evaluator.count(names[t])))
+    write_rows(store, f"online/{candidate.name}", rows)
 
 
 def evaluate_negation(experiment: Experiment, candidate: Candidate, index: int, control: str,
@@ -337,7 +373,7 @@ def evaluate_negation(experiment: Experiment, candidate: Candidate, index: int, 
     """
     task = experiment.task_names[index]
     vectors, table = candidate.open(experiment)
-    direction = vectors.combine(table[:, index])
+    direction = next(vectors.combinations(table[:, index:index + 1]))
     unchanged = {name: validation.zero_shot(name) for name in (task, control)}
     floor = experiment.evaluate.keep * unchanged[control].accuracy
     chosen, kept = 0.0, unchanged[control]

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from experiments import write_experiment
 from s3_server import S3Server
+
+from raytvb.cli import main
+from raytvb.store import Store
 
 # Where the tests run in the background SIGINT is ignored, also in the processes they start, unless there is a handler
 # here; some tests press Ctrl-C in those.
@@ -67,3 +71,12 @@ def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
         ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
+    """A complete run with a local store: the experiment file and the store. Not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    file = write_experiment(folder, str(folder / "store"))
+    assert main(["run", str(file)]) == 0
+    return file, Store(str(folder / "store"))

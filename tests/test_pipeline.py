@@ -12,13 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
+from experiments import TASKS, vector_bytes, write_experiment
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,38 +27,12 @@ from raytvb.config import load_experiment
 from raytvb.evaluate import task_subsets
 from raytvb.store import Store
 
-TASKS = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/clock-blur")
-EXPERIMENT = {
-    "name": "tiny", "tasks": list(TASKS), "talos": {"images": 32, "rounds": 2},
-    "finetune": {"epochs": 1, "batch_size": 64}, "basis": {"method": ["ae-anchored", "svd"]}, "search": {"sizes": [1]}}
-
 pytestmark = pytest.mark.ray
-
-
-def write_experiment(folder: Path, store: str, **fields: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "experiment.yaml"
-    file.write_text(yaml.safe_dump({**EXPERIMENT, "store": store, **fields}))
-    return file
-
-
-def vector_bytes(store: str) -> dict[str, bytes]:
-    target = Store(store)
-    return {k: target.read(k) for k in target.keys("vectors") if k.endswith("vector.safetensors")}
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without what may differ between two runs of the same experiment."""
     return {k: v for k, v in summary.items() if k != "seconds"}
-
-
-@pytest.fixture(scope="module")
-def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
-    """A complete run with a local store: the experiment file and the store."""
-    folder = tmp_path_factory.mktemp("finished")
-    file = write_experiment(folder, str(folder / "store"))
-    assert main(["run", str(file)]) == 0
-    return file, Store(str(folder / "store"))
 
 
 def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
@@ -152,48 +125,6 @@ def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]):
     assert len(rows) == sum(size * len(subsets) for size, subsets in task_subsets(len(TASKS), 0).items())
 
 
-def test_a_merge_is_an_ordinary_open_clip_model(finished: tuple[Path, Store], tmp_path: Path):
-    _, store = finished
-    out = tmp_path / "merged"
-    assert main(["merge", store.url, "--add", TASKS[0], "--negate", f"{TASKS[1]}=0.5", "--basis", "full",
-                 "--coefficient", "0.7", "--out", str(out)]) == 0
-    merged = open_clip.create_model(f"local-dir:{out}").state_dict()
-    base = load_file(store.path("base/model.safetensors"))
-    from raytvb.artifacts import load_mask
-
-    mask = load_mask(store, "shared").tensors()
-    vectors = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS[:2]]
-    for name, value in base.items():
-        expected = value.double()
-        if name in mask:
-            expected = expected.clone()
-            expected[mask[name]] += 0.7 * vectors[0][name].double() - 0.35 * vectors[1][name].double()
-        torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=1e-6)
-
-
-def test_merged_models_classify_from_any_folder(finished: tuple[Path, Store], tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch):
-    out = tmp_path / "merged"
-    assert main(["merge", finished[1].url, "--add", TASKS[0], "--add", f"{TASKS[0]}=0.5", "--basis", "full",
-                 "--coefficient", "0.4", "--out", str(out)]) == 0
-    monkeypatch.chdir(tmp_path)
-    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(["a picture of a greek letter alpha."])
-    assert int((tokens != 0).sum()) > 3
-    twice = open_clip.create_model(f"local-dir:{out}").state_dict()
-    assert main(["merge", finished[1].url, "--add", f"{TASKS[0]}=1.5", "--basis", "full", "--coefficient", "0.4",
-                 "--out", str(out)]) == 0
-    once = open_clip.create_model(f"local-dir:{out}").state_dict()
-    assert all(torch.equal(t, once[n]) for n, t in twice.items())
-
-
-@pytest.mark.parametrize("options", [["--add", f"{TASKS[0]}=nan"], ["--add", f"{TASKS[0]}=inf"],
-                                     ["--add", TASKS[0], "--coefficient", "nan"], ["--add", "nope"], []])
-def test_merges_that_make_no_sense_are_refused(finished: tuple[Path, Store], tmp_path: Path, options: list[str],
-                                               capsys: pytest.CaptureFixture[str]):
-    assert main(["merge", finished[1].url, *options, "--out", str(tmp_path / "out")]) != 0
-    assert not (tmp_path / "out").exists() and "rror" in capsys.readouterr().err
-
-
 def test_ls_and_verify(finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     _, store = finished
     assert main(["ls", store.url]) == 0
@@ -227,8 +158,9 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
                                                            capsys: pytest.CaptureFixture[str]):
     store = Store(str(tmp_path / "store"))
     file = write_experiment(tmp_path, store.url, tasks=list(TASKS[:2]), talos={
-        "mask": "per-task", "images": 32, "rounds": 2}, basis={"method": "svd"}, evaluate={"control": TASKS[2]},
-        resources={"gpus_per_task": 0.5, "max_retries": 1})
+        "mask": "per-task", "images": 32, "rounds": 2}, basis={"method": "svd", "online": True},
+        evaluate={"control": TASKS[2]}, resources={"gpus_per_task": 0.5, "max_retries": 1, "shards": 2,
+                                                   "cache": "disk"})
     assert main(["basis", str(file)]) == 1
     assert "run `raytvb finetune` first" in capsys.readouterr().err
     for stage in ("finetune", "basis", "search", "evaluate", "report"):
@@ -242,9 +174,19 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
     assert f"(Jaccard index): {overlap:.2f} on average" in capsys.readouterr().out
     assert f"(Jaccard index): {overlap:.2f}" in store.read("report/index.html").decode()
     assert set(summary["negation"]) == set(TASKS[:2])
-    shapes = load_file(store.path("basis/svd-m1/basis-00001-of-00001.safetensors"))
+    online = summary["online"]["svd-m1-online"]
+    assert online["arrivals"] == [1, 2] and online["tasks"] == list(TASKS[:2])
+    for kind in ("online", "offline"):
+        (first, none), (left, right) = online[kind]["accuracy"]
+        assert none is None and online[kind]["mean"] == pytest.approx([first, (left + right) / 2])
+        assert online[kind]["forgetting"] == pytest.approx({TASKS[0]: first - left, TASKS[1]: 0.0})
+        assert first == pytest.approx(summary["fine_tuned"][TASKS[0]], abs=0.1)  # M = 1 is exact for one task
+    assert summary["addition"]["svd-m1-online"]["relative_error"] == pytest.approx(
+        summary["addition"]["svd-m1"]["relative_error"], rel=1e-3)  # two vectors: one refit sees all of both
+    assert "Tasks arriving over time" in store.read("report/index.html").decode()
+    stored = load_file(store.path("basis/svd-m1/basis-00001-of-00001.safetensors"))
     base = load_file(store.path("base/model.safetensors"))
-    assert all(shapes[n].shape == base[n].shape for n in shapes)  # no common mask: bases are dense
+    assert all(stored[n].shape == (1, *base[n].shape) for n in stored)  # no common mask: bases are dense
 
 
 @pytest.mark.slow
