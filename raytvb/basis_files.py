@@ -241,6 +241,12 @@ class StoredBasis:
             out[:, done:done + part.shape[1]] = part
             done += part.shape[1]
 
+    def read_all(self, start: int, count: int) -> Tensor:
+        """Coordinates start..start + count of every basis vector, float32 (M, count)."""
+        out = torch.empty(self.size, count)
+        self.read_into(start, out)
+        return out
+
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
         """As `VectorSet.combinations`, of the basis vectors: weights (M, K)."""
         return combinations(self.blocks, self.count, weights)

@@ -209,14 +209,17 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
 @click.option("--merge", "kind", type=click.Choice(["decoded", "sum"]), default="decoded", show_default=True,
               help="sum: the plain sum of a convex basis's vectors, which adds all tasks.")
+@click.option("--method", type=click.Choice(["sum", "mean", "ties", "dare", "breadcrumbs", "tall", "consensus", "tsv-m",
+                                             "iso-c"]), default="sum", show_default=True,
+              help="How the tasks' vectors become one, with the papers' settings.")
 @click.option("--vector", "vectors", multiple=True, metavar="NUMBER[=WEIGHT]", callback=_weights,
               help="Add a vector of the basis itself, from 1 on, instead of tasks; repeatable.")
 @click.option("--coefficient", type=float, help="Scale of the whole merge. Default: what validation data chose for "
               "adding that many tasks (1 with --vector); the report shows what it chose for forgetting each.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]],
-          analogy: tuple[str, str, str] | None, basis: str | None, kind: Any, vectors: list[tuple[str, float]],
-          coefficient: float | None, out: Path) -> None:
+          analogy: tuple[str, str, str] | None, basis: str | None, kind: Any, method: str,
+          vectors: list[tuple[str, float]], coefficient: float | None, out: Path) -> None:
     """Write any mix of tasks as an ordinary open_clip folder (load it as `local-dir:OUT`).
 
     \b
@@ -224,6 +227,7 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
     raytvb merge s3://bucket/prefix --negate glyphs/greek-blur --basis full --coefficient 0.5 --out forgot/
     raytvb merge raytvb-quickstart --analogy glyphs/greek-blur glyphs/latin-blur glyphs/latin-fog --out analogy/
     raytvb merge raytvb-quickstart --merge sum --basis ae-m4 --out all/
+    raytvb merge raytvb-quickstart --add glyphs/greek-blur --add glyphs/latin-fog --method ties --basis full --out ties/
     raytvb merge raytvb-quickstart --basis svd-m4 --vector 1=0.8 --vector 3=-0.2 --out mixed/
     """
     from raytvb import mixes
@@ -235,6 +239,8 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
     if sum((bool(tasks), bool(vectors), kind == "sum")) != 1:
         raise UserError("name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or, without "
                         "those, add all with `--merge sum`, or vectors of the basis with --vector")
+    if method != "sum" and not tasks:
+        raise UserError(f"--method {method} merges tasks: name them with --add, --negate or --analogy")
     numbers = dict[int, float]()
     for number, weight in vectors:
         if not number.isdecimal():
@@ -244,8 +250,9 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
         raise UserError(f"--coefficient {coefficient}: use a finite number")
     quiet_open_clip()
     done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient,
-                       kind="vectors" if numbers else kind, vectors=numbers)
+                       kind="vectors" if numbers else kind, vectors=numbers, method=method)
     what = ", ".join(tasks) or (f"vectors {', '.join(map(str, numbers))}" if numbers else "all tasks")
+    what += f" by {method}" if method != "sum" else ""
     print(f"{what} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
     print(f"open_clip.create_model('local-dir:{out}')")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,15 @@ from torch import Tensor
 from raytvb import artifacts, records
 from raytvb.encoder import CONFIG_FILE, WEIGHTS_FILE
 from raytvb.errors import UserError
+from raytvb.methods import MERGE, global_thresholds
 from raytvb.mixes import decoded, summed, vector_of
 from raytvb.store import Store
 from raytvb.vectors import Coordinates
 
 Kind = Literal["decoded", "sum", "vectors"]
+METHODS = tuple(name for name in MERGE if name != "fisher")  # which needs what a store has not
+MATRIX_METHODS = ("tsv-m", "iso-c")
+UNSCALED = ("mean", "ties", "tsv-m", "iso-c")  # made for a coefficient of 1; the others are as large as a sum
 
 
 def merged_state(state: Mapping[str, Tensor], vectors: Coordinates, weights: Tensor) -> dict[str, Tensor]:
@@ -36,6 +41,42 @@ def merged_state(state: Mapping[str, Tensor], vectors: Coordinates, weights: Ten
         target[indices] += direction[offset:offset + len(indices)]
         offset += len(indices)
         merged[name] = target.view(shape)
+    return merged
+
+
+def method_state(state: Mapping[str, Tensor], vectors: Coordinates, tasks: Tensor, method: str,
+                 coefficient: float) -> dict[str, Tensor]:
+    """State dict plus coefficient * method(tau_1, ..., tau_n), one parameter at a time, in float32.
+
+    tasks: (F, n) float64, each of the n vectors to merge as a combination of the F stored ones. Methods that go entry
+    by entry see the kept entries only; those of matrices see whole ones, and fill them. Memory: n times one parameter.
+    """
+    kept = vectors.mask.load().tensors() if vectors.mask is not None else None
+    factors, generator = tasks.T.to(torch.float32), torch.Generator().manual_seed(0)
+
+    def parameters() -> Iterator[tuple[str, Tensor]]:
+        first = 0
+        for name, shape in vectors.parameters.items():
+            count = prod(shape) if kept is None else int(kept[name].sum())
+            yield name, factors @ vectors.read_all(first, count)
+            first += count
+
+    options: dict[str, Any] = {"dare": {"generator": generator}}.get(method, {})
+    if method == "ties":
+        options = {"thresholds": global_thresholds(lambda: (rows for _, rows in parameters()))}
+    merged = dict(state)
+    for name, rows in parameters():
+        shape = vectors.parameters[name]
+        if method in MATRIX_METHODS or kept is None:
+            whole = rows
+            if kept is not None:
+                whole = torch.zeros(len(rows), prod(shape))
+                whole[:, kept[name].reshape(-1)] = rows
+            change = MERGE[method](whole.view(-1, *shape), **options)
+        else:
+            change = torch.zeros(prod(shape))
+            change[kept[name].reshape(-1)] = MERGE[method](rows, **options)
+        merged[name] = state[name] + coefficient * change.view(shape)
     return merged
 
 
@@ -56,6 +97,8 @@ class _Mix:
     weights: Tensor
     coefficient: float
     source: str
+    tasks: Tensor | None = None
+    """(F, n): the weighted vectors of the n tasks one by one; weights are their sum."""
 
 
 def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
@@ -63,10 +106,10 @@ def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
     names = [k.removeprefix("vectors/").removesuffix("/vector.safetensors") for k in keys]
     if not names:
         raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
-    weights = vector_of(names, tasks)
-    chosen = [n for n in names if n in tasks]
-    return _Mix(artifacts.vector_set(store.url, chosen), weights[[names.index(n) for n in chosen]],
-                default_coefficient(store, "full", _added(tasks)), "full")
+    vector_of(names, tasks)  # all of them are there
+    weights = torch.tensor(list(tasks.values()), dtype=torch.float64)
+    return _Mix(artifacts.vector_set(store.url, list(tasks)), weights, default_coefficient(store, "full", _added(tasks)),
+                "full", weights.diag())
 
 
 def _added(tasks: Mapping[str, float]) -> int:
@@ -94,13 +137,14 @@ def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vecto
             weights[number - 1] = weight
         return _Mix(basis, weights, 1.0, name)
     table = artifacts.load_coefficients(store, name)[1]
-    weights = decoded(table, vector_of(record["metrics"]["tasks"], tasks))
-    return _Mix(basis, weights, default_coefficient(store, name, _added(tasks)), name)
+    x = vector_of(record["metrics"]["tasks"], tasks)
+    return _Mix(basis, decoded(table, x), default_coefficient(store, name, _added(tasks)), name,
+                decoded(table, x.diag())[:, x != 0])
 
 
 def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | None = None,
-          coefficient: float | None = None, kind: Kind = "decoded",
-          vectors: Mapping[int, float] | None = None) -> dict[str, Any]:
+          coefficient: float | None = None, kind: Kind = "decoded", vectors: Mapping[int, float] | None = None,
+          method: str = "sum") -> dict[str, Any]:
     """Write a merged model to the folder `out`, loadable as `local-dir:out`.
 
     Args:
@@ -109,6 +153,7 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
         coefficient: scale of the whole merge; default: what validation chose for additions of that many tasks.
         kind: `decoded`: theta_0 + coefficient * sum_t weight_t * tau_t; `sum`: the plain sum of the basis vectors,
             which adds all tasks; `vectors`: the basis vectors with the weights in `vectors` (numbered from 1).
+        method: instead of the sum of tasks, a method of `methods.MERGE` on their vectors (of `decoded` merges).
     Raises UserError for an unknown task or basis, ValueError for tasks that are not there.
     """
     chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if store.exists(artifacts.SUMMARY) else "full"
@@ -116,12 +161,17 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
     if source == "full" and kind != "decoded":
         raise UserError(f"`{kind}` merges the vectors of a basis: name one with --basis (`raytvb ls {store.url}`)")
     mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {})
-    alpha = mix.coefficient if coefficient is None else coefficient
+    usual = 1.0 if method in UNSCALED else mix.coefficient
+    alpha = usual if coefficient is None else coefficient
     base = records.find(store, artifacts.BASE)
     if base is None:
         raise UserError(f"{store.url} holds no pretrained model; run `raytvb run` first")
     encoder = artifacts.base_encoder(store.url, base["parents"]["fingerprint"])
-    merged = merged_state(encoder.model.state_dict(), mix.vectors, alpha * mix.weights)
+    state: dict[str, Tensor] = encoder.model.state_dict()
+    if method == "sum" or mix.tasks is None:
+        merged = merged_state(state, mix.vectors, alpha * mix.weights)
+    else:
+        merged = method_state(state, mix.vectors, mix.tasks, method, alpha)
     out.mkdir(parents=True, exist_ok=True)
     for name in base["files"]:
         if name != WEIGHTS_FILE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import Any, Protocol
@@ -65,6 +65,9 @@ class Coordinates(Protocol):
     @property
     def count(self) -> int:
         """Number of coordinates."""
+
+    def read_all(self, start: int, count: int) -> Tensor:
+        """Coordinates start..start + count of every vector, float32 (F, count)."""
 
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
         """sum_f weights[f, k] * vector_f, float32 (count,), for each k in turn; weights (F, K)."""
@@ -199,7 +202,15 @@ class VectorSet:
         out.zero_()
         out[bits] = file.values(first, first + int(bits.sum()))
 
-    def blocks(self, columns: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    def read_all(self, start: int, count: int) -> Tensor:
+        """Coordinates start..start + count of every vector, float32 (T, count)."""
+        before = start % 8  # masks are read by bytes
+        out = torch.empty(len(self.files), before + count)
+        for index, row in enumerate(out):
+            self.read_into(index, start - before, row)
+        return out[:, before:]
+
+    def blocks(self, columns: int | None = None) -> Generator[tuple[int, Tensor], None, None]:
         """All coordinates as consecutive (start, rows (T, n) float32): the next block is read while one is used.
 
         The rows are a buffer that is written again: they are good until the next is asked for. Memory: two blocks of

@@ -14,6 +14,8 @@ from raytvb import artifacts, mixes
 from raytvb.basis import fit_basis
 from raytvb.basis_files import StoredBasis
 from raytvb.cli import main
+from raytvb.merge import METHODS, UNSCALED
+from raytvb.methods import MERGE
 from raytvb.store import Store
 
 
@@ -112,7 +114,52 @@ def test_the_plain_sum_and_single_basis_vectors(finished: tuple[Path, Store], tm
     torch.testing.assert_close(difference(store, tmp_path / "b"), 0.75 * S[:, 1] - 0.5 * S[:, 0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "sum"])
+def test_methods_of_the_literature_on_kept_entries(finished: tuple[Path, Store], tmp_path: Path, method: str):
+    """Against the method on whole tensors, made here, with the coefficient that is the default or given."""
+    _, store = finished
+    options = ["--add", TASKS[0], "--add", f"{TASKS[1]}=0.5", "--negate", TASKS[2], "--basis", "full"]
+    given = [] if method in UNSCALED else ["--coefficient", "0.5"]
+    assert main(["merge", store.url, *options, "--method", method, *given, "--out", str(tmp_path / "out")]) == 0
+    alpha = 1.0 if method in UNSCALED else 0.5
+    base, merged = load_file(store.path("base/model.safetensors")), load_file(tmp_path / "out/model.safetensors")
+    mask = artifacts.load_mask(store, "shared").tensors()
+    loaded = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS]
+    rows = {n: torch.stack([w * v[n] for w, v in zip((1.0, 0.5, -1.0), loaded, strict=True)]) for n in sorted(mask)}
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.cat(list(rows.values()), dim=1).abs()
+    extra = {"dare": {"generator": generator},
+             "ties": {"thresholds": flat.sort(dim=1, descending=True).values[:, round(0.2 * flat.shape[1]) - 1]}}
+    for name, kept in mask.items():
+        if method in ("tsv-m", "iso-c"):
+            whole = torch.zeros(3, *kept.shape)
+            whole[:, kept] = rows[name]
+            change = MERGE[method](whole)
+        else:
+            change = torch.zeros(kept.shape)
+            change[kept] = MERGE[method](rows[name], **extra.get(method, {}))
+        if method == "iso-c" and kept.ndim == 2:  # of a sum of lower rank any directions are right
+            left, right = (torch.linalg.svdvals(d) for d in (merged[name] - base[name], change))
+            torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+        else:
+            close = 1e-4 if method == "tsv-m" else 1e-6
+            torch.testing.assert_close(merged[name], base[name] + alpha * change, rtol=0, atol=close)
+    assert any(not torch.equal(merged[n], base[n]) for n in mask)
+    same = [n for n in base if n not in mask]
+    assert same and all(torch.equal(merged[n], base[n]) for n in same)
+
+
+def test_a_method_on_vectors_that_a_basis_gives_back(finished: tuple[Path, Store], tmp_path: Path):
+    _, store = finished
+    assert main(["merge", store.url, "--add", TASKS[0], "--add", TASKS[2], "--basis", "svd-m2", "--method", "mean",
+                 "--out", str(tmp_path / "out")]) == 0
+    W = artifacts.load_coefficients(store, "svd-m2")[1]
+    expected = basis_vectors(store, "svd-m2") @ (W[:, 0] + W[:, 2]) / 2
+    torch.testing.assert_close(difference(store, tmp_path / "out"), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("options", "words"), [
+    (["--method", "ties", "--merge", "sum", "--basis", "ae-anchored-m1"], "merges tasks"),
     (["--merge", "sum", "--basis", "svd-m2"], "no convex combinations"),
     (["--merge", "sum", "--basis", "full"], "name one with --basis"),
     (["--merge", "sum", "--add", TASKS[0]], "without those"),
