@@ -130,10 +130,6 @@ class GramState:
         self.history += info["history"]
         return True
 
-    def load_or_none(self, tasks: Sequence[str]) -> Tensor | None:
-        """G in the order of the tasks, None where one is missing."""
-        return self.ordered(tasks) if set(tasks) <= self.checksums.keys() else None
-
 
 class GramWriter:
     """The right to write the Gram matrix of a store, until another writer is made."""
@@ -157,12 +153,11 @@ class GramWriter:
         info = {"chain": state.chain, "vectors": [list(k) for k in known], "history": list(history)}
         info["sha256"] = _checksum(info, rows)
         key = f"{_ROWS}/{len(state.tasks):06d}.safetensors"
+        self._store.write(key, save({"rows": rows.contiguous()}, metadata={"raytvb": json.dumps(info)}))
         state.extend(known, rows)
         state.history += history
         if len(state.tasks) - state.snapshot >= max(16, state.snapshot // 4):
             self.save(state)
-        else:
-            self._store.write(key, save({"rows": rows.contiguous()}, metadata={"raytvb": json.dumps(info)}))
 
     def save(self, state: GramState) -> None:
         """Store a snapshot, and delete what it replaces."""

@@ -1,0 +1,393 @@
+"""Shares of the coordinates: whatever their number, order of arrival and cache, the same bits and files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vector_files import (
+    DTYPES,
+    Shapes,
+    close_to,
+    flat,
+    flip,
+    glued,
+    random_mask,
+    truncate,
+    values_of,
+    vector_data,
+)
+
+from raytvb import artifacts, records
+from raytvb.basis_files import Layout, StoredBasis, write_combinations
+from raytvb.config import Experiment, parse_experiment
+from raytvb.errors import VectorError
+from raytvb.masks import BLOCK, Mask
+from raytvb.records import FileInfo
+from raytvb.shards import CoordinateShard, Known, Outputs, write_bases
+from raytvb.store import Store
+from raytvb.suite import task_names
+
+SEGMENT = 2 * BLOCK
+SHAPES: Shapes = {"visual.w": (500, 1001), "visual.b": (7, 3)}  # D = 7.6 blocks, 4 segments
+DENSITY = 0.9  # a shared mask leaves 4 segments too
+KINDS = ("dense", "shared", "per-task")
+COUNT = 5
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("shards", "basis_files"):
+        monkeypatch.setattr(f"raytvb.{module}.SEGMENT", SEGMENT)
+
+
+def experiment_in(folder: str, kind: str, count: int = COUNT, **fields: Any) -> Experiment:
+    talos = {"density": 1.0 if kind == "dense" else DENSITY, "mask": "per-task" if kind == "per-task" else "shared"}
+    return parse_experiment({"store": folder, "tasks": list(task_names()[:count]), "talos": talos, **fields})
+
+
+def mask_of(kind: str, index: int, shapes: Shapes = SHAPES) -> Mask | None:
+    return None if kind == "dense" else random_mask(shapes, 99 if kind == "shared" else index, DENSITY)
+
+
+def commit(experiment: Experiment, kind: str, index: int, *, seed: int | None = None, base: str = "base-1",
+           shapes: Shapes = SHAPES, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Store a vector as a fine-tune does; the dense vector (D,) float64."""
+    store, task = Store(experiment.store), experiment.tasks[index]
+    mask, mask_id = mask_of(kind, index, shapes), "shared" if kind == "shared" else task.name
+    if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
+        artifacts.write_mask(store, experiment, mask_id, [task], mask)
+    values = values_of(shapes, seed=index if seed is None else seed, dtype=dtype)
+    records.commit(store, artifacts.vector_prefix(task.name), identity=artifacts.vector_identity(experiment, task),
+                   files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, base)})
+    return flat(values, mask)
+
+
+def filled(folder: Path, kind: str, count: int = COUNT) -> tuple[Experiment, Tensor]:
+    """A store with all vectors, and V (D, T) float64; every second vector is bfloat16."""
+    experiment = experiment_in(str(folder), kind, count)
+    columns = [commit(experiment, kind, i, dtype=DTYPES["both"][i % 2]) for i in range(count)]
+    return experiment, torch.stack(columns, dim=1)
+
+
+def coordinates(kind: str, V: Tensor) -> Tensor:
+    mask = mask_of(kind, 0)
+    return V[mask.bits] if mask is not None and kind == "shared" else V
+
+
+def known_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> list[tuple[str, str]]:
+    """Tasks, all or some, and the checksums in their records."""
+    found, names = [], experiment.task_names
+    for name in names if tasks is None else [names[i] for i in tasks]:
+        record = records.find(Store(experiment.store), artifacts.vector_prefix(name))
+        assert record is not None
+        found.append((name, record["files"]["vector.safetensors"]["sha256"]))
+    return found
+
+
+@dataclass
+class Several:
+    """Several shares, as if they were one: what is by segment follows each other."""
+
+    shares: list[CoordinateShard]
+
+    @classmethod
+    def of(cls, experiment: Experiment, count: int) -> "Several":
+        return cls([CoordinateShard(experiment, n, count) for n in range(count)])
+
+    def fetch(self, known: Known) -> dict[str, str]:
+        return {task: reason for share in self.shares for task, reason in share.fetch(known).items()}
+
+    def rows(self, known: Known, new: int) -> Tensor:
+        return torch.cat([s.rows(known, new) for s in self.shares])
+
+    def atoms_gram(self, source: str | None, known: Known) -> Tensor:
+        return torch.cat([s.atoms_gram(source, known) for s in self.shares])
+
+    def write(self, outputs: Outputs, known: Known, source: str | None = None) -> dict[str, dict[str, FileInfo]]:
+        parts = [s.write(outputs, known, source) for s in self.shares]
+        return {folder: {n: i for part in parts for n, i in part[folder].items()} for folder, _ in outputs}
+
+    def cache(self) -> tuple[str, int]:
+        return self.shares[0].cache()[0], sum(s.cache()[1] for s in self.shares)
+
+    def layout(self, known: Known) -> Layout:
+        return self.shares[-1].layout(known)
+
+
+def weights_of(rows: int, *sizes: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"basis/m{m}": torch.randn(rows, m, dtype=torch.float64, generator=generator) for m in sizes}
+
+
+# Inner products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_inner_products_by_segment(tmp_path: Path, kind: str) -> None:
+    experiment, V = filled(tmp_path, kind)
+    shard, known, S = CoordinateShard(experiment), known_of(experiment), coordinates(kind, V)
+    for new in (5, 1, 2):
+        rows = shard.rows(known, new)
+        assert rows.shape == (4, new, COUNT) and rows.dtype == torch.float64
+        for number, part in enumerate(S.split(SEGMENT)):
+            expected = part.T @ part
+            norms = expected.diagonal().sqrt()
+            error = (rows[number] - expected[COUNT - new:]).abs() / torch.outer(norms[COUNT - new:], norms)
+            assert (error < 1e-6).all()
+    whole = shard.rows(known, COUNT)
+    assert torch.equal(whole, whole.transpose(1, 2)) and close_to(whole.sum(dim=0), V.T @ V, 3e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_order_batches_and_cache_change_no_bit(tmp_path: Path, kind: str) -> None:
+    experiment, _ = filled(tmp_path, kind)
+    expected = CoordinateShard(experiment).rows(known_of(experiment), COUNT)
+    for cache, count, batches in (("memory", 1, [[0], [1], [2], [3], [4]]), ("disk", 1, [[4], [2, 0], [3, 1]]),
+                                  ("memory", 2, [[3, 1, 4], [0, 2]]), ("disk", 3, [[4], [3], [2], [1], [0]]),
+                                  ("auto", 4, [[1, 2, 3, 4, 0]]), ("memory", 5, [[0, 1, 2, 3], [4]])):
+        asked = experiment_in(str(tmp_path), kind, resources={"cache": cache})
+        shards, order = Several.of(asked, count), []
+        found = torch.full((4, COUNT, COUNT), torch.nan, dtype=torch.float64)
+        for batch in batches:
+            order += batch
+            rows = shards.rows(known_of(asked, order), len(batch))
+            for position, t in enumerate(batch):
+                found[:, t, order], found[:, order, t] = rows[:, position], rows[:, position]
+        assert torch.equal(found, expected)
+        assert shards.cache()[0] == ("disk" if cache == "disk" else "memory")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_holds_what_is_stored_on_the_share(tmp_path: Path, kind: str) -> None:
+    experiment, V = filled(tmp_path, kind)
+    kept = [int(mask.bits.sum()) if mask is not None else len(V) for mask in (mask_of(kind, i) for i in range(COUNT))]
+    values = sum(count * (2 if i % 2 else 4) for i, count in enumerate(kept))
+    bits = COUNT * -(-len(V) // 8) if kind == "per-task" else 0
+    for count in (1, 3):
+        shards = Several.of(experiment, count)
+        assert shards.cache() == ("memory", 0) and shards.fetch(known_of(experiment)) == {}
+        assert shards.cache() == ("memory", values + bits)
+
+
+def test_each_vector_is_fetched_once(tmp_path: Path) -> None:
+    experiment, V = filled(tmp_path, "shared")
+    shard, known = CoordinateShard(experiment), known_of(experiment)
+    assert shard.fetch(known) == {}
+    Store(experiment.store).delete("vectors")
+    assert shard.fetch(known) == {} and close_to(shard.rows(known, COUNT).sum(dim=0), V.T @ V)
+
+
+# Bases ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_are_the_same_bytes_for_any_number_of_shares(tmp_path: Path, kind: str) -> None:
+    experiment, V = filled(tmp_path, kind)
+    store, known, outputs = Store(experiment.store), known_of(experiment), weights_of(COUNT, 1, 2, 4)
+    made = []
+    for cache, count in (("memory", 1), ("disk", 2), ("memory", 3)):
+        asked = experiment_in(str(tmp_path), kind, resources={"cache": cache})
+        infos = write_bases(store, Several.of(asked, count), outputs, known)
+        assert all(info == FileInfo.of(store.read(f"{folder}/{name}"))
+                   for folder, files in infos.items() for name, info in files.items())
+        made.append({key: store.read(key) for key in store.keys("basis")})
+        if count < 3:
+            store.delete("basis")
+    assert made[0] == made[1] == made[2] and len(made[0]) >= 3 * 5
+    for folder, B in outputs.items():
+        torch.testing.assert_close(glued(store, folder), coordinates(kind, V) @ B, rtol=1e-5, atol=1e-5)
+        basis = StoredBasis(store, folder)
+        assert (basis.mask is not None) == (kind == "shared") and basis.parameters == SHAPES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_are_the_numbers_that_one_pass_over_the_files_gives(tmp_path: Path, kind: str) -> None:
+    experiment, _ = filled(tmp_path / "store", kind)
+    store, outputs, known = Store(experiment.store), weights_of(COUNT, 3), known_of(experiment)
+    write_bases(store, Several.of(experiment, 3), outputs, known)
+    paths = [store.where(artifacts.vector_key(t)) for t in experiment.task_names]
+    write_combinations(paths, outputs, str(tmp_path / "made"))
+    assert torch.equal(glued(store, "basis/m3"), glued(Store(str(tmp_path / "made")), "basis/m3"))
+
+
+@pytest.mark.parametrize("rest", [1, 2, 17])
+def test_a_last_share_of_few_coordinates_changes_no_bit(tmp_path: Path, rest: int) -> None:
+    """How wide its buffers are must not matter."""
+    experiment, shapes = experiment_in(str(tmp_path), "dense"), Shapes(a=(2 * SEGMENT + rest,))
+    for index in range(COUNT):
+        commit(experiment, "dense", index, shapes=shapes)
+    store, known, outputs = Store(experiment.store), known_of(experiment), weights_of(COUNT, 2, 3)
+    write_bases(store, CoordinateShard(experiment), weights_of(COUNT, 4), known)
+    grams, files = [], []
+    for count in (1, 2, 3):
+        shards = Several.of(experiment, count)
+        files.append(shards.write(list(outputs.items()), known))
+        grams.append((shards.rows(known, COUNT), shards.atoms_gram("basis/m4", known)))
+    assert files[0] == files[1] == files[2]
+    assert all(torch.equal(a, b) for gram in grams[1:] for a, b in zip(gram, grams[0], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_atoms_are_a_stored_basis_and_vectors(tmp_path: Path, kind: str) -> None:
+    """The Gram matrix of [S N], and what is written of it."""
+    experiment, V = filled(tmp_path, kind)
+    store, known = Store(experiment.store), known_of(experiment)
+    write_bases(store, CoordinateShard(experiment), weights_of(3, 2), known[:3])
+    S = glued(store, "basis/m2")
+    A = torch.cat([S, coordinates(kind, V[:, 3:])], dim=1)
+    mix = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grams, files = [], []
+    for count in (1, 2, 3):
+        shards = Several.of(experiment, count)
+        grams.append(shards.atoms_gram("basis/m2", known[3:]))
+        files.append(write_bases(store, shards, {"basis/next": mix}, known[3:], "basis/m2"))
+        assert torch.equal(grams[-1], grams[0]) and files[-1] == files[0]
+    assert grams[0].shape == (4, 4, 4) and close_to(grams[0].sum(dim=0), A.T @ A)
+    torch.testing.assert_close(glued(store, "basis/next"), A @ mix, rtol=1e-5, atol=1e-5)
+
+
+def test_atoms_without_a_basis_are_the_vectors(tmp_path: Path) -> None:
+    experiment, V = filled(tmp_path, "shared")
+    found = Several.of(experiment, 2).atoms_gram(None, known_of(experiment, [1, 4]))
+    assert close_to(found.sum(dim=0), V[:, [1, 4]].T @ V[:, [1, 4]])
+
+
+@pytest.mark.s3
+def test_in_a_bucket(s3_environment: str) -> None:
+    experiment = experiment_in(f"{s3_environment}/one", "per-task", count=2)
+    shapes = Shapes(w=(SEGMENT + BLOCK + 3,))
+    V = torch.stack([commit(experiment, "per-task", i, shapes=shapes) for i in range(2)], dim=1)
+    shards, known, B = Several.of(experiment, 2), known_of(experiment), weights_of(2, 1)
+    assert close_to(shards.rows(known, 2).sum(dim=0), V.T @ V)
+    store = Store(experiment.store)
+    write_bases(store, shards, B, known)
+    torch.testing.assert_close(glued(store, "basis/m1"), V @ B["basis/m1"], rtol=1e-5, atol=1e-5)
+
+
+# Vectors that cannot be used -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bad", "damage"), [
+    *(("dense", 0, damage) for damage in ("value", "last byte", "header", "cut", "stub", "empty", "gone")),
+    *(("shared", 0, damage) for damage in ("value", "header", "cut")), ("shared", 2, "value"), ("shared", 1, "empty"),
+    *(("per-task", 0, damage) for damage in ("value", "header", "gone")), ("per-task", 2, "last byte")])
+def test_a_damaged_vector_is_reported_and_the_others_are_usable(tmp_path: Path, kind: str, bad: int,
+                                                                damage: str) -> None:
+    """The first one too, which others are compared with."""
+    experiment, V = filled(tmp_path, kind, 3)
+    store, known, task = Store(experiment.store), known_of(experiment), experiment.task_names[bad]
+    key = artifacts.vector_key(task)
+    if damage in ("value", "last byte", "header"):
+        flip(store, key, {"value": store.size(key) // 2, "last byte": -1, "header": 40}[damage])
+    elif damage == "gone":
+        store.delete(key)
+    else:
+        truncate(store, key, {"cut": -4, "stub": 5, "empty": 0}[damage])
+    shards = Several.of(experiment, 2)
+    failed = shards.fetch(known)
+    assert list(failed) == [task] and key in failed[task]
+    with pytest.raises(VectorError, match=key):
+        shards.rows(known, 1)
+    good = [i for i in range(3) if i != bad]
+    rows = shards.rows([known[i] for i in good], 2)
+    assert close_to(rows.sum(dim=0), V[:, good].T @ V[:, good])
+    commit(experiment, kind, bad, dtype=DTYPES["both"][bad % 2])
+    assert shards.fetch(known) == {} and close_to(shards.rows(known, 3).sum(dim=0), V.T @ V)
+
+
+def test_a_damaged_header_that_lies_in_another_share_is_found(tmp_path: Path) -> None:
+    """Vectors of three parts of 4 MiB: the second share reads none of the first part."""
+    experiment, shapes = experiment_in(str(tmp_path), "dense", count=2), Shapes(a=(17 * SEGMENT,))
+    for index in range(2):
+        commit(experiment, "dense", index, shapes=shapes)
+    store, known = Store(experiment.store), known_of(experiment)
+    data = store.read(artifacts.vector_key(known[0][0]))
+    flip(store, artifacts.vector_key(known[0][0]), data.index(b'"a"') + 1)
+    shard = CoordinateShard(experiment, 1, 2)
+    failed = shard.fetch(known)
+    assert list(failed) == [known[0][0]] and shard.fetch(known[1:]) == {}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone", "other"])
+def test_a_damaged_mask_is_reported_with_its_vector(tmp_path: Path, damage: str) -> None:
+    experiment, V = filled(tmp_path, "per-task", 3)
+    store, known, task = Store(experiment.store), known_of(experiment), experiment.task_names[0]
+    key = f"masks/{task}/mask.safetensors"
+    if damage == "flipped":
+        flip(store, key, -1000)
+    elif damage == "gone":
+        store.delete(key)
+    elif damage == "other":
+        store.write(key, random_mask(SHAPES, 77, DENSITY).to_bytes())
+    else:
+        truncate(store, key, {"cut": -1, "empty": 0}[damage])
+    shard = CoordinateShard(experiment)
+    failed = shard.fetch(known)
+    assert list(failed) == [task] and key in failed[task]
+    assert close_to(shard.rows(known[1:], 2).sum(dim=0), V[:, 1:].T @ V[:, 1:])
+
+
+def test_a_vector_that_was_never_committed_is_reported(tmp_path: Path) -> None:
+    experiment, _ = filled(tmp_path, "shared")
+    known = known_of(experiment)
+    Store(experiment.store).delete(f"{artifacts.vector_prefix(known[1][0])}/record.json")
+    failed = CoordinateShard(experiment).fetch(known)
+    assert list(failed) == [known[1][0]] and "has not been committed" in failed[known[1][0]]
+
+
+@pytest.mark.parametrize("stranger", [0, 2])
+def test_a_vector_of_another_base_is_named(tmp_path: Path, stranger: int) -> None:
+    """With the record of the pretrained model, whichever comes first."""
+    experiment, _ = filled(tmp_path, "shared", 3)
+    records.commit(Store(experiment.store), artifacts.BASE, identity={}, parents={"fingerprint": "base-1"})
+    commit(experiment, "shared", stranger, base="base-2")
+    known, task = known_of(experiment), experiment.task_names[stranger]
+    failed = CoordinateShard(experiment).fetch(known)
+    assert list(failed) == [task] and artifacts.vector_key(task) in failed[task]
+    assert "another pretrained model" in failed[task]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strange", ["base", "shapes"])
+def test_vectors_that_do_not_belong_to_the_first_are_named_with_it(tmp_path: Path, kind: str, strange: str) -> None:
+    experiment, _ = filled(tmp_path, kind, 3)
+    if strange == "base":
+        commit(experiment, kind, 2, base="base-2")
+    else:
+        Store(experiment.store).delete(f"masks/{experiment.task_names[2]}")
+        commit(experiment, "dense" if kind == "shared" else kind, 2, shapes={"visual.w": (1001, 500)})
+    first, task = experiment.task_names[0], experiment.task_names[2]
+    failed = CoordinateShard(experiment).fetch(known_of(experiment))
+    assert list(failed) == [task]
+    assert artifacts.vector_key(first) in failed[task] and artifacts.vector_key(task) in failed[task]
+
+
+def test_a_vector_that_was_made_again_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    experiment, V = filled(tmp_path, "shared")
+    shards, before = Several.of(experiment, 2), known_of(experiment)
+    shards.rows(before, COUNT)
+    size = shards.cache()[1]
+    V[:, 2] = commit(experiment, "shared", 2, seed=55)
+    known = known_of(experiment)
+    assert known != before and close_to(shards.rows(known, COUNT).sum(dim=0), V.T @ V)
+    assert shards.cache()[1] == size
+    failed = shards.fetch(before)  # what the old checksum stands for is not there any more
+    assert list(failed) == [known[2][0]] and artifacts.vector_key(known[2][0]) in failed[known[2][0]]
+
+
+def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> None:
+    """A row says which: its own product is not finite."""
+    experiment, V = filled(tmp_path, "dense")
+    store, task = Store(experiment.store), experiment.tasks[3]
+    values = values_of(SHAPES, seed=3)
+    values["visual.b"][2, 2] = float("nan")
+    records.commit(store, artifacts.vector_prefix(task.name), identity={}, files={
+        "vector.safetensors": vector_data(task.name, values, None, "", "base-1")})
+    gram = CoordinateShard(experiment).rows(known_of(experiment), COUNT).sum(dim=0)
+    good = [0, 1, 2, 4]
+    assert gram.diagonal().isnan().tolist() == [False, False, False, True, False]
+    assert close_to(gram[good][:, good], V[:, good].T @ V[:, good])
