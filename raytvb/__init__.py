@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from raytvb.config import Experiment, load_experiment
     from raytvb.fisher import fisher_scores
     from raytvb.gram import gram_matrix
+    from raytvb.masks import Mask
     from raytvb.pipeline import run
+    from raytvb.store import Store
     from raytvb.talos import select_mask
     from raytvb.task_vector import TaskVector
+    from raytvb.vectors import vector_bytes, vector_info
 
-_HOMES = {"BasisFit": "basis", "Experiment": "config", "StoredBasis": "basis_files", "TaskVector": "task_vector",
-          "fisher_scores": "fisher", "fit_bases": "basis", "fit_basis": "basis", "gram_matrix": "gram",
-          "load_experiment": "config", "run": "pipeline", "select_mask": "talos", "write_combinations": "basis_files"}
-__all__ = ["BasisFit", "Experiment", "StoredBasis", "TaskVector", "fisher_scores", "fit_bases", "fit_basis",
-           "gram_matrix", "load_experiment", "run", "select_mask", "write_combinations"]
+_HOMES = {"BasisFit": "basis", "Experiment": "config", "Mask": "masks", "Store": "store", "StoredBasis": "basis_files",
+          "TaskVector": "task_vector", "fisher_scores": "fisher", "fit_bases": "basis", "fit_basis": "basis",
+          "gram_matrix": "gram", "load_experiment": "config", "run": "pipeline", "select_mask": "talos",
+          "vector_bytes": "vectors", "vector_info": "vectors", "write_combinations": "basis_files"}
+__all__ = ["BasisFit", "Experiment", "Mask", "Store", "StoredBasis", "TaskVector", "fisher_scores", "fit_bases",
+           "fit_basis", "gram_matrix", "load_experiment", "run", "select_mask", "vector_bytes", "vector_info",
+           "write_combinations"]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
 
 
 def __getattr__(name: str) -> Any:

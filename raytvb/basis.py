@@ -84,9 +84,10 @@ def fit_bases(
     """
     if method not in METHODS:
         raise ValueError(f"unknown basis method {method!r}; there are: {', '.join(sorted(METHODS))}")
+    sizes = list(sizes)
     for size in sizes:
-        if size < 1:
-            raise ValueError(f"basis size must be at least 1, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"basis size must be a whole number of at least 1, got {size!r}")
     started = time.perf_counter()
     vectors = GramFactor(gram)
     shared = time.perf_counter() - started

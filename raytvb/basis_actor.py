@@ -96,7 +96,9 @@ class BasisBuilder:
             failed |= self._extend(new) if new else {}
             for basis in self._online:
                 basis.follow(self._state.checksums)
-        return self.status() | {"failed": failed}
+        way_out = "; delete its folder in the store and run again to make it anew"
+        return self.status() | {"failed": {t: r if "delete the folder" in r or t not in committed else r + way_out
+                                           for t, r in failed.items()}}
 
     def _extend(self, new: list[tuple[str, str]]) -> dict[str, str]:
         """Rows of usable vectors; task to reason for those with values that are not finite."""
@@ -199,15 +201,15 @@ class BasisBuilder:
 
     def _fits(self, gram: Tensor, candidates: Sequence[Candidate]) -> tuple[dict[str, BasisFit], list[str]]:
         """Fits by name, each method's sizes from one call, and what they warned of."""
-        fits, notes = dict[str, BasisFit](), list[str]()
+        fits, notes = dict[str, BasisFit](), dict[str, None]()  # methods warn of the same things
         for method in dict.fromkeys(c.method for c in candidates):
             chosen = [c for c in candidates if c.method == method]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 found = fit_bases(gram, [c.size for c in chosen], method=method, generator=self._generator())
             fits |= {c.name: fit for c, fit in zip(chosen, found, strict=True)}
-            notes += [f"{method}: {w.message}" for w in caught if issubclass(w.category, UserWarning)]
-        return fits, list(dict.fromkeys(notes))
+            notes |= {str(w.message): None for w in caught if issubclass(w.category, UserWarning)}
+        return fits, list(notes)
 
     def _commit(self, candidate: Candidate, gram: Tensor, B: Tensor, W: Tensor, written: dict[str, FileInfo],
                 metrics: dict[str, Any]) -> None:

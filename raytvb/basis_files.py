@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -104,6 +105,9 @@ class _Writer:
 
     def _flush(self, start: int, stop: int) -> None:
         name = self._names[start // self._columns]
+        if not bool(torch.isfinite(self._buffer[:, :stop - start]).all()):
+            raise VectorError(f"{self._store.where(self._prefix)} would have NaN or infinite values: a vector has "
+                              f"them, or the weights have")
         tensors, first = {}, 0
         for tensor, count, shape in _pieces(self._layout.shapes, start, stop):
             tensors[tensor] = self._buffer[:, first:first + count].reshape(-1, *shape).contiguous()
@@ -133,16 +137,18 @@ def write_pieces(blocks: Iterable[tuple[int, Tensor]], outputs: Sequence[tuple[s
     return {prefix: writer.infos for prefix, writer in writers.items()}
 
 
-def write_combinations(paths: Sequence[str], outputs: Mapping[str, Tensor], url: str) -> dict[str, dict[str, FileInfo]]:
+def write_combinations(paths: Sequence[str | PathLike[str]], outputs: Mapping[str, Tensor],
+                       url: str | PathLike[str]) -> dict[str, dict[str, FileInfo]]:
     """Write V @ weights of vector files into the store `url`, a folder for each {name: weights (T, M) float64}.
 
     One pass over the vectors for all of them: bases (weights B), or K candidate merges (a column each). Every folder is
-    a basis that `StoredBasis(Store(url), name)` reads; its record is written last. Memory: two buffers of 64 MB and
-    32 MB for each output. What such a call wrote before into a folder is replaced. Raises VectorError for files that
-    are damaged or do not belong together, ValueError for weights that do not have a row for each vector, UserError
-    for a folder that holds something else.
+    a basis that `StoredBasis(url, name)` reads; its record is written last. Memory: two buffers of 64 MB and 32 MB for
+    each output. What such a call wrote before into a folder, from as many vectors of that model, is replaced. Raises
+    VectorError for files that are damaged or do not belong together and for results that are not finite, ValueError
+    for weights that do not have a row for each vector, UserError for a folder with a record of something else.
     """
-    vectors, store = VectorSet([VectorFile.open(p) for p in paths]), Store(url)
+    vectors, store = VectorSet([VectorFile.open(p) for p in paths]), Store(fspath(url))
+    outputs = {name: torch.as_tensor(weights) for name, weights in outputs.items()}
     for name, weights in outputs.items():
         if weights.ndim != 2 or len(weights) != len(paths) or not weights.shape[1]:
             raise ValueError(f"weights of {name} must be ({len(paths)}, M), not {tuple(weights.shape)}")
@@ -182,8 +188,12 @@ def index_bytes(layout: Layout, size: int, prefix: str) -> bytes:
 class StoredBasis:
     """A basis in a store, read file by file."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        """Reads the index (and the mask's header). Raises VectorError where they are not those of a basis."""
+    def __init__(self, store: Store | str | PathLike[str], prefix: str) -> None:
+        """Reads the index (and the mask's header). Raises VectorError where they are not those of a basis.
+
+        store: or its URL; prefix: the folder of the basis in it.
+        """
+        store = store if isinstance(store, Store) else Store(fspath(store))
         self.store, self.prefix = store, prefix
         try:
             document = json.loads(store.read(f"{prefix}/{INDEX}"))

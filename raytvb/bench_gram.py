@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -74,15 +77,31 @@ def bare_reads(paths: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
-def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float, int | None]:
-    """Ours: G, median seconds, peak bytes."""
-    times, peak, gram = [], Peak(CPU), torch.zeros(0)
+_CHILD = """
+import json, resource, sys, torch
+from raytvb.gram import gram_matrix
+torch.set_num_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gram_matrix(json.load(sys.stdin))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def _peak(paths: Sequence[str]) -> int:
+    """Most memory that ours takes above an interpreter with torch loaded, bytes: in a process that did nothing else."""
+    run = subprocess.run([sys.executable, "-c", _CHILD], input=json.dumps(list(paths)), capture_output=True, text=True,
+                         check=True)
+    return int(run.stdout)
+
+
+def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float]:
+    """Ours: G, median seconds."""
+    times, gram = [], torch.zeros(0)
     for _ in range(repeats):
-        with peak.watch():
-            started = time.perf_counter()
-            gram = gram_matrix(paths)
-            times.append(time.perf_counter() - started)
-    return gram, median(times), peak.bytes
+        started = time.perf_counter()
+        gram = gram_matrix(paths)
+        times.append(time.perf_counter() - started)
+    return gram, median(times)
 
 
 def bench_gram(tasks: int = 20, parameters: int = 87_849_216, *, dtype: str = "fp32", folder: str | None = None,
@@ -97,7 +116,8 @@ def bench_gram(tasks: int = 20, parameters: int = 87_849_216, *, dtype: str = "f
     with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
         paths = write_vectors(Path(place), tasks, parameters, kind, seed)
         bare_reads(paths)  # warms the disk's cache
-        gram, ours, memory = _timed(paths, repeats)
+        gram, ours = _timed(paths, repeats)
+        memory = _peak(paths)
         with (peak := Peak(CPU)).watch():
             started = time.perf_counter()
             reference_gram = published_gram(paths)
@@ -126,7 +146,7 @@ def _curve(dtype: torch.dtype, folder: str | None, repeats: int) -> list[dict[st
     for tasks, parameters in points:
         with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
             paths = write_vectors(Path(place), tasks, parameters, dtype)
-            _, seconds, memory = _timed(paths, repeats)
+            seconds, memory = _timed(paths, repeats)[1], _peak(paths)
         found.append({"tasks": tasks, "parameters": parameters, "seconds": seconds, "memory_bytes": memory,
                       "flops_per_s": 2 * tasks**2 * parameters / seconds,
                       "bytes_per_s": tasks * parameters * dtype.itemsize / seconds})

@@ -69,7 +69,9 @@ def _run(experiment: Experiment, stages: Sequence[str], num_cpus: int | None, nu
     # A store that cannot be used is found out before Ray takes its seconds to start.
     Store(experiment.store).check_writable()
     reporter = Reporter()
-    reporter.say(f"experiment {experiment.name}: {len(experiment.tasks)} tasks, store {Store(experiment.store).url}")
+    address = os.environ.get("RAY_ADDRESS")
+    reporter.say(f"experiment {experiment.name}: {len(experiment.tasks)} tasks, store {Store(experiment.store).url}; "
+                 f"{f'joining Ray at {address}' if address else 'starting Ray'}")
     connect(cpus=num_cpus, gpus=num_gpus)
     run(experiment, stages, reporter=reporter)
 
@@ -196,7 +198,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise click.BadParameter(f"{value!r}: use TASK or TASK=WEIGHT, with a finite number")
+            raise click.BadParameter(f"{value!r}: use NAME or NAME=WEIGHT, with a finite number")
         parsed.append((name, number))
     return parsed
 
@@ -236,9 +238,14 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
 
     tasks = mixes.total(*({n: w} for n, w in add), *({n: -w} for n, w in negate),
                         *([mixes.analogy(*analogy)] if analogy else []))
-    if sum((bool(tasks), bool(vectors), kind == "sum")) != 1:
+    given = sum((bool(tasks), bool(vectors), kind == "sum"))
+    if given > 1:
+        raise UserError("tasks (--add, --negate, --analogy), `--merge sum` and --vector cannot be combined: use one")
+    if not given:
         raise UserError("name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or, without "
                         "those, add all with `--merge sum`, or vectors of the basis with --vector")
+    if tasks and not any(tasks.values()):
+        raise UserError("the weights of the tasks cancel out: nothing would be merged")
     if method != "sum" and not tasks:
         raise UserError(f"--method {method} merges tasks: name them with --add, --negate or --analogy")
     numbers = dict[int, float]()
@@ -251,8 +258,12 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
     quiet_open_clip()
     done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient,
                        kind="vectors" if numbers else kind, vectors=numbers, method=method)
-    what = ", ".join(tasks) or (f"vectors {', '.join(map(str, numbers))}" if numbers else "all tasks")
+    parts = tasks or {f"vector {n}": w for n, w in numbers.items()}
+    what = " ".join(f"{'-' if w < 0 else '+'}{'' if abs(w) == 1 else f' {abs(w):g}'} {n}" for n, w in parts.items())
+    what = what.removeprefix("+ ") or "all tasks"
     what += f" by {method}" if method != "sum" else ""
+    if basis is None and not done["chosen"]:
+        print("no basis has been chosen yet (`raytvb run` does): merged from the full vectors")
     print(f"{what} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
     print(f"open_clip.create_model('local-dir:{out}')")
 
@@ -542,9 +553,9 @@ def print_summary(summary: dict[str, Any]) -> None:
               f"least {100 * figures['control_kept']:.1f} % of its accuracy on validation")
     for name, found in summary.get("online", {}).items():
         lost, anew = (mean(list(found[kind]["forgetting"].values())) for kind in ("online", "offline"))
-        print(f"{name}, tasks arriving one by one: single tasks {100 * found['online']['mean'][-1]:.1f} at the end, "
-              f"{100 * lost:.1f} points forgotten (fitted anew: {100 * found['offline']['mean'][-1]:.1f}, "
-              f"{100 * anew:.1f})")
+        of = "" if len(found["tasks"]) == len(summary["tasks"]) else f" ({len(found['tasks'])} looked at)"
+        print(f"{name}, tasks arriving in order: single tasks{of} {100 * found['online']['mean'][-1]:.1f} at the end, "
+              f"forgetting {100 * lost:.1f} (fitted anew: {100 * found['offline']['mean'][-1]:.1f}, {100 * anew:.1f})")
     if overlap := summary.get("mask_overlap"):
         print(f"overlap of the masks of two tasks (Jaccard index): {overlap['mean']:.2f} on average, "
               f"{overlap['min']:.2f} to {overlap['max']:.2f}")

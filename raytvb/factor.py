@@ -22,11 +22,7 @@ class GramFactor:
         values, U_TT = eigh(G_TT)
         check_semidefinite(values, "gram")
         tasks, values, self.G_TT = len(G_TT), values / G_TT.trace(), G_TT / G_TT.trace()
-        largest, least = float(values[0]), float(values[-1])
-        noise = tasks * EPS * largest
-        if least < -noise:  # products were rounded to float32, or to less: what is as small as that says nothing
-            noise = max(tasks * torch.finfo(torch.float32).eps * largest, -3 * least)
-        self.rank = int((values > noise).sum())
+        self.rank = min(_rank(G_TT), int((values > tasks * EPS * values[0]).sum()))
         self.U_TR = U_TT[:, : self.rank]
         """Eigenvectors."""
         self.null_TK = U_TT[:, self.rank :]
@@ -80,8 +76,23 @@ class GramFactor:
         return eigh(G_TT - G_TT.mean(0) - G_TT.mean(1, keepdim=True) + G_TT.mean())[1]
 
 
+def _rank(G_TT: Tensor) -> int:
+    """Numerical rank, judged on the cosines: it does not depend on how long the vectors are, and rounding does not."""
+    norm_T = G_TT.diag().clamp(min=0).sqrt()
+    there = norm_T > 0
+    values = eigh(G_TT[there][:, there] / torch.outer(norm_T[there], norm_T[there]))[0]
+    largest, least = float(values[0]), float(values[-1])
+    noise = len(values) * EPS * largest
+    if least < -1e-12 * largest:  # products were rounded to float32, or to less: what is as small says nothing
+        noise = max(len(values) * torch.finfo(torch.float32).eps * largest, -3 * least)
+    # Rounding may come out positive too: it then lies far below the smallest eigenvalue that means something.
+    gap = (values[1:] < 1e-8 * largest) & (values[1:] < 1e-4 * values[:-1])
+    return min(int((values > noise).sum()), int(gap.int().argmax()) + 1 if gap.any() else len(values))
+
+
 def semidefinite(matrix: Tensor, name: str) -> Tensor:
     """`matrix` (T, T) float64, exactly symmetric, largest entry 1; ValueError if it cannot be a Gram matrix."""
+    matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix) or matrix.is_complex():
         raise ValueError(f"{name} must be a real square matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}")
     G = matrix.detach().to("cpu", torch.float64)

@@ -7,6 +7,7 @@ Products are taken in float32 over 1,024 coordinates at a time and added up in f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -17,13 +18,16 @@ from raytvb.vectors import VectorFile, VectorSet
 _SUMMED = 1024  # coordinates that are added up in float32
 
 
-def gram_matrix(paths: Sequence[str], *, block: int = BLOCK) -> Tensor:
+def gram_matrix(paths: Sequence[str | PathLike[str]], *, block: int = BLOCK) -> Tensor:
     """G (T, T) float64 of vector files; paths are local or URLs.
 
-    `block` coordinates of all vectors are read at a time; by default as many as fill 64 MB. Memory: two such buffers,
-    whatever the length and number of the vectors. Raises VectorError for files that are damaged, do not belong
-    together, or hold NaN or infinite values (it names file and tensor).
+    `block` coordinates of all vectors are read at a time; the default stands for as many as fill 64 MB. Memory: two
+    such buffers, whatever the length and number of the vectors. Entries may differ in their last float32 bits with the
+    order of the paths (those of a run's own Gram matrix do not). Raises VectorError for files that are damaged, do not
+    belong together, or hold NaN or infinite values (it names file and tensor).
     """
+    if isinstance(paths, (str, PathLike)):
+        raise ValueError(f"gram_matrix takes a list of paths, not one: {paths}")
     vectors = VectorSet([VectorFile.open(p) for p in paths])
     gram = gram_of_blocks(len(paths), vectors.blocks(None if block == BLOCK else block))
     for index in (~torch.isfinite(gram.diagonal())).nonzero()[:, 0].tolist():

@@ -86,7 +86,9 @@ class Header:
             if not 2 <= length <= size - 8:
                 raise ValueError(f"its header claims {length} bytes of a file of {size}")
             raw = json.loads(store.read_range(key, 8, 8 + length))
-            info = dict(json.loads(raw.pop("__metadata__", {})["raytvb"]))
+            if "raytvb" not in raw.get("__metadata__", {}):
+                raise ValueError("it has no `raytvb` metadata; `raytvb.vector_bytes` writes it")
+            info = dict(json.loads(raw.pop("__metadata__")["raytvb"]))
             if not all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in raw.values()):
                 raise ValueError("its header leaves dtype, shape or place of a tensor out")
             end = max((e["data_offsets"][1] for e in raw.values()), default=0)

@@ -108,8 +108,10 @@ def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
         raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
     vector_of(names, tasks)  # all of them are there
     weights = torch.tensor(list(tasks.values()), dtype=torch.float64)
-    return _Mix(artifacts.vector_set(store.url, list(tasks)), weights, default_coefficient(store, "full", _added(tasks)),
-                "full", weights.diag())
+    for task in tasks:
+        artifacts.check_files(store, artifacts.vector_prefix(task), ["vector.safetensors"])
+    usual = default_coefficient(store, "full", _added(tasks))
+    return _Mix(artifacts.vector_set(store.url, list(tasks)), weights, usual, "full", weights.diag())
 
 
 def _added(tasks: Mapping[str, float]) -> int:
@@ -121,6 +123,7 @@ def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vecto
     if record is None:
         there = sorted({k.split("/")[1] for k in store.keys("basis")})
         raise UserError(f"{store.url} has no basis {name!r}; it has {', '.join(there) or 'none'}, and `full`")
+    artifacts.check_files(store, artifacts.basis_prefix(name))
     basis = artifacts.stored_basis(store.url, name)
     if kind == "sum":
         if not record["metrics"]["convex"]:
@@ -159,7 +162,7 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
     chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if store.exists(artifacts.SUMMARY) else "full"
     source = basis or chosen
     if source == "full" and kind != "decoded":
-        raise UserError(f"`{kind}` merges the vectors of a basis: name one with --basis (`raytvb ls {store.url}`)")
+        raise UserError(f"only a basis has vectors to merge like that: name one with --basis (`raytvb ls {store.url}`)")
     mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {})
     usual = 1.0 if method in UNSCALED else mix.coefficient
     alpha = usual if coefficient is None else coefficient
@@ -179,8 +182,8 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
             (out / name).write_bytes(_with_place(data, out) if name == CONFIG_FILE else data)
     save_file(merged, out / WEIGHTS_FILE)
     (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
-    return {"source": mix.source, "coefficient": alpha, "tasks": dict(tasks), "folder": str(out),
-            "config": CONFIG_FILE}
+    return {"chosen": store.exists(artifacts.SUMMARY), "source": mix.source, "coefficient": alpha,
+            "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
 
 
 def _with_place(document: bytes, folder: Path) -> bytes:

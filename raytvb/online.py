@@ -115,6 +115,11 @@ def arrivals(count: int, buffer: int = 1) -> list[int]:
     return sorted({min(count, buffer * round(times * (i + 1) / steps)) for i in range(steps)})
 
 
+def watched(count: int) -> list[int]:
+    """Positions of the tasks that are looked at: all of up to 16, else 16 that are evenly spaced."""
+    return [n - 1 for n in arrivals(count)]
+
+
 def relative_bounds(state: OnlineState) -> Tensor:
     """Upper bounds (n,) of ‖τ_t − S w_t‖ / ‖τ_t‖; 0 for a zero vector, which every basis gives back."""
     return torch.where(state.norm > 0, state.error / state.norm, 0.0)

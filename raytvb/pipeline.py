@@ -249,9 +249,10 @@ class Pipeline:
                 stream.close()
             _fail("basis", stream.failed)
         with self.reporter.stage("basis", 1) as stage:
-            cache = f"{format_bytes(stream.status['cache_bytes'])} of vectors cached, {stream.status['cache']}"
+            size, where = stream.status["cache_bytes"], {"memory": "in memory", "disk": "on disk"}
+            cache = f"; {format_bytes(size)} of vectors cached {where[stream.status['cache']]}" if size else ""
             done = stream.write_bases()
-            stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(done['written'])} new; {cache}")
+            stage.advance(f"{len(basis_candidates(self.experiment))} bases, {len(done['written'])} new{cache}")
         for note in done["notes"]:
             self.reporter.say(f"note: {note}")
         self._stream = None

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raytvb import artifacts
 from raytvb.config import Experiment
@@ -39,6 +40,12 @@ def _svg(draw: Callable[[Axes], None], width: float = 6.0, height: float = 3.4) 
     return text[text.index("<svg"):]
 
 
+def _legend(axes: Axes) -> None:
+    """Beside the plot where it would cover it."""
+    many = len(axes.get_legend_handles_labels()[0]) > 6
+    axes.legend(fontsize="small", **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
+
+
 def _bases(summary: Summary) -> dict[str, dict[int, tuple[str, Mapping[str, Any]]]]:
     """Decoded bases as method -> size -> (name, entry)."""
     found: dict[str, dict[int, tuple[str, Mapping[str, Any]]]] = {}
@@ -60,15 +67,19 @@ def plot_error(summary: Summary) -> str:
         for method, sizes in _bases(summary).items():
             axes.plot(list(sizes), [e["relative_error"] for _, e in sizes.values()], "o-", label=method)
         axes.set(xlabel="basis size M", ylabel="relative squared error", ylim=(0, None))
-        axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
     return _svg(draw)
 
 
 def plot_subsets(summary: Summary) -> str:
     """Accuracy of additions by the number of tasks added."""
     def draw(axes: Axes) -> None:
-        sizes = subset_sizes(summary)
-        shown = ["full", *(found[max(found)][0] for found in _bases(summary).values())]
+        sizes, tasks = subset_sizes(summary), len(summary["tasks"])
+        # Of each method the largest that compresses, and the chosen one.
+        largest = [found[max((s for s in found if s < tasks), default=max(found))][0]
+                   for found in _bases(summary).values()]
+        shown = list(dict.fromkeys(["full", summary["chosen"]["name"], *largest]))
         lines = {n: summary["addition"][n] for n in shown} | dict(summary["random_subset"])
         for name, entry in lines.items():
             style = "k-" if name == "full" else (":" if name in summary["random_subset"] else "o-")
@@ -77,7 +88,7 @@ def plot_subsets(summary: Summary) -> str:
         axes.set(xlabel="tasks added", ylabel="mean test accuracy, %", xscale="log")
         axes.set_xticks([int(s) for s in sizes], sizes, minor=False)
         axes.minorticks_off()
-        axes.legend(fontsize="small")
+        _legend(axes)
     return _svg(draw)
 
 
@@ -119,6 +130,7 @@ def plot_stream(history: list[dict[str, Any]]) -> str:
             points = [(h["vectors"], h["floor"][str(size)]) for h in history if str(size) in h["floor"]]
             axes.plot(*zip(*points, strict=True), "o-", label=f"M = {size}")
         axes.set(xlabel="vectors arrived", ylabel="relative squared error", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if sizes:
             axes.legend()
     return _svg(draw)
@@ -127,13 +139,17 @@ def plot_stream(history: list[dict[str, Any]]) -> str:
 def plot_online(summary: Summary) -> str:
     """Mean accuracy of the tasks so far after each arrival, online and fitted anew, each decoded by itself."""
     def draw(axes: Axes) -> None:
-        for number, (name, found) in enumerate(summary["online"].items()):
+        last = {found["method"]: name for name, found in summary["online"].items()
+                if found["size"] < len(summary["tasks"])} or {"": next(iter(summary["online"]))}
+        for number, name in enumerate(last.values()):
+            found = summary["online"][name]
             for kind, style in (("online", "o-"), ("offline", ":")):
                 label = name if kind == "online" else f"{name.removesuffix('-online')}, fitted anew"
                 axes.plot(found["arrivals"], [100 * a for a in found[kind]["mean"]], style, color=f"C{number}",
                           label=label)
         axes.set(xlabel="tasks arrived", ylabel="mean test accuracy, %")
-        axes.legend(fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
     return _svg(draw)
 
 

@@ -42,7 +42,7 @@ def describe_tasks(found: dict[str, Any]) -> str:
     """The fit in lines."""
     fit = found.get("fit")
     if fit is None:
-        return f"{len(found['tasks'])} task vectors so far"
+        return f"task vectors so far: {len(found['tasks'])}"
     lines = [*(f"note: {n}" for n in fit["notes"]),
              f"{fit['method']} with {fit['size']} vectors: relative error {fit['loss']:.4f} (least {fit['floor']:.4f})"]
     return "\n".join(lines + [f"  {task}  {error:.4f}" for task, error in fit["per_task"].items()])

@@ -78,8 +78,9 @@ def _negation(store: Store, tasks: Sequence[str], control: str) -> dict[str, dic
 def _online(store: Store, candidate: Candidate) -> dict[str, Any]:
     """How an online basis did after each arrival, beside one that was fitted to all vectors so far.
 
-    `accuracy` is arrivals by tasks, each task decoded by itself, None where it had not arrived; `added` is the mean
-    accuracy of one model for all tasks so far; `forgetting` by task (see `online.forgetting`).
+    `accuracy` is arrivals by tasks (16 of them where there are more), each task decoded by itself, None where it had
+    not arrived; `added` is the mean accuracy of one model for all tasks so far; `forgetting` by task (see
+    `online.forgetting`).
     """
     rows = read_rows(store, f"online/{candidate.name}")
     looks, tasks = sorted({r["subset"] for r in rows}), list(dict.fromkeys(r["task"] for r in rows))

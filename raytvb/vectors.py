@@ -9,6 +9,7 @@ its mask file relative to itself.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,8 +40,9 @@ def vector_info(base: str, *, mask_path: str | None = None, mask: str | None = N
 
 def vector_bytes(values: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes:
     """A vector file: dense parameter tensors, or per parameter the 1-D kept values. One dtype, fp32 or bf16."""
-    if len({t.dtype for t in values.values()}) != 1:
-        raise ValueError("a vector file has one dtype")
+    dtypes = {t.dtype for t in values.values()}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        raise ValueError(f"a vector file has one dtype, float32 or bfloat16, not {', '.join(map(str, dtypes))}")
     tensors = {n: t.detach().cpu().contiguous() for n, t in values.items()}
     return save(tensors, metadata={"raytvb": json.dumps(dict(info), sort_keys=True)})
 
@@ -108,8 +110,9 @@ class VectorFile:
                 raise VectorError(f"{self.where} was made with another mask than {store.where(self.mask_key)}")
 
     @classmethod
-    def open(cls, url: str) -> VectorFile:
+    def open(cls, url: str | os.PathLike[str]) -> VectorFile:
         """From a path or URL outside of any experiment. The store is rooted where the mask can be reached too."""
+        url = os.fspath(url)
         folder, name = posixpath.split(url)
         folder = Store(folder or ".").url  # absolute, so that the levels below are all there
         levels: list[str] = []

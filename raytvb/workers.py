@@ -40,7 +40,7 @@ from raytvb.finetune import finetune, task_seed
 from raytvb.fisher import fisher_scores
 from raytvb.gram_state import GramState
 from raytvb.masks import Mask
-from raytvb.online import arrivals
+from raytvb.online import arrivals, watched
 from raytvb.store import Store
 from raytvb.talos import damp, flatten, round_density, select_further, unflatten
 from raytvb.vectors import vector_bytes, vector_info
@@ -337,7 +337,7 @@ def evaluate_online(experiment: Experiment, candidate: Candidate, coefficients: 
     """Test accuracy after each arrival, from the online basis and from one that is fitted to all vectors so far.
 
     coefficients: by `online` and `offline`, those that the search chose for the two bases of all tasks; an addition of
-    n of T tasks has that of all times T/n. At most 16 arrivals are looked at, and the tasks that came with them.
+    n of T tasks has that of all times T/n. At most 16 arrivals are looked at, and 16 tasks (see `online.watched`).
     """
     store, names = Store(experiment.store), experiment.task_names
     gram = GramState.read(store).ordered(names)
@@ -350,15 +350,15 @@ def evaluate_online(experiment: Experiment, candidate: Candidate, coefficients: 
             fit = fit_basis(gram[:n, :n], candidate.size, method=candidate.method,
                             generator=torch.Generator().manual_seed(experiment.seed))
         for kind, table in (("online", tables["H"] @ tables["W"]), ("offline", fit.B @ fit.W)):
-            watched = [look - 1 for look in looks if look <= n]
-            weights = torch.zeros(total, len(watched) + 1, dtype=torch.float64)
-            weights[:n, :-1], weights[:n, -1] = table[:, watched], table.sum(dim=1)
+            seen = [t for t in watched(total) if t < n]
+            weights = torch.zeros(total, len(seen) + 1, dtype=torch.float64)
+            weights[:n, :-1], weights[:n, -1] = table[:, seen], table.sum(dim=1)
             chosen = coefficients[kind]
             single, together = chosen["1"], chosen[str(total)] * total / n
             for position, direction in enumerate(vectors.combinations(weights)):
-                alone = position < len(watched)
+                alone = position < len(seen)
                 evaluator.merge(direction, single if alone else together)
-                for t in watched[position:position + 1] if alone else watched:
+                for t in seen[position:position + 1] if alone else seen:
                     rows.append(_row(kind, "test", 1 if alone else 0, n, names[t], single if alone else together,
                                      evaluator.count(names[t])))
     write_rows(store, f"online/{candidate.name}", rows)

@@ -425,3 +425,29 @@ def test_the_rank_of_a_gram_matrix_of_rounded_products() -> None:
         assert fit.size == 6
         error = (V.double() @ fit.B @ fit.W - V.double()).norm() / V.double().norm()
         assert error < 1e-3
+
+
+def test_the_rank_of_duplicates_and_of_a_float64_product() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        X = rng.standard_normal((200, 3))[:, [0, 1, 2, 0, 1, 0]] * rng.uniform(0.1, 10, 6)
+        noise = rng.standard_normal((6, 6)) * 1e-9 * np.sqrt(np.outer(*[(X**2).sum(0)] * 2))
+        for G in (torch.from_numpy(X.T @ X), torch.from_numpy(X.T @ X + noise + noise.T)):
+            for size in (4, 5):
+                with pytest.warns(UserWarning, match="rank 3"):
+                    fit = fit_basis(G, size)
+                assert fit.size == 3 and fit.condition < 1e9 and fit.loss < 1e-6
+
+
+def test_short_vectors_beside_long_ones_count_for_the_rank() -> None:
+    V = vectors("orthogonal", 8) * torch.logspace(0, -7, 8, dtype=torch.float64)
+    fit = fit_basis(V.T @ V, 6, method="svd")
+    assert fit.size == 6 and fit.loss == pytest.approx(fit.floor, rel=1e-6)
+
+
+def test_numpy_and_generators_are_taken_and_fractions_are_not() -> None:
+    G = gram("positive", 6)
+    assert torch.equal(fit_basis(G.numpy(), 2, method="svd").B, fit_basis(G, 2, method="svd").B)  # type: ignore[arg-type]
+    assert [f.size for f in fit_bases(G, (m for m in (1, 2, 3)), method="svd")] == [1, 2, 3]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got 2\.5"):
+        fit_basis(G, 2.5)  # type: ignore[arg-type]

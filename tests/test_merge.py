@@ -160,12 +160,13 @@ def test_a_method_on_vectors_that_a_basis_gives_back(finished: tuple[Path, Store
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--method", "ties", "--merge", "sum", "--basis", "ae-anchored-m1"], "merges tasks"),
+    (["--add", TASKS[0], "--negate", TASKS[0]], "cancel out"),
     (["--merge", "sum", "--basis", "svd-m2"], "no convex combinations"),
     (["--merge", "sum", "--basis", "full"], "name one with --basis"),
-    (["--merge", "sum", "--add", TASKS[0]], "without those"),
+    (["--merge", "sum", "--add", TASKS[0]], "cannot be combined"),
     (["--vector", "3", "--basis", "svd-m2"], "has the vectors 1 to 2, not 3"),
     (["--vector", "x", "--basis", "svd-m2"], "use a number from 1 on"),
-    (["--vector", "1", "--add", TASKS[0]], "without those"),
+    (["--vector", "1", "--add", TASKS[0]], "cannot be combined"),
     (["--add", TASKS[0], "--basis", "svd-m9"], "it has ae-anchored-m1, ae-anchored-m2, svd-m1, svd-m2"),
     (["--analogy", TASKS[0], "nope", TASKS[1]], "no task vector of nope"),
     (["--add", TASKS[0], "--basis", "full", "--negate", "other"], "no task vector of other")])
@@ -188,6 +189,6 @@ def test_the_spectrum_is_that_of_the_vectors(finished: tuple[Path, Store], tmp_p
     assert found["fit"]["loss"] == pytest.approx(found["floor"][1], rel=1e-6)
     assert set(found["fit"]["per_task"]) == set(TASKS)
     assert main(["spectrum", store.url]) == 0
-    assert "3 task vectors" in capsys.readouterr().out
+    assert "task vectors so far: 3" in capsys.readouterr().out
     assert main(["spectrum", str(tmp_path)]) == 1
     assert "has no Gram matrix yet" in capsys.readouterr().err

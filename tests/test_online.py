@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raytvb.basis import fit_basis
-from raytvb.online import ONLINE_METHODS, OnlineState, advance, arrivals, forgetting, relative_bounds, start
+from raytvb.online import ONLINE_METHODS, OnlineState, advance, arrivals, forgetting, relative_bounds, start, watched
 
 CONVEX = ["ae", "ae-anchored"]
 BATCHES = [1, 3]
@@ -271,6 +271,7 @@ def test_scale_of_the_vectors_does_not_matter(method: str, scale: float) -> None
     (64, 2, list(range(4, 65, 4)))])
 def test_looks_are_after_arrivals(count: int, buffer: int, looks: list[int]) -> None:
     assert arrivals(count, buffer) == looks
+    assert watched(5) == [0, 1, 2, 3, 4] and len(watched(100)) == 16 and watched(100)[-1] == 99
     many = arrivals(1001, 3)
     assert len(many) == 16 and many[-1] == 1001 and all(n % 3 == 0 for n in many[:-1])
 

@@ -181,6 +181,9 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
         assert none is None and online[kind]["mean"] == pytest.approx([first, (left + right) / 2])
         assert online[kind]["forgetting"] == pytest.approx({TASKS[0]: first - left, TASKS[1]: 0.0})
         assert first == pytest.approx(summary["fine_tuned"][TASKS[0]], abs=0.1)  # M = 1 is exact for one task
+    entry = summary["addition"]["svd-m1-online"]  # after the last arrival it is the basis of all tasks
+    assert online["online"]["mean"][-1] == pytest.approx(entry["subsets"]["1"], abs=0.004)
+    assert online["online"]["added"][-1] == pytest.approx(entry["mean"], abs=0.004)
     assert summary["addition"]["svd-m1-online"]["relative_error"] == pytest.approx(
         summary["addition"]["svd-m1"]["relative_error"], rel=1e-3)  # two vectors: one refit sees all of both
     assert "Tasks arriving over time" in store.read("report/index.html").decode()

@@ -200,6 +200,7 @@ def head() -> Iterator[Head]:
             stop(process)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
     folder, store = tmp_path / "work", tmp_path / "store"
@@ -249,6 +250,7 @@ def test_an_address_in_the_environment_does_not_win(head, tmp_path):
     assert f"{head.address} refused the authentication" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ctrl_c_leaves_the_job_running(head, tmp_path):
     experiment = write_experiment(tmp_path, finetune={"epochs": 1000})
