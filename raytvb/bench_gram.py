@@ -78,20 +78,29 @@ def bare_reads(paths: Sequence[str]) -> float:
 
 
 _CHILD = """
-import json, resource, sys, torch
+import json, sys, torch
 from raytvb.gram import gram_matrix
+def peak():
+    try:
+        lines = open("/proc/self/status").read().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 gram_matrix(json.load(sys.stdin))
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(json.dumps(None if before is None else peak() - before))
 """
 
 
-def _peak(paths: Sequence[str]) -> int:
-    """Most memory that ours takes above an interpreter with torch loaded, bytes: in a process that did nothing else."""
+def _peak(paths: Sequence[str]) -> int | None:
+    """Most memory that ours takes above an interpreter with torch loaded, bytes: in a process that did nothing else.
+
+    None where the system (another than Linux) does not tell.
+    """
     run = subprocess.run([sys.executable, "-c", _CHILD], input=json.dumps(list(paths)), capture_output=True, text=True,
                          check=True)
-    return int(run.stdout)
+    return json.loads(run.stdout)
 
 
 def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float]:

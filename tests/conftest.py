@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from s3_server import S3Server
 from raytvb.cli import main
 from raytvb.store import Store
 
+# Small tensors gain nothing from more threads, and workers of the tests' own Ray need the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where the tests run in the background SIGINT is ignored, also in the processes they start, unless there is a handler
 # here; some tests press Ctrl-C in those.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -309,6 +309,7 @@ def kill_one_worker(title: str, patience_s: float = 60) -> None:
     raise AssertionError(f"no process {title}")
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_as_often_as_allowed(finished: tuple[Path, Store], tmp_path: Path,
                                                             capsys: pytest.CaptureFixture[str]):
     _, reference = finished
@@ -346,6 +347,7 @@ def same_results(ours: Store, theirs: Store) -> bool:
     return left == right and vector_bytes(ours.url) == vector_bytes(theirs.url)
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
         finished: tuple[Path, Store], s3_environment: str, tmp_path: Path, suite_cache: str):

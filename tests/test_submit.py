@@ -222,6 +222,7 @@ def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
     assert again["addition"] == summary["addition"] and again["negation"] == summary["negation"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_job_that_fails_fails_the_submission(head, tmp_path):
     (tmp_path / "file").touch()
