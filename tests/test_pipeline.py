@@ -398,8 +398,8 @@ def test_killed_again_and_again(finished: tuple[Path, Store], tmp_path: Path, su
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     file = write_experiment(tmp_path, store.url)
-    for moment in ("base/model.safetensors", "base/record.json", "masks/shared/record.json",
-                   f"vectors/{TASKS[0]}/vector.safetensors", f"vectors/{TASKS[2]}/record.json", "gram/record.json",
+    for moment in ("base/record.json", f"vectors/{TASKS[0]}/vector.safetensors", f"vectors/{TASKS[2]}/record.json",
+                   "gram/record.json",
                    "basis/svd-m2/coefficients.safetensors", "search/full/record.json", "evals/models.parquet",
                    f"evals/negation-full/{TASKS[2]}.parquet"):
         if not store.exists(moment):
