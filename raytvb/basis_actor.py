@@ -174,6 +174,8 @@ class BasisBuilder:
         Returns `written`, their names, and `notes`, what a user should know of them.
         """
         gram, experiment = self.gram(), self._experiment
+        for basis in self._online:
+            basis.follow(self._state.checksums)
         missing = [c for c in basis_candidates(experiment) if records.find(
             self._store, artifacts.basis_prefix(c.name),
             artifacts.basis_identity(experiment, c.method, c.size, online=c.online)) is None]
@@ -184,8 +186,6 @@ class BasisBuilder:
         known = [(t, self._state.checksums[t]) for t in experiment.task_names]
         outputs = {artifacts.basis_prefix(n): fit.B for n, fit in fits.items()}
         files = write_bases(self._store, self._shards, outputs, known) if outputs else {}
-        for basis in self._online:
-            basis.follow(self._state.checksums)
         for c in missing:
             if not c.online:
                 fit, written = fits[c.name], files[artifacts.basis_prefix(c.name)]

@@ -47,10 +47,13 @@ class OnlineBasis:
     def follow(self, checksums: Mapping[str, str]) -> None:
         """Take in, in the order of the experiment, the tasks that are there (by name, with their vector's checksum).
 
-        A vector that was made again after it had been taken in starts the basis anew: it cannot be taken back.
+        A vector that was made again after it had been taken in starts the basis anew, for it cannot be taken back; so
+        does a basis whose files were deleted.
         """
-        if any(checksums.get(task, checksum) != checksum for task, checksum in self.known):
+        gone = any(not self._store.exists(f"{self.folder}/{name}") for name in self.written)
+        if gone or any(checksums.get(task, checksum) != checksum for task, checksum in self.known):
             self._store.delete(self._prefix)
+            self._store.delete(artifacts.basis_prefix(self._candidate.name))
             self._restore(None)
         order, buffer = self._experiment.task_names, self._experiment.basis.buffer
         while len(self.known) < len(order):

@@ -55,7 +55,6 @@ class _Stream:
 
     def __init__(self, experiment: Experiment) -> None:
         self._actor, self._actors = remote.basis_actors(experiment)
-        self._offered: list[str] = []
         self._waiting: list[str] = []
         self._call: Any = None
         self._sent: list[str] = []
@@ -64,7 +63,6 @@ class _Stream:
         self.status: dict[str, Any] = {"vectors": 0, "floor": {}, "cache": "memory", "cache_bytes": 0}
 
     def offer(self, task: str) -> None:
-        self._offered.append(task)
         self._waiting.append(task)
         self.pump()
 

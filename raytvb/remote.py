@@ -127,7 +127,7 @@ class ShardGroup:
 
     def layout(self, known: Known) -> Layout:
         """The coordinates, as an index tells them."""
-        return ray.get(self._actors[0].layout.remote(known))
+        return self._each("layout", known)[0]
 
 
 def basis_actors(experiment: Experiment) -> tuple[Any, list[Any]]:

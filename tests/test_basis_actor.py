@@ -303,6 +303,21 @@ def test_an_online_basis_starts_anew_where_a_vector_changed(tmp_path: Path) -> N
     assert left == right
 
 
+@pytest.mark.parametrize("what", ["", "/basis-00001-of-00001.safetensors"])
+def test_a_deleted_online_basis_is_made_again(tmp_path: Path, what: str) -> None:
+    """The whole folder, or one of its files, as the message for a damaged one says."""
+    asked, _ = filled(tmp_path, 4, basis={"method": "svd", "online": True})
+    builder = BasisBuilder(asked)
+    builder.add(asked.task_names)
+    builder.write_bases()
+    store = Store(asked.store)
+    before = {k: store.read(k) for k in store.keys("basis/svd-m2-online")}
+    store.delete(f"basis/svd-m2-online{what}")
+    assert BasisBuilder(asked).write_bases()["written"] == ["svd-m2-online"]
+    assert {k: store.read(k) for k in store.keys("basis/svd-m2-online")} == before
+    assert artifacts.verify(store)[1] == []
+
+
 def test_errors_by_task_are_those_of_explicit_vectors() -> None:
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(50, 6, generator=generator).double()
