@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -28,7 +29,7 @@ from raytvb.encoder import (
 )
 from raytvb.errors import UserError, VectorError
 from raytvb.finetune import Checkpoint
-from raytvb.masks import Mask, MaskFile, mask_intersections
+from raytvb.masks import Header, Mask, MaskFile, mask_intersections
 from raytvb.records import FileInfo
 from raytvb.store import Store, StoreKeyError
 from raytvb.talos import jaccard
@@ -39,6 +40,7 @@ BASE = "base"
 SHARED_MASK = "shared"
 GRAM = "gram"
 OVERLAP = "overlap"
+PRECISION = "precision"
 SUMMARY = "report/summary.json"
 REPORT = "report/index.html"
 
@@ -51,6 +53,26 @@ def vector_prefix(task: str) -> str:
 def vector_key(task: str) -> str:
     """The vector file itself."""
     return f"{vector_prefix(task)}/vector.safetensors"
+
+
+def basis_vector_prefix(experiment: Experiment, task: str) -> str:
+    """Folder of what bases are made of for a task: its vector, or the prepared twin of that."""
+    return vector_prefix(task) if experiment.basis.prepare == "none" else f"prepared/{task}"
+
+
+def basis_vector_key(experiment: Experiment, task: str) -> str:
+    """The vector file that bases are made of."""
+    return f"{basis_vector_prefix(experiment, task)}/vector.safetensors"
+
+
+def basis_vector_record(store: Store, experiment: Experiment, task: str) -> dict[str, Any] | None:
+    """Record of the vector that bases are made of; None where it is not there, or of a vector that was made again."""
+    record = records.find(store, vector_prefix(task))
+    if record is None or experiment.basis.prepare == "none":
+        return record
+    twin = records.find(store, basis_vector_prefix(experiment, task))
+    present = record["files"]["vector.safetensors"]["sha256"]
+    return twin if twin is not None and twin["parents"]["vector"] == present else None
 
 
 def mask_prefix(mask_id: str) -> str:
@@ -73,24 +95,35 @@ def online_tables(count: int) -> str:
     return f"after-{count:06d}.safetensors"
 
 
+ASKED = ("search", "evaluate")  # may change while a store lives: what depends on them says so itself
+
+
 def freeze(store: Store, experiment: Experiment) -> None:
     """Write what was asked into a new store; check it against what an existing store holds.
 
-    A store in which nothing but the pretrained model was made so far is given to the new experiment. Raises UserError
-    where the store belongs to another experiment; the message shows the fields that differ.
+    What is asked of the vectors may change later: more basis methods, another search, other evaluations. A store in
+    which nothing but the pretrained model was made so far is given to the new experiment. Raises UserError where the
+    store belongs to another experiment; the message shows the fields that differ.
     """
     asked = experiment.identity()
     stored = yaml.safe_load(store.read(EXPERIMENT)) if store.exists(EXPERIMENT) else None
-    differing = [] if stored is None else records.differences(stored, asked)
-    if differing and not any(k.endswith(f"/{records.RECORD}") and not k.startswith(f"{BASE}/") for k in store.keys()):
-        for made in (BASE, "vectors"):  # the heads of its tasks are there
+    differing = [] if stored is None else records.differences(_frozen(stored), _frozen(asked))
+    if differing and not any(k.endswith(f"/{records.RECORD}") and not k.startswith((f"{BASE}/", "splits/"))
+                             for k in store.keys()):
+        for made in (BASE, "vectors", "splits"):  # the heads of its tasks are there
             store.delete(made)
-        stored = None
-    if stored is None:
-        store.write(EXPERIMENT, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
-    elif differing:
+        differing = []
+    if differing:
         raise UserError(f"{store.url} belongs to another experiment:\n  " + "\n  ".join(differing)
                         + "\nUse another store, or the experiment file that it was made with.")
+    if stored != asked:
+        store.write(EXPERIMENT, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
+
+
+def _frozen(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an experiment that its store was made for."""
+    kept = {k: v for k, v in identity.items() if k not in ASKED}
+    return kept | {"basis": {"prepare": "none"} | {k: v for k, v in identity.get("basis", {}).items() if k != "method"}}
 
 
 def base_identity(experiment: Experiment) -> dict[str, Any]:
@@ -106,6 +139,11 @@ def vector_identity(experiment: Experiment, task: TaskConfig) -> dict[str, Any]:
     return chosen | ({"mask_tasks": list(experiment.task_names)} if shared else {})
 
 
+def prepared_identity(experiment: Experiment, task: TaskConfig) -> dict[str, Any]:
+    """Identity of a vector's prepared twin."""
+    return vector_identity(experiment, task) | {"prepare": experiment.basis.prepare}
+
+
 def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     """Identity of a mask made from the scores of the given tasks."""
     identity = experiment.identity()
@@ -118,22 +156,23 @@ def basis_identity(experiment: Experiment, method: str, size: int, *, online: bo
     made: dict[str, Any] = {"method": method, "size": size}
     if online:
         made["online"] = {"buffer": experiment.basis.buffer}
+    if experiment.basis.prepare != "none":
+        made["prepare"] = experiment.basis.prepare
     return {k: identity[k] for k in ("model", "seed", "talos", "finetune", "tasks")} | made
 
 
 def head_key(experiment: Experiment, task: TaskConfig) -> str:
-    """Zero-shot head of a task, or of the control."""
+    """Zero-shot head of a task, or of the control or an unseen task."""
     if task.name in experiment.task_names:
         return f"{vector_prefix(task.name)}/head.safetensors"
-    return f"{BASE}/control-head.safetensors"
+    return f"{BASE}/heads/{task.name}.safetensors"
 
 
 def write_base(store: Store, experiment: Experiment, classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Store the pretrained model and the zero-shot heads of all tasks (and the control); `classes` by task name."""
+    """Store the pretrained model and the zero-shot heads of all tasks; `classes` by task name."""
     encoder = load_encoder(experiment.model)
     tokenizer = load_tokenizer(experiment.model)
-    control = experiment.control
-    for task in (*experiment.tasks, *([control] if control else [])):
+    for task in experiment.every_task:
         write_head(store, experiment, task, encoder, tokenizer, classes[task.name])
     sizes = {"parameters": sum(t.numel() for t in encoder.visual_state().values())}
     return records.commit(store, BASE, identity=base_identity(experiment), metrics=sizes,
@@ -143,18 +182,27 @@ def write_base(store: Store, experiment: Experiment, classes: Mapping[str, Seque
 
 def write_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: Encoder, tokenizer: Tokenizer,
                classes: Sequence[str]) -> Tensor:
-    """Make and store the zero-shot head (C, E) float32 of a task."""
+    """Make and store the zero-shot head (C, E) float32 of a task; its metadata says what of."""
     head = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
-    store.write(head_key(experiment, task), save({"head": head}))
+    store.write(head_key(experiment, task), save({"head": head}, metadata={"raytvb": _head_source(task)}))
     return head
 
 
+def _head_source(task: TaskConfig) -> str:
+    source = {"data": task.data, "classes": task.classes, "prompts": task.prompts}
+    return json.dumps(source, sort_keys=True)
+
+
 def load_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: Encoder) -> Tensor:
-    """The zero-shot head (C, E) float32 of a task; made again where its folder was deleted."""
+    """The zero-shot head (C, E) float32 of a task; made again where its folder was deleted, or where it is that of a
+    control or unseen task of the same name with other classes or prompts."""
+    key = head_key(experiment, task)
     try:
-        return load(store.read(head_key(experiment, task)))["head"]
-    except StoreKeyError:
-        return write_head(store, experiment, task, encoder, load_tokenizer(experiment.model), task_classes(task))
+        if json.dumps(Header.read(store, key).info, sort_keys=True) == _head_source(task):
+            return load(store.read(key))["head"]
+    except (StoreKeyError, VectorError):
+        pass
+    return write_head(store, experiment, task, encoder, load_tokenizer(experiment.model), task_classes(task))
 
 
 class Mirror:
@@ -268,6 +316,12 @@ def load_checkpoint(store: Store, experiment: Experiment, task: TaskConfig) -> C
 def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
     """The vectors of the given tasks, opened through the process's mirror."""
     return VectorSet([mirror(url).vector(vector_key(t)) for t in tasks])
+
+
+def basis_vector_set(experiment: Experiment) -> VectorSet:
+    """The vectors that the experiment's bases are made of, in the order of its tasks; opened as `vector_set` does."""
+    keys = [basis_vector_key(experiment, t) for t in experiment.task_names]
+    return VectorSet([mirror(experiment.store).vector(k) for k in keys])
 
 
 def stored_basis(url: str, name: str) -> StoredBasis:

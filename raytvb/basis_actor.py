@@ -78,9 +78,9 @@ class BasisBuilder:
         """
         failed, committed = dict[str, str](), dict[str, str]()
         for task in dict.fromkeys(tasks):
-            record = records.find(self._store, artifacts.vector_prefix(task))
+            record = artifacts.basis_vector_record(self._store, self._experiment, task)
             if record is None:
-                failed[task] = f"{self._store.where(artifacts.vector_key(task))} has not been committed"
+                failed[task] = f"{self._store.where(self._key(task))} has not been committed"
             else:
                 committed[task] = record["files"]["vector.safetensors"]["sha256"]
         if any(self._state.checksums.get(task) != checksum for task, checksum in committed.items()):
@@ -105,12 +105,15 @@ class BasisBuilder:
         rows = self._shards.rows([*self._state.known, *new], len(new)).sum(dim=0)
         before = len(self._state.tasks)
         bad = [i for i in range(len(new)) if not bool(torch.isfinite(rows[i, before + i]))]
-        failed = {new[i][0]: str(VectorFile(self._store, artifacts.vector_key(new[i][0])).complain()) for i in bad}
+        failed = {new[i][0]: str(VectorFile(self._store, self._key(new[i][0])).complain()) for i in bad}
         good = [i for i in range(len(new)) if i not in bad]
         if good:
             columns = [*range(before), *(before + i for i in good)]
             self._append([new[i] for i in good], rows[good][:, columns])
         return failed
+
+    def _key(self, task: str) -> str:
+        return artifacts.basis_vector_key(self._experiment, task)
 
     def _append(self, known: list[tuple[str, str]], rows: Tensor) -> None:
         total = len(self._state.tasks) + len(known)
@@ -221,5 +224,6 @@ class BasisBuilder:
             identity=artifacts.basis_identity(self._experiment, candidate.method, candidate.size,
                                               online=candidate.online),
             files={"coefficients.safetensors": artifacts.write_coefficients(B, W)},
-            parents={f"vectors/{t}": s for t, s in sorted(self._state.checksums.items())},
+            parents={artifacts.basis_vector_prefix(self._experiment, t): s
+                     for t, s in sorted(self._state.checksums.items())},
             metrics={"convex": convex, "vectors": B.shape[1], "tasks": list(self._experiment.task_names), **finite})

@@ -1,10 +1,13 @@
-"""What a search compares: ways to add tasks, each a table of coefficients over a set of stored vectors.
+"""The ways to add tasks that a search compares.
 
-The addition of the tasks in a set A is the direction  sum_f files[f] * sum_{t in A} table[f, t]:
+A candidate is a list of stored vectors (task vectors, or the vectors of a basis) and a table A with a column for each
+task: task t is represented by V A[:, t], and a subset is added as the sum of its columns.
 
-    full            files are the T task vectors, table = I
-    <method>-m<M>   files are the M basis vectors, table = W ("decoded": reconstruct each task, then add)
+    zero-shot       nothing is added
+    full            the task vectors, A = I
+    <method>-m<M>   files are the M basis vectors, A = W: reconstruct each task, then add
     ...-online      the same, of a basis that followed the tasks one by one
+    ...-<merge>     reconstruct each task, then merge by another method of the literature (also full-<merge>)
     ...-sum         files are the M basis vectors, one merge only: their plain sum (convex B; the authors')
     random-own      M random tasks: a task outside of them contributes nothing
     random-lstsq    M random tasks: every task is its least-squares combination of them
@@ -13,8 +16,8 @@ The addition of the tasks in a set A is the direction  sum_f files[f] * sum_{t i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,16 +26,19 @@ from torch import Tensor
 from raytvb import artifacts, records
 from raytvb.basis import fit_basis
 from raytvb.config import Experiment, half
+from raytvb.directions import UNSCALED, method_direction
+from raytvb.gram_state import GramState
+from raytvb.mixes import length_ratios
 from raytvb.online import ONLINE_METHODS
 from raytvb.store import Store
 from raytvb.vectors import Coordinates
 
-Kind = Literal["full", "decoded", "sum", "random-own", "random-lstsq"]
+Kind = Literal["zero-shot", "full", "decoded", "sum", "random-own", "random-lstsq"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to add tasks. `table` (M, T), float64 as nested tuples, is given where no stored file has it."""
+    """One way to add tasks. `table` (T, T), float64 as nested tuples, is given where no stored file has it."""
 
     name: str
     kind: Kind
@@ -40,6 +46,8 @@ class Candidate:
     size: int
     table: tuple[tuple[float, ...], ...] | None = None
     online: bool = False
+    merge: str = "sum"
+    """How the tasks' vectors become one: a method of `methods.MERGE`."""
 
     def open(self, experiment: Experiment) -> tuple[Coordinates, Tensor]:
         """The vectors to combine and the coefficient table (files, T), float64."""
@@ -50,10 +58,29 @@ class Candidate:
                 return basis, artifacts.load_coefficients(Store(url), self.basis)[1]
             # A subset is always the full set here: spread 1 over its tasks so that each basis vector counts once.
             return basis, torch.full((basis.size, len(tasks)), 1.0 / len(tasks), dtype=torch.float64)
-        vectors = artifacts.vector_set(url, tasks)
         if self.table is None:
-            return vectors, torch.eye(len(tasks), dtype=torch.float64)
-        return vectors, torch.tensor(self.table, dtype=torch.float64)
+            return artifacts.vector_set(url, tasks), torch.eye(len(tasks), dtype=torch.float64)
+        return artifacts.basis_vector_set(experiment), torch.tensor(self.table, dtype=torch.float64)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Its tasks are decoded from a basis, and can be given the lengths of the task vectors (`length_ratios`)."""
+        return self.kind == "decoded" and self.merge == "sum"
+
+    def ratios(self, experiment: Experiment) -> Tensor:
+        """`mixes.length_ratios` (T,) float64 of what it decodes."""
+        B, W = artifacts.load_coefficients(Store(experiment.store), self.basis)
+        return length_ratios(GramState.read(Store(experiment.store)).ordered(experiment.task_names), B @ W)
+
+    def directions(self, vectors: Coordinates, table: Tensor, subsets: Sequence[Sequence[int]],
+                   seed: int) -> Iterator[Tensor | None]:
+        """What each subset of tasks adds up to (see `Evaluator.merge`), for the result of `open`; one at a time."""
+        if self.kind == "zero-shot":
+            yield from (None for _ in subsets)
+        elif self.merge == "sum":
+            yield from vectors.combinations(torch.stack([table[:, list(s)].sum(dim=1) for s in subsets], dim=1))
+        else:
+            yield from (method_direction(vectors, table[:, list(s)], self.merge, seed=seed) for s in subsets)
 
     @property
     def offline(self) -> Candidate:
@@ -62,17 +89,31 @@ class Candidate:
 
     @property
     def basis(self) -> str:
-        """Name of the stored basis behind it."""
-        return self.name.removesuffix("-sum")
+        """Name of the stored basis behind it, where there is one."""
+        return f"{self.method}-m{self.size}{'-online' if self.online else ''}"
+
+    @property
+    def is_basis(self) -> bool:
+        """A basis whose tasks are decoded and added: what the search chooses from."""
+        return self.kind == "decoded" and self.merge == "sum"
+
+    @property
+    def group(self) -> str | None:
+        """Candidates of as many bytes, whose poorer ones need no more images; None: it goes through all of them."""
+        return f"m{self.size}{'-online' if self.online else ''}" if self.is_basis else None
 
     def addends(self, count: int) -> int:
         """Vectors that are summed when `count` tasks are added: the best coefficient is near one over this."""
-        return self.size if self.kind == "sum" else count
+        return self.size if self.kind == "sum" else 1 if self.merge in UNSCALED else count
 
     def subsets(self, subsets: Mapping[int, Sequence[tuple[int, ...]]]) -> dict[int, Sequence[tuple[int, ...]]]:
         """The subsets this candidate can add: all, or for a plain sum of the basis vectors the full set alone."""
         largest = max(subsets)
         return {largest: subsets[largest]} if self.kind == "sum" else dict(subsets)
+
+
+FULL = Candidate("full", "full", "full", 0)
+ZERO_SHOT = Candidate("zero-shot", "zero-shot", "zero-shot", 0)
 
 
 def sizes_of(experiment: Experiment) -> list[int]:
@@ -90,6 +131,12 @@ def basis_candidates(experiment: Experiment) -> list[Candidate]:
     return found
 
 
+def merge_candidates(experiment: Experiment) -> list[Candidate]:
+    """The other merge methods that are asked for, on the full vectors and on what each basis reconstructs."""
+    return [replace(c, name=f"{c.name}-{merge}", merge=merge) for merge in experiment.search.merges
+            for c in (FULL, *basis_candidates(experiment))]
+
+
 def sum_candidates(experiment: Experiment) -> list[Candidate]:
     """The plain sums of the stored bases whose B is convex. Raises FileNotFoundError where one is not there."""
     store = Store(experiment.store)
@@ -99,13 +146,19 @@ def sum_candidates(experiment: Experiment) -> list[Candidate]:
 
 
 def random_candidates(experiment: Experiment, gram: Tensor) -> list[Candidate]:
-    """Baselines of size T/2: a seeded random subset of the tasks, by itself and with least-squares coefficients."""
-    size = half(len(experiment.tasks))
-    generator = torch.Generator().manual_seed(experiment.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a basis that is exact: said when bases are written
-        fit = fit_basis(gram, size, method="random-subset", generator=generator)
-    own = torch.diag((fit.B.sum(dim=1) > 0).double())
-    tables: list[tuple[Kind, Tensor]] = [("random-own", own), ("random-lstsq", fit.B @ fit.W)]
-    return [Candidate(f"{kind}-m{size}", kind, "random-subset", size, tuple(tuple(r) for r in table.tolist()))
-            for kind, table in tables]
+    """Baselines at every size: seeded random subsets of the tasks, by themselves and with least-squares coefficients.
+
+    Of `search.random_subsets` draws the first has no number in its name, the others have `-2`, `-3` and so on.
+    """
+    found = []
+    for size in sizes_of(experiment):
+        for draw in range(experiment.search.random_subsets if size < len(experiment.tasks) else 1):
+            generator = torch.Generator().manual_seed(experiment.seed + draw)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a basis that is exact: said when bases are written
+                fit = fit_basis(gram, size, method="random-subset", generator=generator)
+            own = torch.diag((fit.B.sum(dim=1) > 0).double())
+            tables: list[tuple[Kind, Tensor]] = [("random-own", own), ("random-lstsq", fit.B @ fit.W)]
+            found += [Candidate(f"{kind}-m{size}{f'-{draw + 1}' if draw else ''}", kind, "random-subset", size,
+                                tuple(tuple(r) for r in table.tolist())) for kind, table in tables]
+    return found

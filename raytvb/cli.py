@@ -17,7 +17,7 @@ from rich.table import Table
 
 from raytvb import suite
 from raytvb.basis import METHODS
-from raytvb.config import TINY_MODEL, Experiment, half, load_experiment, parse_experiment, quarter
+from raytvb.config import MERGES, TINY_MODEL, Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
 from raytvb.store import Store
 
@@ -101,11 +101,13 @@ def quickstart(count: int, store: str, num_cpus: int | None, num_gpus: int | Non
     raytvb quickstart                       8 tasks, results in ./raytvb-quickstart
     raytvb quickstart --tasks 16 --store s3://bucket/quickstart
     """
-    sizes = sorted({quarter(count), half(count)})
+    sizes, names = sorted({quarter(count), half(count)}), list(suite.task_names()[:count])
     experiment = parse_experiment({
-        "name": "quickstart", "store": store, "tasks": list(suite.task_names()[:count]),
+        "name": "quickstart", "store": store, "tasks": names,
         "finetune": {"epochs": 7.5, "batch_size": 64},
-        "basis": {"method": ["ae", "ae-anchored", "svd"]}, "search": {"sizes": sizes}}, "quickstart")
+        "basis": {"method": ["ae", "ae-anchored", "svd"]}, "search": {"sizes": sizes},
+        "evaluate": {"unseen": [n for n in ("glyphs/greek-fog", "glyphs/dingbats-photo") if n not in names] or None,
+                     "disentanglement": {"points": 5}}}, "quickstart")
     from raytvb.pipeline import STAGES
 
     _run(experiment, STAGES, num_cpus, num_gpus)
@@ -211,17 +213,19 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--basis", help="Basis to decode from, as in `raytvb ls` (ae-m4), or `full`. Default: the chosen one.")
 @click.option("--merge", "kind", type=click.Choice(["decoded", "sum"]), default="decoded", show_default=True,
               help="sum: the plain sum of a convex basis's vectors, which adds all tasks.")
-@click.option("--method", type=click.Choice(["sum", "mean", "ties", "dare", "breadcrumbs", "tall", "consensus", "tsv-m",
-                                             "iso-c"]), default="sum", show_default=True,
+@click.option("--method", type=click.Choice(["sum", *MERGES]), default="sum", show_default=True,
               help="How the tasks' vectors become one, with the papers' settings.")
 @click.option("--vector", "vectors", multiple=True, metavar="NUMBER[=WEIGHT]", callback=_weights,
               help="Add a vector of the basis itself, from 1 on, instead of tasks; repeatable.")
 @click.option("--coefficient", type=float, help="Scale of the whole merge. Default: what validation data chose for "
               "adding that many tasks (1 with --vector); the report shows what it chose for forgetting each.")
+@click.option("--lengths", type=click.Choice(["projected", "own"]), help="Of the vectors that a basis decodes: as "
+              "projected, or those of the task vectors. Default: what validation data chose with the coefficient; "
+              "projected with --coefficient.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, float]],
           analogy: tuple[str, str, str] | None, basis: str | None, kind: Any, method: str,
-          vectors: list[tuple[str, float]], coefficient: float | None, out: Path) -> None:
+          vectors: list[tuple[str, float]], coefficient: float | None, lengths: Any, out: Path) -> None:
     """Write any mix of tasks as an ordinary open_clip folder (load it as `local-dir:OUT`).
 
     \b
@@ -257,14 +261,15 @@ def merge(store: str, add: list[tuple[str, float]], negate: list[tuple[str, floa
         raise UserError(f"--coefficient {coefficient}: use a finite number")
     quiet_open_clip()
     done = merge_tasks(Store(store), tasks, out, basis=basis, coefficient=coefficient,
-                       kind="vectors" if numbers else kind, vectors=numbers, method=method)
+                       kind="vectors" if numbers else kind, vectors=numbers, method=method, lengths=lengths)
     parts = tasks or {f"vector {n}": w for n, w in numbers.items()}
     what = " ".join(f"{'-' if w < 0 else '+'}{'' if abs(w) == 1 else f' {abs(w):g}'} {n}" for n, w in parts.items())
     what = what.removeprefix("+ ") or "all tasks"
     what += f" by {method}" if method != "sum" else ""
     if basis is None and not done["chosen"]:
         print("no basis has been chosen yet (`raytvb run` does): merged from the full vectors")
-    print(f"{what} from {done['source']}, coefficient {done['coefficient']:.4g}, written to {out}")
+    lengths = ", vectors at their tasks' own lengths" if done["own_lengths"] else ""
+    print(f"{what} from {done['source']}, coefficient {done['coefficient']:.4g}{lengths}, written to {out}")
     print(f"open_clip.create_model('local-dir:{out}')")
 
 
@@ -369,6 +374,7 @@ def bench() -> None:
     raytvb bench basis --tasks 50              the fit on the Gram matrix
     raytvb bench gram                          the Gram matrix from files (7 GB of them)
     raytvb bench arrivals                      what one more vector costs when 1,000 are there
+    raytvb bench search                        basis sizes and coefficients, from loading to the test (minutes)
     """
 
 
@@ -494,6 +500,34 @@ def bench_arrivals(as_json: bool, **options: Any) -> None:
     _print_bench(lambda: benchmark.bench_arrivals(**options), as_json)
 
 
+@bench.command(name="search")
+@click.option("--tasks", type=click.IntRange(2, len(suite.task_names())), show_default="16",
+              help="How many tasks of the embedded suite.")
+@click.option("--size", "sizes", type=click.IntRange(1), multiple=True, show_default="T/8, T/4, 3T/8, T/2 and 3T/4",
+              help="A basis size to search; repeatable.")
+@click.option("--method", type=click.Choice(sorted(METHODS)), default="ae", show_default=True)
+@click.option("--objective", type=click.Choice(["all", "subsets"]), default="all", show_default=True,
+              help="Accuracy of all tasks added (the authors'), or the mean over additions of 1, T/4, T/2 and T.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), show_default="0.1",
+              help="Of the task vectors; 1: dense.")
+@click.option("--store", help="Store of an experiment whose bases are searched, instead of making some.")
+@_THREADS
+@_AS_JSON
+def bench_search(as_json: bool, **options: Any) -> None:
+    """The search for a basis size and coefficients against the authors' grid, which loads everything for each point.
+
+    Both choose on validation images and then read the test images. Task vectors and bases are made first, on a local
+    Ray; that is not timed.
+
+    \b
+    raytvb bench search
+    raytvb bench search --store raytvb-quickstart --size 2 --size 4 --objective subsets --json
+    """
+    from raytvb import bench_search as benchmark
+
+    _print_bench(lambda: benchmark.bench_search(**options), as_json)
+
+
 def _print_bench(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     from raytvb.encoder import quiet_open_clip
 
@@ -528,40 +562,25 @@ def list_tasks() -> None:
 def print_summary(summary: dict[str, Any]) -> None:
     """The results as a table on standard output."""
     from raytvb.evaluate import mean
-    from raytvb.report import format_bytes, headline, subset_sizes
+    from raytvb.report import format_bytes, subset_sizes, summary_lines
 
-    figures, chosen = headline(summary), summary["chosen"]["name"]
     sizes = subset_sizes(summary)
     table = Table(title="Test accuracy, %: tasks added from …", title_justify="left")
     for column in ("vectors", "error", f"all {len(summary['tasks'])}", *(f"{s} added" for s in sizes[:-1]), "subsets",
                    "bytes"):
         table.add_column(column, justify="left" if column == "vectors" else "right")
     rows = summary["addition"] | summary["random_subset"]
+    marks = {"*": [summary["chosen"]["name"]], "+": summary.get("search", {}).get("front", [])}
     for name in ("full", *sorted(n for n in summary["addition"] if n != "full"), *sorted(summary["random_subset"])):
         entry = rows[name]
         parts = [f"{100 * entry['subsets'][s]:.1f}" if s in entry["subsets"] else "–" for s in sizes[:-1]]
         overall = f"{100 * mean(list(entry['subsets'].values())):.1f}" if len(entry["subsets"]) == len(sizes) else "–"
-        table.add_row(f"{name} *" if name == chosen else name, f"{entry['relative_error']:.3f}",
-                      f"{100 * entry['mean']:.1f}", *parts, overall, format_bytes(entry["stored_bytes"]))
+        table.add_row(" ".join([name, *(m for m, names in marks.items() if name in names)]),
+                      f"{entry['relative_error']:.3f}", f"{100 * entry['mean']:.1f}", *parts, overall,
+                      format_bytes(entry["stored_bytes"]))
     _wide_console(110).print(table)
-    print(f"* chosen on validation data. zero-shot {100 * figures['zero_shot']:.1f}, fine-tuned "
-          f"{100 * figures['fine_tuned']:.1f}, all tasks added {100 * figures['full']:.1f} "
-          f"({100 * (figures['full'] - figures['zero_shot']):+.1f} points to zero-shot)")
-    if "lowered" in figures:
-        print(f"negation: {figures['lowered']:.0f} of {len(summary['negation'])} targets lowered, on average from "
-              f"{100 * figures['target_before']:.1f} to {100 * figures['target_after']:.1f}; the control keeps at "
-              f"least {100 * figures['control_kept']:.1f} % of its accuracy on validation")
-    for name, found in summary.get("online", {}).items():
-        lost, anew = (mean(list(found[kind]["forgetting"].values())) for kind in ("online", "offline"))
-        of = "" if len(found["tasks"]) == len(summary["tasks"]) else f" ({len(found['tasks'])} looked at)"
-        print(f"{name}, tasks arriving in order: single tasks{of} {100 * found['online']['mean'][-1]:.1f} at the end, "
-              f"forgetting {100 * lost:.1f} (fitted anew: {100 * found['offline']['mean'][-1]:.1f}, {100 * anew:.1f})")
-    if overlap := summary.get("mask_overlap"):
-        print(f"overlap of the masks of two tasks (Jaccard index): {overlap['mean']:.2f} on average, "
-              f"{overlap['min']:.2f} to {overlap['max']:.2f}")
-    stored = summary["stored_bytes"]
-    print(f"stored: vectors {format_bytes(stored['vectors'])} and masks {format_bytes(stored['masks'])}, "
-          f"{100 * (stored['vectors'] + stored['masks']) / stored['dense_fp32']:.1f} % of dense fp32 vectors")
+    for line in summary_lines(summary):
+        print(line)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -17,11 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from raytvb import presets, suite
 from raytvb.basis import METHODS
 from raytvb.errors import UserError
+from raytvb.methods import MERGE
 from raytvb.online import ONLINE_METHODS
 
 TINY_MODEL = "glyphs-tiny"
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
 EXECUTION_FIELDS = ("store", "resources")
+MERGES = tuple(name for name in MERGE if name not in ("sum", "fisher"))  # fisher needs what a store has not
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -154,6 +156,9 @@ class BasisConfig(_Frozen):
     """Which bases are built: one method or several."""
 
     method: tuple[str, ...] = ("ae",)
+    prepare: Literal["none", "trimmed", "dropped", "sparsified"] = Field("none", description=(
+        "what bases are made of: the task vectors, or those trimmed as in TIES, with dropped entries (DARE) or without "
+        "both tails (Breadcrumbs)"))
     online: bool = Field(False, description=(
         f"also bases that see each vector once, in bounded memory ({', '.join(ONLINE_METHODS)})"))
     buffer: Count = Field(1, description="vectors that an online basis takes in at a time; it holds M and these")
@@ -179,10 +184,16 @@ class BasisConfig(_Frozen):
 
 
 class CoefficientConfig(_Frozen):
-    """Range of the merge coefficient alpha. The best one is near 1/size, so the search works on multiples of that."""
+    """The merge coefficient alpha, from `low` to `high`. The best one is near one over the number of vectors added."""
 
     low: float = Field(0.0, ge=0.0)
     high: Positive = 4.0
+    strategy: Literal["line", "grid"] = Field("line", description=(
+        "line: a coarse-to-fine search for the one maximum, on multiples of 1/size; grid: `points` even steps"))
+    points: int = Field(21, ge=2, description="of the grid, low and high included")
+    vector: Literal["none", "per-task", "per-basis"] = Field("none", description=(
+        "also a coefficient for each task, or each basis vector, for the addition of all tasks (Optuna)"))
+    trials: Count = Field(60, description="that Optuna tries for such a vector")
 
     @model_validator(mode="after")
     def _ordered(self) -> CoefficientConfig:
@@ -196,23 +207,106 @@ class SearchConfig(_Frozen):
 
     sizes: tuple[Count, ...] = Field((), description="basis sizes M, at most T; default: a quarter and half of T")
     objective: Literal["subsets", "all", "single"] = "subsets"
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(None, description=(
+        "choose the smallest basis whose accuracy is at most this below the best one's (0.01: one point); default: the "
+        "best one"))
     coefficients: CoefficientConfig = CoefficientConfig()
-
-
-class EvaluateConfig(_Frozen):
-    """Negation's control: it must keep 95 % of its zero-shot accuracy."""
-
-    control: TaskConfig | None = Field(None, description=f"default: {suite.CONTROL} on the embedded model, else none")
-    negation: bool = Field(True, description="false, or `control: none`: nothing is negated")
-    keep: Fraction = 0.95
+    shares: tuple[Fraction, ...] = Field((0.25, 1.0), description=(
+        "parts of the validation images, rising to 1: the coefficient is searched on the first, and the poorer methods "
+        "of a size end there"))
+    keep: Fraction = Field(0.5, description=(
+        "part of the methods of a size that go on to the next share, at least two; 1: all"))
+    lengths: Literal["auto", "projected", "own"] = Field("auto", description=(
+        "of what is decoded from a basis: as the projection has it, or that of the task vector; auto: what is better "
+        "on validation images, for each number of tasks added but all, whose projected sum it keeps"))
+    random_subsets: Count = Field(1, description="draws of the random baselines at each size")
+    merges: tuple[str, ...] = Field((), description=(
+        f"other merge methods to compare with, on the full vectors and on each basis: {', '.join(MERGES)}"))
 
     @model_validator(mode="before")
     @classmethod
-    def _name_only(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("control") == "none":
-            return {**values, "control": None, "negation": False}
-        if isinstance(values, dict) and isinstance(values.get("control"), str):
-            return {**values, "control": {"name": values["control"]}}
+    def _one_or_many(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return values | {k: (values[k],) for k in ("merges", "sizes", "shares") if isinstance(
+                values.get(k), str | int | float)}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SearchConfig:
+        if not self.shares or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1.0:
+            raise ValueError(f"shares must rise and end with 1.0, not {list(self.shares)}")
+        unknown = [m for m in self.merges if m not in MERGES]
+        if unknown or len(set(self.merges)) < len(self.merges):
+            raise ValueError(f"merges: {', '.join(unknown) or 'a method is given twice'}; allowed: {', '.join(MERGES)}")
+        return self
+
+
+class UnseenConfig(_Frozen):
+    """Tasks without a vector: coefficients of the basis vectors, and of all task vectors, learned on few images."""
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    shots: Count = Field(4, description="training images of each class")
+    steps: Count = 30
+    lr: Positive = Field(0.02, description="of Adam on coefficients of vectors that are scaled to equal length")
+    batch_size: Count = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tasks" in values:
+            given = values["tasks"]
+            given = given if isinstance(given, list | tuple) else [given]
+            return {**values, "tasks": [made for task in given for made in _expanded(task)]}
+        return values
+
+
+class DisentanglementConfig(_Frozen):
+    """Weight disentanglement error of pairs of tasks, over a grid of two coefficients."""
+
+    pairs: tuple[tuple[str, str], ...] = Field((), description="names of tasks; default: the first two")
+    low: float = -1.0
+    high: float = 2.0
+    points: int = Field(7, ge=2, description="of each coefficient, low and high included")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DisentanglementConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+class EvaluateConfig(_Frozen):
+    """What is measured on the test split. Negation's control must keep 95 % of its zero-shot accuracy."""
+
+    control: TaskConfig | None = Field(None, description=(
+        f"default: {suite.CONTROL} on the embedded model, else none; imagenet: the ImageNet-1k validation images"))
+    negation: bool = Field(True, description="false, or `control: none`: nothing is negated")
+    keep: Fraction = 0.95
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description=(
+        "of the forward pass: bf16 where it keeps 99.5 % of the answers, else fp32; auto: tries bf16 on GPUs only"))
+    additions: tuple[tuple[str, ...], ...] = Field((), description=(
+        "lists of tasks to add, beside the seeded subsets: each with its own coefficient"))
+    unseen: UnseenConfig | None = None
+    disentanglement: DisentanglementConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        control = values.get("control")
+        if control == "none":
+            values = {**values, "control": None, "negation": False}
+        elif isinstance(control, str) or (isinstance(control, dict) and "preset" in control):
+            found = _expanded(control)
+            if len(found) != 1:
+                raise ValueError("control: one task, not the tasks of a preset")
+            values = {**values, "control": found[0]}
+        unseen = values.get("unseen")
+        if isinstance(unseen, str | list | tuple):
+            values = {**values, "unseen": {"tasks": unseen}}
+        if isinstance(values.get("disentanglement"), bool):
+            values = {**values, "disentanglement": {} if values["disentanglement"] else None}
         return values
 
 
@@ -281,8 +375,24 @@ class Experiment(_Frozen):
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:
             raise ValueError(f"tasks: given more than once: {', '.join(repeated)}")
-        if any(a != b and b.startswith(a + "/") for a in names for b in names):
-            raise ValueError("tasks: one task's name is the folder of another's")
+        every = {t.name for t in self.every_task}
+        if any(b.startswith(a + "/") for a in every for b in every):
+            raise ValueError("tasks: one task's name is the folder of another's (control and unseen tasks included)")
+        for field, groups in (("evaluate.additions", self.evaluate.additions),
+                              ("evaluate.disentanglement.pairs", self.pairs)):
+            for group in groups:
+                wrong = [n for n in group if n not in names]
+                if wrong or not group or len(set(group)) < len(group):
+                    raise ValueError(f"{field}: [{', '.join(group)}]: give different tasks of the experiment"
+                                     + (f"; {', '.join(wrong)} is none" if wrong else ""))
+        control = self.control
+        if control is not None and any(t.name == control.name and t != control for t in self.unseen):
+            raise ValueError(f"evaluate: the control and an unseen task are both called {control.name}, but differ")
+        unseen = [t.name for t in self.unseen]
+        both = [n for n in unseen if n in names]
+        if both or len(set(unseen)) < len(unseen):
+            raise ValueError(f"evaluate.unseen.tasks: {', '.join(both) or 'a name is given twice'}"
+                             + (": these have task vectors; name others" if both else ""))
         return self
 
     @property
@@ -299,6 +409,32 @@ class Experiment(_Frozen):
     def control(self) -> TaskConfig | None:
         """The control of negation; None where nothing is negated."""
         return self.evaluate.control if self.evaluate.negation else None
+
+    def tasks_with(self, split: str) -> tuple[TaskConfig, ...]:
+        """The tasks whose images of a split are needed: also the control's but for train, and the unseen ones' but for
+        val."""
+        control = (self.control,) if self.control is not None and split != "train" else ()
+        extra = (*control, *(() if split == "val" else self.unseen))
+        named = {t.name: t for t in (*reversed(extra), *self.tasks)}  # of the same name the first one
+        return (*self.tasks, *(t for t in extra if named[t.name] is t))
+
+    @property
+    def every_task(self) -> tuple[TaskConfig, ...]:
+        """The tasks, the control where there is one that is not a task itself, and the unseen tasks."""
+        return self.tasks_with("test")
+
+    @property
+    def unseen(self) -> tuple[TaskConfig, ...]:
+        """Tasks without a task vector, that coefficients are learned for."""
+        return () if self.evaluate.unseen is None else self.evaluate.unseen.tasks
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of tasks whose weight disentanglement is measured."""
+        asked = self.evaluate.disentanglement
+        if asked is None or len(self.tasks) < 2:
+            return ()
+        return asked.pairs or ((self.tasks[0].name, self.tasks[1].name),)
 
     def identity(self) -> dict[str, Any]:
         """What the experiment computes, as plain JSON values, with every default filled in."""
@@ -342,16 +478,17 @@ def _allowed(location: Sequence[int | str]) -> str:
     model: Any = Experiment
     for part in location[:-1]:
         if isinstance(part, str) and issubclass(model, BaseModel) and part in model.model_fields:
-            nested = {"tasks": TaskConfig, "control": TaskConfig}.get(part, model.model_fields[part].annotation)
+            nested = {"tasks": TaskConfig, "control": TaskConfig, "unseen": UnseenConfig,
+                      "disentanglement": DisentanglementConfig}.get(part, model.model_fields[part].annotation)
             model = nested if isinstance(nested, type) and issubclass(nested, BaseModel) else model
     return ", ".join(model.model_fields)
 
 
 def _explain(error: ValidationError, origin: str) -> UserError:
     lines, problems = [], error.errors()
-    inside = any(p["loc"][:1] == ("tasks",) and len(p["loc"]) > 1 for p in problems)
     for problem in problems:
-        if inside and problem["loc"] == ("tasks",):
+        place = problem["loc"]
+        if problem["type"] == "too_short" and any(p["loc"][:len(place)] == place != p["loc"] for p in problems):
             continue  # a list whose members are wrong counts as too short
         path = _field(problem["loc"])
         if problem["type"] == "extra_forbidden":

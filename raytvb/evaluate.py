@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,6 @@ from raytvb.encoder import Preprocess
 
 SUBSETS_PER_SIZE = 4
 BATCH = 256
-LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # times 1/size
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,17 @@ class Count:
 
     correct: int
     total: int
+    expected: float = field(default=0.0, compare=False)
+    """Sum of the probabilities that the model gives to the right classes: as many of its answers would be right if they
+    were drawn. It moves in smaller steps than `correct`, so that coefficients can be compared on fewer images."""
 
     @property
     def accuracy(self) -> float:
         """Share of correct answers, 0 to 1."""
         return self.correct / self.total
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.correct + other.correct, self.total + other.total, self.expected + other.expected)
 
 
 def wilson(count: Count, z: float = 1.96) -> tuple[float, float]:
@@ -64,31 +71,63 @@ def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
     return subsets
 
 
+def nested_order(task: str, count: int) -> Tensor:
+    """A permutation (count,) of a task's images, the same for every candidate: shares of them are its beginnings."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(zlib.crc32(task.encode())))
+
+
+def edge(share: float, count: int) -> int:
+    """How many of `count` images a share is: at least one, all of them at 1."""
+    return min(count, max(1, round(share * count))) if share > 0 else 0
+
+
 class Evaluator:
     """An image tower with the heads and images of several tasks.
 
-    `mask` gives the coordinates of directions: its kept entries, or every parameter where it is None.
+    `mask` gives the coordinates of directions: its kept entries, or every parameter where it is None. In bf16 the
+    tower runs under autocast; its weights, the unit features and the head stay float32.
     """
 
     def __init__(self, tower: nn.Module, heads: Mapping[str, Tensor], splits: Mapping[str, Split],
-                 preprocess: Preprocess, *, mask: Mapping[str, Tensor] | None, device: torch.device) -> None:
+                 preprocess: Preprocess, *, mask: Mapping[str, Tensor] | None, device: torch.device,
+                 precision: str = "fp32") -> None:
         self._tower = tower.to(device).eval().requires_grad_(False)
         self._device, self._preprocess, self._splits = device, preprocess, splits
         self._heads = {n: h.to(device) for n, h in heads.items()}
+        self._orders = {n: nested_order(n, len(s)) for n, s in splits.items()}
         self._zero_shot: dict[str, Count] = {}
+        self._bf16 = precision == "bf16"
+        self.images = 0
+        """Images that have gone through the tower."""
         named = sorted((f"visual.{n}", p) for n, p in tower.named_parameters())
         self._slots = [(p, None if mask is None else mask[n].reshape(-1).nonzero()[:, 0].to(device)) for n, p in named]
-        self._base = torch.cat([p.reshape(-1) if i is None else p.reshape(-1)[i] for p, i in self._slots]).clone()
+        self._base = torch.cat([p.reshape(-1) for p, _ in self._slots])
+        self._kept = None if mask is None else self._gathered().clone()
+        self._everywhere = False
+        """A direction over all parameters is in place, not one of the mask's entries."""
 
-    def merge(self, direction: Tensor | None, alpha: float = 0.0) -> None:
-        """Set the tower to theta_0 + alpha * direction (count,), or to theta_0."""
-        values = self._base if direction is None else self._base + alpha * direction.to(self._device)
-        sizes = [p.numel() if i is None else len(i) for p, i in self._slots]
+    def _gathered(self) -> Tensor:
+        return torch.cat([p.reshape(-1) if i is None else p.reshape(-1)[i] for p, i in self._slots])
+
+    def _put(self, values: Tensor, everywhere: bool) -> None:
+        sizes = [p.numel() if i is None or everywhere else len(i) for p, i in self._slots]
         for (parameter, indices), part in zip(self._slots, values.split(sizes), strict=True):
-            if indices is None:
+            if indices is None or everywhere:
                 parameter.copy_(part.view_as(parameter))
             else:
                 parameter.view(-1)[indices] = part
+
+    def merge(self, direction: Tensor | None, alpha: float = 0.0) -> None:
+        """Set the tower to theta_0 + alpha * direction, or to theta_0.
+
+        direction: (count,) on the mask's kept entries, or over all parameters, names sorted.
+        """
+        everywhere = self._kept is None or (direction is not None and len(direction) == len(self._base))
+        if self._everywhere and not everywhere:
+            self._put(self._base, True)
+        self._everywhere = everywhere and self._kept is not None
+        base = self._base if everywhere or self._kept is None else self._kept
+        self._put(base if direction is None else base + alpha * direction.to(self._device), everywhere)
 
     def zero_shot(self, task: str) -> Count:
         """Correct answers of the pretrained tower, measured once; leaves the pretrained tower in place."""
@@ -98,42 +137,44 @@ class Evaluator:
         return self._zero_shot[task]
 
     @torch.inference_mode()
-    def count(self, task: str) -> Count:
-        """Correct answers of the present tower with the task's head on the task's images."""
-        split, correct = self._splits[task], 0
-        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
-            features = nn.functional.normalize(self._tower(self._preprocess.normalise(images.to(self._device))), dim=-1)
-            correct += int(((features @ self._heads[task].T).argmax(dim=1).cpu() == labels).sum())
-        return Count(correct, len(split))
+    def _logits(self, task: str, start: float, stop: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (n, C) and labels (n,) of the task's images from share to share, a batch at a time."""
+        split = self._splits[task]
+        chosen = self._orders[task][edge(start, len(split)):edge(stop, len(split))]
+        whole = len(chosen) == len(split)
+        for first in range(0, len(chosen), BATCH):
+            # All of them in the order in which they lie, which needs no gathering.
+            part: Any = slice(first, first + BATCH) if whole else chosen[first:first + BATCH]
+            pixels = self._preprocess.normalise(split.images[part].to(self._device))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                output = self._tower(pixels)
+            features = output[0] if isinstance(output, tuple) else output  # CoCa's tower gives its tokens as well
+            yield nn.functional.normalize(features.float(), dim=-1) @ self._heads[task].T, split.labels[part]
+        self.images += len(chosen)
+
+    def answers(self, task: str, start: float = 0.0, stop: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Classes (n,) that the present tower says and the labels (n,) of the task's images from share to share."""
+        found = [(logits.argmax(dim=1).cpu(), labels) for logits, labels in self._logits(task, start, stop)]
+        none = torch.zeros(0, dtype=torch.int64)
+        return torch.cat([none, *(a for a, _ in found)]), torch.cat([none, *(b for _, b in found)])
+
+    def count(self, task: str, start: float = 0.0, stop: float = 1.0) -> Count:
+        """Correct answers of the present tower with the task's head on the task's images from share to share.
+
+        Where weights are so large that the tower overflows it gives no answer, which is not correct.
+        """
+        correct, total, expected = 0, 0, 0.0
+        for logits, labels in self._logits(task, start, stop):
+            answered = torch.isfinite(logits).all(dim=1)
+            right = torch.where(answered[:, None], logits.softmax(dim=1), 0.0).cpu().gather(1, labels[:, None])[:, 0]
+            correct += int(((logits.argmax(dim=1) == labels.to(logits.device)) & answered).sum())
+            total, expected = total + len(labels), expected + float(right.double().sum())
+        return Count(correct, total, expected)
 
 
-def coefficient_ladder(size: int, low: float, high: float) -> list[float]:
-    """Coefficients to choose from for additions of `size` tasks: multiples of 1/size, where the best ones lie."""
-    return sorted({min(max(m / size, low), high) for m in LADDER} - {0.0})
-
-
-def climb(ladder: Sequence[float], start: int, value: Callable[[float], float]) -> dict[float, float]:
-    """Line search for the maximum of a unimodal function on a ladder, from rung `start`: every value it looked at.
-
-    Goes up while that is better, else down while that is better (or equal): a few evaluations instead of all.
-    """
-    tried = {ladder[start]: value(ladder[start])}
-    for step in (1, -1):
-        rung = start + step
-        while 0 <= rung < len(ladder):
-            tried[ladder[rung]] = value(ladder[rung])
-            before = tried[ladder[rung - step]]
-            if tried[ladder[rung]] < before or (step == 1 and tried[ladder[rung]] == before):
-                break
-            rung += step
-        if rung - step != start:  # it went up: the other side is lower
-            break
-    return tried
-
-
-def best_coefficient(tried: Mapping[float, float]) -> float:
-    """The coefficient with the highest value; the smallest of equals."""
-    return min(tried, key=lambda a: (-tried[a], a))
+def even_grid(low: float, high: float, points: int) -> list[float]:
+    """Even steps from low to high, both included."""
+    return [low + (high - low) * k / (points - 1) for k in range(points)]
 
 
 def mean(values: Sequence[float]) -> float:

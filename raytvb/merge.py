@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,79 +13,61 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytvb import artifacts, records
+from raytvb.config import MERGES
+from raytvb.directions import UNSCALED, method_direction
 from raytvb.encoder import CONFIG_FILE, WEIGHTS_FILE
 from raytvb.errors import UserError
-from raytvb.methods import MERGE, global_thresholds
-from raytvb.mixes import decoded, summed, vector_of
+from raytvb.gram_state import GramState
+from raytvb.mixes import decoded, length_ratios, summed, vector_of
 from raytvb.store import Store
 from raytvb.vectors import Coordinates
 
 Kind = Literal["decoded", "sum", "vectors"]
-METHODS = tuple(name for name in MERGE if name != "fisher")  # which needs what a store has not
-MATRIX_METHODS = ("tsv-m", "iso-c")
-UNSCALED = ("mean", "ties", "tsv-m", "iso-c")  # made for a coefficient of 1; the others are as large as a sum
+Lengths = Literal["projected", "own"]
+METHODS = ("sum", *MERGES)
 
 
 def merged_state(state: Mapping[str, Tensor], vectors: Coordinates, weights: Tensor) -> dict[str, Tensor]:
     """State dict plus sum_f weights[f] * vectors[f], in float32; the given state dict is not changed."""
-    direction = next(vectors.combinations(weights[:, None]))
+    return _moved(state, vectors, next(vectors.combinations(weights[:, None])))
+
+
+def method_state(state: Mapping[str, Tensor], vectors: Coordinates, tasks: Tensor, method: str,
+                 coefficient: float) -> dict[str, Tensor]:
+    """State dict plus coefficient * method(tau_1, ..., tau_n), in float32; see `directions.method_direction`.
+
+    tasks: (F, n) float64, each of the n vectors to merge as a combination of the F stored ones.
+    """
+    return _moved(state, vectors, method_direction(vectors, tasks, method), coefficient)
+
+
+def _moved(state: Mapping[str, Tensor], vectors: Coordinates, direction: Tensor,
+           coefficient: float = 1.0) -> dict[str, Tensor]:
+    """State dict plus coefficient * direction, which is of the vectors' coordinates or of all parameters."""
     merged = {n: t.clone() for n, t in state.items()}
-    tensors = vectors.mask.load().tensors() if vectors.mask is not None else None
+    everywhere = vectors.mask is None or len(direction) == vectors.mask.total
+    tensors = None if everywhere or vectors.mask is None else vectors.mask.load().tensors()
     offset = 0
     for name, shape in vectors.parameters.items():
         if name not in merged or tuple(merged[name].shape) != tuple(shape):
             raise UserError(f"the model has no tensor {name} of shape {tuple(shape)}: the vectors are of another model")
         target = merged[name].reshape(-1)
         indices = torch.arange(target.numel()) if tensors is None else tensors[name].reshape(-1).nonzero()[:, 0]
-        target[indices] += direction[offset:offset + len(indices)]
+        target[indices] += coefficient * direction[offset:offset + len(indices)]
         offset += len(indices)
         merged[name] = target.view(shape)
     return merged
 
 
-def method_state(state: Mapping[str, Tensor], vectors: Coordinates, tasks: Tensor, method: str,
-                 coefficient: float) -> dict[str, Tensor]:
-    """State dict plus coefficient * method(tau_1, ..., tau_n), one parameter at a time, in float32.
-
-    tasks: (F, n) float64, each of the n vectors to merge as a combination of the F stored ones. Methods that go entry
-    by entry see the kept entries only; those of matrices see whole ones, and fill them. Memory: n times one parameter.
-    """
-    kept = vectors.mask.load().tensors() if vectors.mask is not None else None
-    factors, generator = tasks.T.to(torch.float32), torch.Generator().manual_seed(0)
-
-    def parameters() -> Iterator[tuple[str, Tensor]]:
-        first = 0
-        for name, shape in vectors.parameters.items():
-            count = prod(shape) if kept is None else int(kept[name].sum())
-            yield name, factors @ vectors.read_all(first, count)
-            first += count
-
-    options: dict[str, Any] = {"dare": {"generator": generator}}.get(method, {})
-    if method == "ties":
-        options = {"thresholds": global_thresholds(lambda: (rows for _, rows in parameters()))}
-    merged = dict(state)
-    for name, rows in parameters():
-        shape = vectors.parameters[name]
-        if method in MATRIX_METHODS or kept is None:
-            whole = rows
-            if kept is not None:
-                whole = torch.zeros(len(rows), prod(shape))
-                whole[:, kept[name].reshape(-1)] = rows
-            change = MERGE[method](whole.view(-1, *shape), **options)
-        else:
-            change = torch.zeros(prod(shape))
-            change[kept[name].reshape(-1)] = MERGE[method](rows, **options)
-        merged[name] = state[name] + coefficient * change.view(shape)
-    return merged
-
-
-def default_coefficient(store: Store, source: str, count: int) -> float:
-    """The coefficient that validation chose for additions of the nearest searched number of tasks, else 1/count."""
+def searched(store: Store, source: str, count: int) -> tuple[float, bool]:
+    """What validation chose for additions of the searched number of tasks nearest to `count`: the coefficient, and
+    whether decoded vectors get the lengths of the task vectors. Without a search 1/count, and not."""
     record = records.find(store, f"search/{source}")
-    if record is None:
-        return 1.0 / count
+    if record is None or not record["metrics"]["coefficient"]:
+        return 1.0 / count, False
     chosen = {int(s): a for s, a in record["metrics"]["coefficient"].items()}
-    return chosen[min(chosen, key=lambda s: (abs(s - count), s))]
+    nearest = min(chosen, key=lambda s: (abs(s - count), s))
+    return chosen[nearest], record["metrics"]["own_lengths"][str(nearest)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +80,7 @@ class _Mix:
     source: str
     tasks: Tensor | None = None
     """(F, n): the weighted vectors of the n tasks one by one; weights are their sum."""
+    own_lengths: bool = False
 
 
 def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
@@ -110,7 +92,7 @@ def _full(store: Store, tasks: Mapping[str, float]) -> _Mix:
     weights = torch.tensor(list(tasks.values()), dtype=torch.float64)
     for task in tasks:
         artifacts.check_files(store, artifacts.vector_prefix(task), ["vector.safetensors"])
-    usual = default_coefficient(store, "full", _added(tasks))
+    usual, _ = searched(store, "full", _added(tasks))
     return _Mix(artifacts.vector_set(store.url, list(tasks)), weights, usual, "full", weights.diag())
 
 
@@ -118,7 +100,8 @@ def _added(tasks: Mapping[str, float]) -> int:
     return sum(1 for w in tasks.values() if w > 0) or 1
 
 
-def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vectors: Mapping[int, float]) -> _Mix:
+def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vectors: Mapping[int, float],
+           lengths: Lengths | None) -> _Mix:
     record = records.find(store, artifacts.basis_prefix(name))
     if record is None:
         there = sorted({k.split("/")[1] for k in store.keys("basis")})
@@ -130,7 +113,7 @@ def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vecto
             raise UserError(f"the vectors of {name} are no convex combinations of task vectors, so their plain sum "
                             f"means nothing: use `--merge decoded`, or a basis of ae, ae-anchored, kmeans …")
         count = len(record["metrics"]["tasks"])
-        return _Mix(basis, summed(basis.size), default_coefficient(store, f"{name}-sum", count), f"{name}-sum")
+        return _Mix(basis, summed(basis.size), searched(store, f"{name}-sum", count)[0], f"{name}-sum")
     if kind == "vectors":
         outside = [m for m in vectors if not 1 <= m <= basis.size]
         if outside:
@@ -139,15 +122,18 @@ def _basis(store: Store, name: str, tasks: Mapping[str, float], kind: str, vecto
         for number, weight in vectors.items():
             weights[number - 1] = weight
         return _Mix(basis, weights, 1.0, name)
-    table = artifacts.load_coefficients(store, name)[1]
     x = vector_of(record["metrics"]["tasks"], tasks)
-    return _Mix(basis, decoded(table, x), default_coefficient(store, name, _added(tasks)), name,
-                decoded(table, x.diag())[:, x != 0])
+    coefficient, usual = searched(store, name, _added(tasks))
+    B, W = artifacts.load_coefficients(store, name)
+    own = usual if lengths is None else lengths == "own"
+    if own:
+        W = W * length_ratios(GramState.read(store).ordered(record["metrics"]["tasks"]), B @ W)
+    return _Mix(basis, decoded(W, x), coefficient, name, decoded(W, x.diag())[:, x != 0], own)
 
 
 def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | None = None,
           coefficient: float | None = None, kind: Kind = "decoded", vectors: Mapping[int, float] | None = None,
-          method: str = "sum") -> dict[str, Any]:
+          method: str = "sum", lengths: Lengths | None = None) -> dict[str, Any]:
     """Write a merged model to the folder `out`, loadable as `local-dir:out`.
 
     Args:
@@ -157,13 +143,18 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
         kind: `decoded`: theta_0 + coefficient * sum_t weight_t * tau_t; `sum`: the plain sum of the basis vectors,
             which adds all tasks; `vectors`: the basis vectors with the weights in `vectors` (numbered from 1).
         method: instead of the sum of tasks, a method of `methods.MERGE` on their vectors (of `decoded` merges).
+        lengths: of the vectors that a basis decodes: `projected`, or `own`, those of the task vectors; default: what
+            validation chose along with the coefficient; `projected` where a coefficient or a method is given.
     Raises UserError for an unknown task or basis, ValueError for tasks that are not there.
     """
-    chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if store.exists(artifacts.SUMMARY) else "full"
-    source = basis or chosen
+    searched = store.exists(artifacts.SUMMARY)
+    chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if searched else None
+    source = basis or chosen or "full"
     if source == "full" and kind != "decoded":
         raise UserError(f"only a basis has vectors to merge like that: name one with --basis (`raytvb ls {store.url}`)")
-    mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {})
+    if lengths is None and (coefficient is not None or method != "sum"):
+        lengths = "projected"
+    mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {}, lengths)
     usual = 1.0 if method in UNSCALED else mix.coefficient
     alpha = usual if coefficient is None else coefficient
     base = records.find(store, artifacts.BASE)
@@ -182,7 +173,7 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
             (out / name).write_bytes(_with_place(data, out) if name == CONFIG_FILE else data)
     save_file(merged, out / WEIGHTS_FILE)
     (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
-    return {"chosen": store.exists(artifacts.SUMMARY), "source": mix.source, "coefficient": alpha,
+    return {"chosen": searched, "source": mix.source, "coefficient": alpha, "own_lengths": mix.own_lengths,
             "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
 
 

@@ -46,3 +46,14 @@ def decoded(W: Tensor, x: Tensor) -> Tensor:
 def summed(size: int) -> Tensor:
     """Weights (M,) of the authors' merge, the plain sum of the basis vectors: meaningful for convex bases only."""
     return torch.ones(size, dtype=torch.float64)
+
+
+def length_ratios(gram: Tensor, A: Tensor) -> Tensor:
+    """Length of each task vector over that of what stands for it, V A[:, t]: (T,) float64, 1 where that is zero.
+
+    A basis shortens the vectors that it reconstructs, some more than others; times this ratio they have their own
+    lengths again, which adds and subsets better although the reconstruction error is larger.
+    """
+    own, found = gram.double().diagonal(), (A * (gram.double() @ A)).sum(dim=0)
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.where(found > 1e-12 * own.max(), (own / found.clamp(min=tiny)).sqrt(), 1.0)

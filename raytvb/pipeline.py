@@ -12,21 +12,22 @@ from typing import Any
 import ray
 
 from raytvb import artifacts, records, remote, workers
-from raytvb.basis_actor import load_gram
-from raytvb.candidates import Candidate, basis_candidates, random_candidates, sum_candidates
+from raytvb.candidates import basis_candidates
 from raytvb.config import Experiment, TaskConfig
 from raytvb.connect import connect, preflight
 from raytvb.data import SPLITS
 from raytvb.errors import UserError
+from raytvb.evaluations import evaluations
 from raytvb.progress import Reporter, Stage
-from raytvb.remote import Evaluation, Refs
+from raytvb.remote import Refs, Service
 from raytvb.report import format_bytes, write_report
-from raytvb.search import find_result, run_search
+from raytvb.rows import has_rows
+from raytvb.search import commit_decision, decide, find_choice, find_result, is_searched, run_search
 from raytvb.store import Store
+from raytvb.summary import all_candidates, candidate_bytes
 
 STAGES = ("finetune", "basis", "search", "evaluate", "report")
 TIMINGS = "report/timings.json"
-FULL = Candidate("full", "full", "full", 0)
 ATTEMPTS = 30  # a second apart, while an actor is being restarted
 BATCH = 32  # vectors that the basis actor takes in with one sweep over those before
 
@@ -154,12 +155,14 @@ class Pipeline:
         self._prepare()
         if missing and self.experiment.talos.mask == "shared" and self.experiment.talos.density < 1.0:
             self._shared_mask()
+        there = [t for t in self.experiment.tasks if t not in missing]
+        failed = self._prepare_vectors(there) if stream else {}
         self._stream = _Stream(self.experiment) if stream else None
-        for task in self.experiment.tasks:
-            if task not in missing and self._stream is not None:
+        for task in there:
+            if task.name not in failed and self._stream is not None:
                 self._stream.offer(task.name)
         with self.reporter.stage("finetune", len(missing)) as stage:
-            failed = self._finetune_missing(missing, stage)
+            failed |= self._finetune_missing(missing, stage)
         if self._stream is not None:
             self._stream.finish()
             failed |= self._stream.failed
@@ -175,6 +178,19 @@ class Pipeline:
     def _missing_vectors(self) -> list[TaskConfig]:
         return [t for t in self.experiment.tasks if records.find(
             self.store, artifacts.vector_prefix(t.name), artifacts.vector_identity(self.experiment, t)) is None]
+
+    def _prepare_vectors(self, tasks: Sequence[TaskConfig]) -> dict[str, str]:
+        """Prepared twins of committed vectors that have none, where bases are made of those; name to reason of failed.
+
+        A fine-tune makes its own: these are of a run that was killed in between, or were deleted.
+        """
+        if self.experiment.basis.prepare == "none":
+            return {}
+        missing = [t for t in tasks if artifacts.basis_vector_record(self.store, self.experiment, t.name) is None]
+        call = remote.task(workers.prepare_vector, self.experiment, gpu=False)
+        with self.reporter.stage("prepared", len(missing)) as stage:
+            return remote.collect({call.remote(self.experiment, t): t.name for t in missing},
+                                  lambda name, _: stage.advance(name))
 
     def _finetune_missing(self, missing: Sequence[TaskConfig], stage: Stage) -> dict[str, str]:
         call = remote.task(workers.finetune_task, self.experiment)
@@ -238,6 +254,8 @@ class Pipeline:
             names = ", ".join([t.name for t in missing[:3]] + ["…"] * (len(missing) > 3))
             raise UserError(f"{len(missing)} of {len(self.experiment.tasks)} task vectors are missing ({names}): "
                             f"run `raytvb finetune` first")
+        if self._stream is None:
+            _fail("basis", self._prepare_vectors(self.experiment.tasks))
         stream = self._stream or _Stream(self.experiment)
         if self._stream is None:
             for task in self.experiment.task_names:
@@ -258,21 +276,12 @@ class Pipeline:
 
     # Search and evaluation -------------------------------------------------------------------------------------------
 
-    def candidates(self) -> list[Candidate]:
-        """Everything that is searched and evaluated: the bases, their plain sums, the full vectors, the baselines."""
-        gram = load_gram(self.store, self.experiment)
-        built = basis_candidates(self.experiment)
-        missing = [c.name for c in built if records.find(self.store, artifacts.basis_prefix(c.name)) is None]
-        if gram is None or missing:
-            raise UserError(f"bases are missing ({', '.join(missing) or 'no Gram matrix'}): run `raytvb basis` first")
-        return [FULL, *built, *sum_candidates(self.experiment), *random_candidates(self.experiment, gram)]
-
     def split_refs(self, split: str) -> Refs:
-        """Object references of every task's evaluation images (and the control's), made once."""
+        """Object references of the images of a split, made once: from the store, or decoded and kept there."""
         if split not in self._splits:
-            tasks = workers.all_tasks(self.experiment)
             call = remote.task(workers.evaluation_split, self.experiment, gpu=False, results=2)
-            refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split) for t in tasks}
+            refs = {t.name: call.remote(self.experiment, self._fingerprint, t, split)
+                    for t in self.experiment.tasks_with(split)}
 
             def read(name: str, skipped: int) -> None:
                 if skipped:
@@ -282,23 +291,59 @@ class Pipeline:
             self._splits[split] = tuple((name, result) for name, (_, result) in refs.items())
         return self._splits[split]
 
+    def _precision(self) -> str:
+        """bf16 or fp32, as measured once an experiment (see `workers.compare_precisions`)."""
+        asked = self.experiment.evaluate.precision
+        if asked == "fp32" or (asked == "auto" and not self.experiment.resources.gpus_per_task):
+            return "fp32"
+        record = records.find(self.store, artifacts.PRECISION)
+        if record is None or record["identity"] != {"precision": asked}:
+            call = remote.task(remote.compare_precisions, self.experiment)
+            found: dict[str, Any] = {}
+            _fail("comparing precisions", remote.collect({call.remote(
+                self.experiment, self._fingerprint, self.split_refs("val")): "bf16"}, lambda _, r: found.update(r)))
+            record = records.commit(self.store, artifacts.PRECISION, identity={"precision": asked}, metrics=found)
+            if "agreement" in found:
+                self.reporter.say(f"note: evaluations run in {found['use']}: bf16 keeps "
+                                  f"{100 * found['agreement']:.2f} % of the answers on validation images")
+        return str(record["metrics"]["use"])
+
+    def _service(self, splits: Sequence[str]) -> Service:
+        self._prepare()
+        refs = {s: self.split_refs(s) for s in splits}
+        return Service(self.experiment, self._fingerprint, refs, self._precision())
+
     def search(self) -> bool:
-        """Coefficients of every candidate, chosen on validation data."""
-        candidates = self.candidates()
-        todo = [c for c in candidates if find_result(self.store, self.experiment, c) is None]
-        if todo:
-            self._prepare()
-            refs = self.split_refs("val")
-            with self.reporter.stage("search", len(todo)) as stage:
-                run_search(self.experiment, self._fingerprint, todo, refs, stage.advance)
-        return bool(todo)
+        """Coefficients of every candidate and the choice among the bases, on validation data."""
+        candidates = all_candidates(self.store, self.experiment)
+        new = not is_searched(self.store, self.experiment, candidates)
+        if new:
+            run_search(self._service(["val"]), candidates, self.reporter.stage)
+        decision = decide(self.store, self.experiment, candidates,
+                          candidate_bytes(self.store, self.experiment, candidates))
+        commit_decision(self.store, self.experiment, candidates, decision)
+        if new and decision.choice["name"] is None:
+            self.reporter.say(f"note: nothing was chosen: {decision.choice['reason']}")
+        elif new:
+            self.reporter.say(f"chosen: {decision.choice['name']}; best for their size, accuracy against bytes: "
+                              f"{', '.join(decision.choice['front'])}")
+        return new
 
     def evaluate(self) -> bool:
-        """Each result once on the test split: single models, additions, negations."""
-        todo = [e for e in self._evaluations() if not workers.has_rows(self.store, e.name)]
+        """Each result once on the test split: single models, additions, and the operations."""
+        candidates = all_candidates(self.store, self.experiment)
+        choice, outcomes = find_choice(self.store, self.experiment, candidates), {
+            c.name: find_result(self.store, self.experiment, c) for c in candidates}
+        missing = [n for n, o in outcomes.items() if o is None]
+        if choice is None or missing:
+            raise UserError(f"{', '.join(missing[:3]) or 'the candidates'} {'…' * (len(missing) > 3)} not searched "
+                            f"yet: run `raytvb search` first")
+        self._prepare()
+        known = {n: o for n, o in outcomes.items() if o is not None}
+        todo = [e for e in evaluations(self.experiment, candidates, known, choice, self._fingerprint,
+                                       self._precision()) if not has_rows(self.store, e.name, e.identity)]
         if todo:
-            self._prepare()
-            splits = {s: self.split_refs(s) for s in sorted({s for e in todo for s in e.splits})}
+            service = self._service(sorted({s for e in todo for s in e.splits}))
             call = remote.task(remote.evaluate_group, self.experiment)
             groups = remote.evaluation_groups(self.experiment, todo)
             failed: dict[str, str] = {}
@@ -307,33 +352,10 @@ class Pipeline:
                     failed.update(errors)
                     stage.advance(name)
 
-                pending = {call.remote(self.experiment, self._fingerprint, group, splits):
-                           ", ".join(e.name for e in group) for group in groups}
+                pending = {call.remote(service, group): ", ".join(e.name for e in group) for group in groups}
                 failed |= remote.collect(pending, done)
             _fail("evaluate", failed)
         return bool(todo)
-
-    def _evaluations(self) -> list[Evaluation]:
-        """All that is to be evaluated, whether done or not."""
-        control = self.experiment.control
-        evaluations = [Evaluation("models", workers.evaluate_models, (), ("test",))]
-        for candidate in self.candidates():
-            result = find_result(self.store, self.experiment, candidate)
-            if result is None:
-                raise UserError(f"{candidate.name} has not been searched: run `raytvb search` first")
-            evaluations.append(Evaluation(candidate.name, workers.evaluate_candidate,
-                                          (candidate, result["coefficient"]), ("test",)))
-            if candidate.online:
-                offline = find_result(self.store, self.experiment, candidate.offline)
-                if offline is None:
-                    raise UserError(f"{candidate.offline.name} has not been searched: run `raytvb search` first")
-                chosen = {"online": result["coefficient"], "offline": offline["coefficient"]}
-                evaluations.append(Evaluation(f"online/{candidate.name}", workers.evaluate_online,
-                                              (candidate, chosen), ("test",)))
-        if control is not None:
-            evaluations += [Evaluation(f"negation-full/{task}", workers.evaluate_negation, (FULL, index, control.name),
-                                       ("val", "test")) for index, task in enumerate(self.experiment.task_names)]
-        return evaluations
 
 
 def run(experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None) -> None:

@@ -10,7 +10,6 @@ from raytvb.encoder import count_parameters, quiet_open_clip
 from raytvb.report import format_bytes
 from raytvb.store import Store
 from raytvb.talos import kept_count
-from raytvb.workers import all_tasks
 
 
 def describe(experiment: Experiment) -> str:
@@ -19,8 +18,8 @@ def describe(experiment: Experiment) -> str:
     store.check_writable()
     if store.exists(artifacts.EXPERIMENT):
         artifacts.freeze(store, experiment)
-    for task in all_tasks(experiment):
-        check_task(task, SPLITS if task in experiment.tasks else SPLITS[1:])
+    for task in experiment.every_task:
+        check_task(task, [s for s in SPLITS if task in experiment.tasks_with(s)])
     quiet_open_clip()
     parameters, tasks = count_parameters(experiment.model), len(experiment.tasks)
     kept = kept_count(parameters, experiment.talos.density)

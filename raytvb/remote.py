@@ -17,12 +17,13 @@ from torch import Tensor
 from raytvb import workers
 from raytvb.basis_actor import BasisBuilder
 from raytvb.basis_files import Layout
-from raytvb.candidates import Candidate
 from raytvb.config import Experiment
 from raytvb.connect import slots
 from raytvb.errors import UserError
 from raytvb.evaluate import Evaluator
+from raytvb.evaluations import Evaluation
 from raytvb.records import FileInfo
+from raytvb.rows import has_rows
 from raytvb.shards import CoordinateShard, Known, Outputs
 from raytvb.store import Store, StoreKeyError
 
@@ -182,36 +183,40 @@ def collect(pending: Mapping[Any, str], done: Callable[[str, Any], None] = lambd
 
 
 @cache
-def evaluator(experiment: Experiment, fingerprint: str, refs: Refs) -> Evaluator:
+def evaluator(experiment: Experiment, fingerprint: str, refs: Refs, precision: str) -> Evaluator:
     """The worker's evaluator, built once a process; the images stay in the node's shared memory."""
     workers.worker_setup()
-    return workers.make_evaluator(experiment, fingerprint, {name: ray.get(ref) for name, ref in refs})
-
-
-def search_trial(experiment: Experiment, fingerprint: str, candidate: Candidate, refs: Refs) -> dict[str, Any]:
-    """`workers.search_candidate` with the worker's evaluator."""
-    return workers.search_candidate(experiment, candidate, evaluator(experiment, fingerprint, refs))
+    return workers.make_evaluator(experiment, fingerprint, {name: ray.get(ref) for name, ref in refs}, precision)
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: its name in the store, and `function(experiment, *arguments, *evaluators)` on some splits."""
+class Service:
+    """What evaluations need beside the store: the pretrained model's fingerprint, the images, and how to compute."""
 
-    name: str
-    function: Callable[..., None]
-    arguments: tuple[Any, ...]
-    splits: tuple[str, ...]
+    experiment: Experiment
+    fingerprint: str
+    splits: Mapping[str, Refs]
+    precision: str
+
+    def evaluator(self, split: str) -> Evaluator:
+        """The worker's evaluator of a split."""
+        return evaluator(self.experiment, self.fingerprint, self.splits[split], self.precision)
 
 
-def evaluate_group(experiment: Experiment, fingerprint: str, group: Sequence[Evaluation],
-                   splits: Mapping[str, Refs]) -> dict[str, str]:
+def compare_precisions(experiment: Experiment, fingerprint: str, refs: Refs) -> dict[str, Any]:
+    """`workers.compare_precisions` on images in Ray's object store."""
+    workers.worker_setup()
+    return workers.compare_precisions(experiment, fingerprint, {name: ray.get(ref) for name, ref in refs})
+
+
+def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, str]:
     """Evaluations one after the other with the worker's evaluators; name -> reason of those that failed."""
     failed = {}
     for each in group:
         try:
-            if not workers.has_rows(Store(experiment.store), each.name):  # it has where this is a retry
-                evaluators = (evaluator(experiment, fingerprint, splits[s]) for s in each.splits)
-                each.function(experiment, *each.arguments, *evaluators)
+            if not has_rows(Store(service.experiment.store), each.name, each.identity):  # it has where this is a retry
+                each.function(service.experiment, each.name, each.identity, *each.arguments,
+                              *(service.evaluator(s) for s in each.splits))
         except (UserError, ValueError) as error:
             failed[each.name] = str(error)
     return failed

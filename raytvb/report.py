@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from raytvb import artifacts
 from raytvb.config import Experiment
@@ -20,6 +21,9 @@ from raytvb.store import Store
 from raytvb.summary import summarise
 
 Summary = Mapping[str, Any]
+OBJECTIVES = {"subsets": "the mean accuracy of additions of all sizes, each size weighing the same",
+              "all": "the accuracy of the addition of all tasks",
+              "single": "the mean accuracy of the tasks one by one"}
 
 
 def write_report(store: Store, experiment: Experiment) -> dict[str, Any]:
@@ -31,9 +35,11 @@ def write_report(store: Store, experiment: Experiment) -> dict[str, Any]:
     return summary
 
 
-def _svg(draw: Callable[[Axes], None], width: float = 6.0, height: float = 3.4) -> str:
+def _svg(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.4, columns: int = 1) -> str:
+    """What `draw` makes of the axes, or of a list of them where there are several columns."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.subplots())
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    draw(axes[0] if columns == 1 else list(axes))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -56,6 +62,12 @@ def _bases(summary: Summary) -> dict[str, dict[int, tuple[str, Mapping[str, Any]
     return {m: dict(sorted(sizes.items())) for m, sizes in found.items()}
 
 
+def _chosen(summary: Summary) -> list[str]:
+    """Name of the chosen basis, where there is one."""
+    name = summary["chosen"]["name"]
+    return [] if name is None else [name]
+
+
 def subset_sizes(summary: Summary) -> list[str]:
     """Numbers of tasks added, as keys of `subsets`, rising; the last is that of all tasks."""
     return sorted(summary["addition"]["full"]["subsets"], key=int)
@@ -67,7 +79,7 @@ def plot_error(summary: Summary) -> str:
         for method, sizes in _bases(summary).items():
             axes.plot(list(sizes), [e["relative_error"] for _, e in sizes.values()], "o-", label=method)
         axes.set(xlabel="basis size M", ylabel="relative squared error", ylim=(0, None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(axes)
     return _svg(draw)
 
@@ -79,7 +91,7 @@ def plot_subsets(summary: Summary) -> str:
         # Of each method the largest that compresses, and the chosen one.
         largest = [found[max((s for s in found if s < tasks), default=max(found))][0]
                    for found in _bases(summary).values()]
-        shown = list(dict.fromkeys(["full", summary["chosen"]["name"], *largest]))
+        shown = list(dict.fromkeys(["full", *_chosen(summary), *largest]))
         lines = {n: summary["addition"][n] for n in shown} | dict(summary["random_subset"])
         for name, entry in lines.items():
             style = "k-" if name == "full" else (":" if name in summary["random_subset"] else "o-")
@@ -97,28 +109,29 @@ def plot_tasks(summary: Summary) -> str:
     def draw(axes: Axes) -> None:
         tasks = summary["tasks"]
         series = {"zero-shot": summary["zero_shot"], "fine-tuned": summary["fine_tuned"],
-                  "all added, full vectors": summary["addition"]["full"]["per_task"],
-                  f"all added, {summary['chosen']['name']}": summary["addition"][summary["chosen"]["name"]]["per_task"]}
+                  "all added, full vectors": summary["addition"]["full"]["per_task"]}
+        series |= {f"all added, {n}": summary["addition"][n]["per_task"] for n in _chosen(summary)}
         for k, (label, values) in enumerate(series.items()):
             places = [i + 0.2 * (k - 1.5) for i in range(len(tasks))]
             axes.bar(places, [100 * values[t] for t in tasks], 0.2, label=label)
         axes.set_xticks(range(len(tasks)), [t.split("/")[-1] for t in tasks], rotation=40, ha="right")
-        axes.set(ylabel="test accuracy, %")
-        axes.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+        axes.set(ylabel="test accuracy, %", xlim=(-0.6, len(tasks) - 0.4))
+        axes.legend(fontsize="small", ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return _svg(draw, width=max(6.0, 0.8 * len(summary["tasks"])), height=4.4)
 
 
 def plot_negation(summary: Summary) -> str:
-    """Target and control, before and after forgetting each task."""
+    """Each target before it is forgotten, and after, from the full vectors and from the chosen basis."""
     def draw(axes: Axes) -> None:
-        tasks = list(summary["negation"])
-        for k, (field, label) in enumerate((("before", "target before"), ("after", "target after"),
-                                            ("control_before", "control before"), ("control_after", "control after"))):
-            values = [100 * summary["negation"][t][field] for t in tasks]
-            axes.bar([i + 0.2 * (k - 1.5) for i in range(len(tasks))], values, 0.2, label=label)
+        tasks, found = list(summary["negation"]), negations(summary)
+        series = {"before": [summary["negation"][t]["before"] for t in tasks]}
+        series |= {f"after, {n}": [entries[t]["after"] for t in tasks] for n, entries in found.items()}
+        for k, (label, values) in enumerate(series.items()):
+            places = [i + 0.25 * (k - len(found) / 2) for i in range(len(tasks))]
+            axes.bar(places, [100 * v for v in values], 0.25, label=label)
         axes.set_xticks(range(len(tasks)), [t.split("/")[-1] for t in tasks], rotation=40, ha="right")
-        axes.set(ylabel="test accuracy, %")
-        axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.18))
+        axes.set(ylabel="test accuracy of the target, %", xlim=(-0.6, len(tasks) - 0.4))
+        axes.legend(fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return _svg(draw, width=max(6.0, 0.8 * len(summary["tasks"])), height=4.0)
 
 
@@ -130,14 +143,14 @@ def plot_stream(history: list[dict[str, Any]]) -> str:
             points = [(h["vectors"], h["floor"][str(size)]) for h in history if str(size) in h["floor"]]
             axes.plot(*zip(*points, strict=True), "o-", label=f"M = {size}")
         axes.set(xlabel="vectors arrived", ylabel="relative squared error", ylim=(0, None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if sizes:
             axes.legend()
     return _svg(draw)
 
 
 def plot_online(summary: Summary) -> str:
-    """Mean accuracy of the tasks so far after each arrival, online and fitted anew, each decoded by itself."""
+    """Mean accuracy of the tasks so far after each arrival, each by itself: online, fitted anew, the vectors."""
     def draw(axes: Axes) -> None:
         last = {found["method"]: name for name, found in summary["online"].items()
                 if found["size"] < len(summary["tasks"])} or {"": next(iter(summary["online"]))}
@@ -147,54 +160,208 @@ def plot_online(summary: Summary) -> str:
                 label = name if kind == "online" else f"{name.removesuffix('-online')}, fitted anew"
                 axes.plot(found["arrivals"], [100 * a for a in found[kind]["mean"]], style, color=f"C{number}",
                           label=label)
+        axes.plot(found["arrivals"], [100 * a for a in found["full"]["mean"]], "k--", label="vectors themselves")
         axes.set(xlabel="tasks arrived", ylabel="mean test accuracy, %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(axes)
     return _svg(draw)
 
 
+def _searched(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    """What the front is of: the decoded bases and the full vectors that have a validation objective."""
+    return {n: e for n, e in summary["addition"].items()
+            if e["merge"] == "decoded" and e["validation_objective"] is not None}
+
+
+def _front_labels(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names up and to the left of points, where a front leaves room: those of one place under each other."""
+    places: dict[tuple[int, float], list[str]] = {}
+    for name, (x, y) in points.items():
+        places.setdefault((round(50 * math.log10(x)), round(y, 1)), []).append(name)
+    figure: Any = axes.get_figure()
+    figure.draw_without_rendering()  # only then is it known where a point will be
+    free = -math.inf
+    for names in sorted(places.values(), key=lambda names: points[names[0]][1]):
+        shown = names if len(names) < 5 else [*names[:3], f"and {len(names) - 3} more"]
+        at = axes.transData.transform(points[names[0]])[1] * 72 / figure.dpi
+        low = max(at + 3, free)
+        line = {"arrowstyle": "-", "lw": 0.5} if low > at + 9 else None
+        axes.annotate("\n".join(shown), points[names[0]], (-5, low - at), textcoords="offset points", ha="right",
+                      va="bottom", fontsize="small", arrowprops=line,
+                      bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5})
+        free = low + 10 * len(shown) + 2
+
+
+def plot_front(summary: Summary) -> str:
+    """Validation objective against stored bytes, with the Pareto front."""
+    shown, search = _searched(summary), summary["search"]
+    points = {n: (max(e["stored_bytes"], 1) / 1e6, 100 * e["validation_objective"]) for n, e in shown.items()}
+    front = [n for n in search["front"] if n in points]
+
+    def draw(axes: Axes) -> None:
+        stopped = [n for n in points if shown[n]["stopped"]]
+        rest = [n for n in points if n not in front and n not in stopped]
+        for label, names, style, look in (
+                ("other bases", rest, "o", {"color": "0.65"}),
+                ("stopped early", stopped, "o", {"color": "0.65", "mfc": "none"}),
+                ("Pareto front", front, "o-", {}), ("chosen", _chosen(summary), "*", {"ms": 13})):
+            if names:
+                axes.plot(*zip(*(points[n] for n in names), strict=True), style, label=label, **look)
+        axes.axhline(100 * search["zero_shot"], color="k", ls=":", lw=1, label="pretrained model")
+        low, high = min(x for x, _ in points.values()), max(x for x, _ in points.values())
+        reach = max(high / low, 1.5)
+        axes.set(xlabel="stored bytes, MB", ylabel="validation objective, %", xscale="log",
+                 xlim=(low / reach**0.6, high * reach**0.08))
+        axes.margins(y=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.minorticks_off()
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _front_labels(axes, {n: points[n] for n in dict.fromkeys([*front, *_chosen(summary), "full"])})
+    return _svg(draw, width=7.5, height=3.6 + 0.08 * len(front))
+
+
+def plot_disentanglement(pair: Mapping[str, Any], highest: float) -> str:
+    """Heat maps of one pair's error, on the colour scale 0 to `highest`."""
+    def draw(axes: Any) -> None:
+        axes = axes if isinstance(axes, list) else [axes]
+        for each, (name, found) in zip(axes, pair["models"].items(), strict=True):
+            columns = list(zip(*found["error"], strict=True))  # the first coefficient to the right
+            mesh = each.pcolormesh(pair["coefficients"], pair["coefficients"], columns, shading="nearest", vmin=0.0,
+                                   vmax=highest, edgecolors="face")
+            each.set_title(f"{name}: mean {found['mean']:.2f}", fontsize="medium")
+            each.set(aspect="equal", xlabel=f"coefficient of {pair['tasks'][0].split('/')[-1]}")
+            if len(pair["coefficients"]) < 8:
+                each.set_xticks(pair["coefficients"])
+                each.set_yticks(pair["coefficients"])
+        axes[0].set_ylabel(f"coefficient of {pair['tasks'][1].split('/')[-1]}")
+        axes[0].get_figure().colorbar(mesh, ax=axes, label="error")
+    return _svg(draw, width=3.4 * len(pair["models"]) + 1.0, height=3.4, columns=len(pair["models"]))
+
+
 def plot_storage(summary: Summary) -> str:
-    """Bytes: dense float32 vectors, the stored vectors, the masks, and the chosen basis."""
+    """Megabytes: dense float32 vectors, the stored vectors, the masks, and the chosen basis."""
     def draw(axes: Axes) -> None:
         stored = summary["stored_bytes"]
-        chosen = summary["chosen"]["name"]
         bars = {"dense fp32 vectors": stored["dense_fp32"], "stored vectors": stored["vectors"],
-                "masks": stored["masks"], f"basis {chosen}": summary["addition"][chosen]["stored_bytes"]}
+                "masks": stored["masks"]}
+        bars |= {f"basis {n}": summary["addition"][n]["stored_bytes"] for n in _chosen(summary)}
         axes.barh(list(bars)[::-1], [v / 1e6 for v in bars.values()][::-1])
         axes.set(xlabel="MB")
     return _svg(draw, height=2.2)
 
 
 def headline(summary: Summary) -> dict[str, float]:
-    """The figures at the top, in percent or as shares."""
-    negation = list(summary["negation"].values())
-    chosen = summary["addition"][summary["chosen"]["name"]]
+    """The figures at the top, as shares; those of the chosen basis where there is one."""
     found = {"zero_shot": mean(list(summary["zero_shot"].values())),
-             "fine_tuned": mean(list(summary["fine_tuned"].values())),
-             "full": summary["addition"]["full"]["mean"], "chosen": chosen["mean"],
-             "full_subsets": mean(list(summary["addition"]["full"]["subsets"].values())),
-             "chosen_subsets": mean(list(chosen["subsets"].values()))}
-    if negation:
-        found |= {"lowered": float(sum(n["after"] < n["before"] for n in negation)),
-                  "target_before": mean([n["before"] for n in negation]),
-                  "target_after": mean([n["after"] for n in negation]),
-                  "control_kept": min(n["control_validation_after"] / n["control_validation_before"]
-                                      if n["control_validation_before"] else 1.0 for n in negation)}
+             "fine_tuned": mean(list(summary["fine_tuned"].values()))}
+    for label, name in (("full", "full"), *(("chosen", n) for n in _chosen(summary))):
+        entry = summary["addition"][name]
+        found |= {label: entry["mean"], f"{label}_subsets": mean(list(entry["subsets"].values()))}
     return found
+
+
+def negations(summary: Summary) -> dict[str, Mapping[str, Mapping[str, Any]]]:
+    """Negation by what was subtracted: the full vectors, and the chosen basis."""
+    found = {n: summary.get("negation_basis", {}) for n in _chosen(summary)} | {"full": summary["negation"]}
+    return {name: found[name] for name in reversed(found) if found[name]}
+
+
+def negated(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many targets fell, their mean accuracy before and after, the least that the control kept on validation."""
+    found = list(entries.values())
+    return {"lowered": float(sum(n["after"] < n["before"] for n in found)),
+            "before": mean([n["before"] for n in found]), "after": mean([n["after"] for n in found]),
+            "control_kept": min(n["control_validation_after"] / n["control_validation_before"]
+                                if n["control_validation_before"] else 1.0 for n in found)}
+
+
+def objective_on_test(summary: Summary, entry: Mapping[str, Any]) -> float:
+    """What the search maximises, on the test split."""
+    found = {"all": entry["mean"], "single": entry["subsets"].get("1", entry["mean"])}
+    return found.get(summary["search"]["objective_of"], mean(list(entry["subsets"].values())))
+
+
+def summary_lines(summary: Summary) -> Iterator[str]:
+    """What is printed below the table of additions."""
+    figures, chosen, rows = headline(summary), _chosen(summary), summary["addition"]
+    subjects = list(dict.fromkeys(["full", *chosen]))
+    why = "* chosen on validation data" if chosen else f"no basis is chosen: {summary['chosen']['reason']}"
+    yield (f"{why}. zero-shot {_percent(figures['zero_shot'])}, fine-tuned {_percent(figures['fine_tuned'])}, all "
+           f"tasks added {_percent(figures['full'])} ({100 * (figures['full'] - figures['zero_shot']):+.1f} points to "
+           f"zero-shot)")
+    if summary.get("search"):
+        yield "+ Pareto front: nothing is as small and more accurate on validation data, or as accurate and smaller"
+    for share in sorted({e["validation_share"] for e in rows.values() if e.get("stopped")}):
+        names = sorted(n for n, e in rows.items() if e.get("stopped") and e["validation_share"] == share)
+        yield f"stopped early, coefficients from {100 * share:g} % of the validation images: {', '.join(names)}"
+    if weighted := [n for n in subjects if "weighted" in rows[n]]:
+        of = "task" if rows["full"]["weighted"]["kind"] == "per-task" else "stored vector"
+        yield f"all added with a coefficient for each {of}: " + ", ".join(
+            f"{n} {_percent(rows[n]['weighted']['mean'])} ({_percent(rows[n]['mean'])} with one)" for n in weighted)
+    for group in summary.get("additions", ()):
+        tasks = " + ".join(group["tasks"]) if len(group["tasks"]) < 5 else f"{len(group['tasks'])} named tasks"
+        yield f"{tasks}: " + ", ".join(f"{n} {_percent(m['mean'])} (normalised {_percent(m['normalised_mean'])})"
+                                       for n, m in ((n, group["models"][n]) for n in subjects))
+    for name, entries in negations(summary).items():
+        found = negated(entries)
+        yield (f"negation{'' if name == 'full' else f' from {name}'}: {found['lowered']:.0f} of {len(entries)} targets "
+               f"lowered, on average from {_percent(found['before'])} to {_percent(found['after'])}; the control keeps "
+               f"at least {_percent(found['control_kept'])} % of its accuracy on validation")
+    if unseen := list(summary.get("unseen", {}).values()):
+        zero_shot, basis, full = (_percent(mean([u[k]["accuracy"] for u in unseen])) for k in (
+            "zero_shot", "basis", "full"))
+        yield (f"unseen tasks ({len(unseen)}): zero-shot {zero_shot}, {unseen[0]['basis']['coefficients']} "
+               f"coefficients of {chosen[0]} {basis}, {unseen[0]['full']['coefficients']} of the vectors {full}")
+    if pairs := summary.get("disentanglement", ()):
+        yield f"disentanglement error (0 to 2), mean of {len(pairs)} pair{'s' if len(pairs) > 1 else ''}: " + ", ".join(
+            f"{n} {mean([p['models'][n]['mean'] for p in pairs]):.2f}" for n in subjects)
+    for name, kinds in summary.get("online", {}).items():
+        of = "" if len(kinds["tasks"]) == len(summary["tasks"]) else f" ({len(kinds['tasks'])} looked at)"
+        yield (f"{name}, tasks arriving in order: single tasks{of} "
+               f"{_at_the_end(kinds['online'], ' at the end, forgetting')} (fitted anew: "
+               f"{_at_the_end(kinds['offline'])}; vectors themselves: {_at_the_end(kinds['full'])})")
+    if overlap := summary.get("mask_overlap"):
+        yield (f"overlap of the masks of two tasks (Jaccard index): {overlap['mean']:.2f} on average, "
+               f"{overlap['min']:.2f} to {overlap['max']:.2f}")
+    stored = summary["stored_bytes"]
+    yield (f"stored: vectors {format_bytes(stored['vectors'])} and masks {format_bytes(stored['masks'])}, "
+           f"{_percent((stored['vectors'] + stored['masks']) / stored['dense_fp32'])} % of dense fp32 vectors")
+
+
+def _at_the_end(found: Mapping[str, Any], between: str = ",") -> str:
+    """Mean accuracy after the last arrival and mean forgetting."""
+    return f"{_percent(found['mean'][-1])}{between} {_percent(mean(list(found['forgetting'].values())))}"
+
+
+def _percent(share: float | None) -> str:
+    """0.5 -> '50.0'; a dash for None."""
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def render(summary: Summary, name: str, history: list[dict[str, Any]]) -> str:
     """The HTML page; everything inline, nothing fetched."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    environment.filters["bytes"] = format_bytes
-    environment.globals["subset_sizes"] = subset_sizes(summary)
-    environment.globals["mean"] = lambda values: mean(list(values))
+    environment.filters |= {"percent": _percent, "bytes": format_bytes,
+                            "interval": lambda ends: "–".join(map(_percent, ends)),
+                            "short": lambda task: task.split("/")[-1]}
+    pairs = summary["disentanglement"]
+    plain = {n: e for n, e in summary["addition"].items() if e["merge"] in ("decoded", "sum")}
+    highest = max((e for p in pairs for m in p["models"].values() for row in m["error"] for e in row), default=0.0)
+    environment.globals |= {
+        "mean": lambda values: mean(list(values)), "subset_sizes": subset_sizes(summary), "objectives": OBJECTIVES,
+        "objective_on_test": lambda entry: objective_on_test(summary, entry), "subjects": ["full", *_chosen(summary)],
+        "negated": {n: negated(entries) for n, entries in negations(summary).items()},
+        "plain": plain | summary["random_subset"],
+        "merged": {n: e for n, e in summary["addition"].items() if n not in plain},
+        "weighted": {n: e for n, e in summary["addition"].items() if "weighted" in e}}
     template = environment.from_string((files("raytvb") / "report.html.j2").read_text(encoding="utf-8"))
-    plots = {"error": plot_error(summary), "subsets": plot_subsets(summary), "tasks": plot_tasks(summary),
-             "storage": plot_storage(summary), "negation": plot_negation(summary) if summary["negation"] else "",
+    plots = {"error": plot_error(summary) if _bases(summary) else "", "subsets": plot_subsets(summary),
+             "tasks": plot_tasks(summary), "front": plot_front(summary), "storage": plot_storage(summary),
+             "negation": plot_negation(summary) if summary["negation"] else "",
              "stream": plot_stream(history) if history else "",
-             "online": plot_online(summary) if summary["online"] else ""}
+             "online": plot_online(summary) if summary["online"] else "",
+             "pairs": [plot_disentanglement(p, min(2.0, highest) or 2.0) for p in pairs]}
     return template.render(name=name, summary=summary, plots=plots, headline=headline(summary),
                            embedded=all(t.startswith("glyphs/") for t in summary["tasks"]))
 

@@ -85,11 +85,12 @@ class CoordinateShard:
         return failed
 
     def _take(self, task: str, checksum: str) -> None:
-        record = records.find(self._store, artifacts.vector_prefix(task))
+        key = artifacts.basis_vector_key(self._experiment, task)
+        record = artifacts.basis_vector_record(self._store, self._experiment, task)
         if record is None:
-            raise StoreKeyError(f"{self._store.where(artifacts.vector_key(task))} has not been committed")
+            raise StoreKeyError(f"{self._store.where(key)} has not been committed")
         info = FileInfo.from_json(record["files"]["vector.safetensors"])
-        vector = VectorFile(self._store, artifacts.vector_key(task))
+        vector = VectorFile(self._store, key)
         if info.sha256 != checksum or self._store.size(vector.key) != info.size:
             raise damaged(self._store, vector.key)
         if self._first is None:  # the others are compared with it, also where its header lies in another share

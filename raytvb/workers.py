@@ -6,46 +6,33 @@ Every function that makes a thing first looks for its record, so a retried or re
 from __future__ import annotations
 
 import copy
-import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from raytvb import artifacts, records
-from raytvb.basis import fit_basis
-from raytvb.candidates import Candidate
+from raytvb.block_cache import damaged
 from raytvb.config import Experiment, TaskConfig
 from raytvb.data import SPLITS, Split, check_task, load_split
+from raytvb.directions import prepared
 from raytvb.encoder import ImageClassifier, Preprocess, quiet_open_clip
 from raytvb.errors import UserError
-from raytvb.evaluate import (
-    Count,
-    Evaluator,
-    best_coefficient,
-    climb,
-    coefficient_ladder,
-    mean,
-    task_subsets,
-)
+from raytvb.evaluate import Evaluator
 from raytvb.finetune import finetune, task_seed
 from raytvb.fisher import fisher_scores
-from raytvb.gram_state import GramState
 from raytvb.masks import Mask
-from raytvb.online import arrivals, watched
+from raytvb.split_cache import cached_split
 from raytvb.store import Store
 from raytvb.talos import damp, flatten, round_density, select_further, unflatten
 from raytvb.vectors import vector_bytes, vector_info
 
-NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)
+KEPT_ANSWERS = 0.995  # share of them that bf16 must not change
 
 
 def worker_setup() -> None:
@@ -60,16 +47,9 @@ def device() -> torch.device:
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 
-def _threads(experiment: Experiment) -> int:
+def threads(experiment: Experiment) -> int:
     """Threads that decode images; how many changes no result."""
     return max(1, int(experiment.resources.cpus_per_task))
-
-
-def all_tasks(experiment: Experiment) -> list[TaskConfig]:
-    """The tasks, and the control where there is one that is not a task itself."""
-    control = experiment.control
-    extra = [control] if control is not None and control.name not in experiment.task_names else []
-    return [*experiment.tasks, *extra]
 
 
 def prepare_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
@@ -79,8 +59,8 @@ def prepare_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> dict
     record = records.find(store, artifacts.BASE, artifacts.base_identity(experiment))
     if record is not None:
         return record
-    classes = {t.name: check_task(t, [s for s in splits if s != "train" or t in experiment.tasks])
-               for t in all_tasks(experiment)}
+    classes = {t.name: check_task(t, [s for s in splits if t in experiment.tasks_with(s)])
+               for t in experiment.every_task}
     return artifacts.write_base(store, experiment, classes)
 
 
@@ -107,7 +87,7 @@ def score_task(experiment: Experiment, fingerprint: str, task: TaskConfig, round
     if kept is not None:
         damped = damp(parameters, unflatten(torch.from_numpy(kept.copy()), parameters), experiment.talos.damping)
         classifier.load_state_dict(damped, strict=False)
-    split = load_split(task, "train", preprocess, threads=_threads(experiment), sample=experiment.talos.images,
+    split = load_split(task, "train", preprocess, threads=threads(experiment), sample=experiment.talos.images,
                        generator=generator)
     place = device()
     images = preprocess.normalise(split.images.to(place))
@@ -160,12 +140,16 @@ def record_overlap(experiment: Experiment) -> None:
 
 
 def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> dict[str, Any]:
-    """Fine-tune one task, from its checkpoint if it has one, and commit its vector; returns the record."""
+    """Fine-tune one task, from its checkpoint if it has one, and commit its vector; returns the record.
+
+    Where bases are made of prepared vectors, the twin is there too afterwards.
+    """
     worker_setup()
     store, prefix = Store(experiment.store), artifacts.vector_prefix(task.name)
     identity = artifacts.vector_identity(experiment, task)
     record = records.find(store, prefix, identity)
     if record is not None:
+        prepare_vector(experiment, task)
         return record
     classifier, preprocess = _classifier(experiment, fingerprint, task)
     key, mask_id = artifacts.vector_key(task.name), ""
@@ -181,7 +165,7 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
         path = os.path.relpath(f"{artifacts.mask_prefix(mask_id)}/mask.safetensors", prefix)
         info = vector_info(fingerprint, mask_path=path, mask=mask.fingerprint)
         parents["mask"] = mask.fingerprint
-    split = load_split(task, "train", preprocess, threads=_threads(experiment))
+    split = load_split(task, "train", preprocess, threads=threads(experiment))
     config = experiment.finetune.model_copy(update={"epochs": task.epochs or experiment.finetune.epochs})
     try:
         tuned = finetune(classifier, split, tensors, config, preprocess,
@@ -203,30 +187,96 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
     record = records.commit(store, prefix, identity=identity, files=files,
                             written={"head.safetensors": records.FileInfo.of(head)}, parents=parents, metrics=metrics)
     store.delete(artifacts.checkpoint_prefix(task.name))
+    prepare_vector(experiment, task)
     return record
+
+
+def prepare_vector(experiment: Experiment, task: TaskConfig) -> None:
+    """Commit the prepared twin of a task's vector where bases are made of those, unless that of this vector is there.
+
+    Raises UserError where the vector has not been committed, VectorError where its bytes are not those recorded.
+    """
+    name = experiment.basis.prepare
+    if name == "none":
+        return
+    worker_setup()
+    store, prefix = Store(experiment.store), artifacts.basis_vector_prefix(experiment, task.name)
+    record = records.find(store, artifacts.vector_prefix(task.name), artifacts.vector_identity(experiment, task))
+    if record is None:
+        raise UserError(f"{store.where(artifacts.vector_key(task.name))} is missing: run `raytvb finetune` first")
+    identity = artifacts.prepared_identity(experiment, task)
+    if artifacts.basis_vector_record(store, experiment, task.name) is not None:
+        records.find(store, prefix, identity)
+        return
+    info = records.FileInfo.from_json(record["files"]["vector.safetensors"])
+    copies = artifacts.Mirror(store)  # its own: the process's may hold a vector that was made again since
+    vector = copies.vector(artifacts.vector_key(task.name))
+    if not info.is_of(copies.local.read(vector.key)):
+        raise damaged(store, vector.key)
+    values = prepared(vector, name, task_seed(experiment.seed, f"{task.name}/prepare"))
+    path = None if vector.mask is None else os.path.relpath(vector.mask_key, prefix)
+    mask = None if vector.mask is None else vector.mask.fingerprint
+    data = vector_bytes(values, vector_info(vector.info["base"], mask_path=path, mask=mask))
+    store.delete(prefix)  # the twin of another vector
+    records.commit(store, prefix, identity=identity, files={"vector.safetensors": data},
+                   parents={"vector": info.sha256} | ({} if mask is None else {"mask": mask}),
+                   metrics={"norm": float(sum(v.double().square().sum() for v in values.values()) ** 0.5),
+                            "nonzero": sum(int(v.count_nonzero()) for v in values.values())})
 
 
 def evaluation_split(experiment: Experiment, fingerprint: str, task: TaskConfig,
                      split: str) -> tuple[int, dict[str, Any]]:
     """Images of a split that could not be read, and the rest with labels as plain arrays, which workers of a node
-    share in Ray's object store."""
+    share in Ray's object store. They are decoded once and then come from the store."""
     worker_setup()
     preprocess = artifacts.base_encoder(experiment.store, fingerprint).preprocess
-    loaded = load_split(task, split, preprocess, threads=_threads(experiment))
+    loaded = cached_split(Store(experiment.store), task, split, preprocess, threads=threads(experiment))
     return loaded.skipped, {"images": loaded.images.numpy(), "labels": loaded.labels.numpy(), "classes": loaded.classes}
 
 
-def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str, Mapping[str, Any]]) -> Evaluator:
+def make_evaluator(experiment: Experiment, fingerprint: str, arrays: Mapping[str, Mapping[str, Any]],
+                   precision: str = "fp32") -> Evaluator:
     """An evaluator over the given splits, whose directions have the coordinates of the experiment's vectors."""
     encoder, store = artifacts.base_encoder(experiment.store, fingerprint), Store(experiment.store)
-    named = {t.name: t for t in all_tasks(experiment)}
+    named = {t.name: t for t in experiment.every_task}
     heads = {n: artifacts.load_head(store, experiment, named[n], encoder) for n in arrays}
     # Arrays from Ray's object store are read-only; tensors over them are only read here.
     splits = {n: Split(_tensor(a["images"]), _tensor(a["labels"]), tuple(a["classes"])) for n, a in arrays.items()}
     vectors = artifacts.vector_set(experiment.store, experiment.task_names)
     model: Any = encoder.model
     return Evaluator(copy.deepcopy(model.visual), heads, splits, encoder.preprocess, device=device(),
-                     mask=None if vectors.mask is None else vectors.mask.load().tensors())
+                     mask=None if vectors.mask is None else vectors.mask.load().tensors(), precision=precision)
+
+
+def compare_precisions(experiment: Experiment, fingerprint: str,
+                       arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether bf16 may be used: on validation images, it must keep KEPT_ANSWERS of the answers of float32.
+
+    Of the pretrained model, and of that with the mean task vector added. Returns `use`, the `agreement` on all images
+    (of the worse model), that of the worst task, the number of images, and the device. On a CPU only `precision: bf16`
+    asks for it, as most compute it slower.
+    """
+    place = device()
+    if experiment.evaluate.precision == "fp32" or (experiment.evaluate.precision == "auto" and place.type == "cpu"):
+        return {"use": "fp32", "device": place.type}
+    evaluators = {p: make_evaluator(experiment, fingerprint, arrays, p) for p in ("fp32", "bf16")}
+    count = len(experiment.tasks)
+    mean_vector = next(artifacts.vector_set(experiment.store, experiment.task_names).combinations(
+        torch.full((count, 1), 1.0 / count, dtype=torch.float64)))
+    agreements, worst, images = [], 1.0, 0
+    for direction in (None, mean_vector):
+        same, total = 0, 0
+        for evaluator in evaluators.values():
+            evaluator.merge(direction, 1.0)
+        for task in arrays:
+            left, right = (e.answers(task)[0] for e in evaluators.values())
+            agree = int((left == right).sum())
+            same, total, worst = same + agree, total + len(left), min(worst, agree / len(left))
+        agreements.append(same / total)
+        images = total
+    agreement = min(agreements)
+    return {"use": "bf16" if agreement >= KEPT_ANSWERS else "fp32", "agreement": agreement, "worst_task": worst,
+            "images": images, "device": place.type}
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -234,164 +284,3 @@ def _tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
-
-
-class CandidateEvaluator:
-    """Evaluates one candidate: the directions of its merges come from stored files, streamed, a few at a time."""
-
-    def __init__(self, experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> None:
-        self._names = experiment.task_names
-        self._evaluator, self._candidate = evaluator, candidate
-        self._vectors, self._table = candidate.open(experiment)
-
-    def counts(self, subsets: Sequence[Sequence[int]], alpha: float) -> Iterator[dict[str, Count]]:
-        """Correct answers by task for the addition of each subset's tasks, on the images of those tasks."""
-        weights = torch.stack([self._table[:, list(subset)].sum(dim=1) for subset in subsets], dim=1)
-        for subset, direction in zip(subsets, self._vectors.combinations(weights), strict=True):
-            self._evaluator.merge(direction, alpha)
-            yield {self._names[t]: self._evaluator.count(self._names[t]) for t in subset}
-
-    def size_class(self, subsets: Sequence[Sequence[int]], alpha: float) -> float:
-        """Mean accuracy over all tasks of all subsets; every subset has the same size."""
-        return mean([c.accuracy for counts in self.counts(subsets, alpha) for c in counts.values()])
-
-
-def search_candidate(experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> dict[str, Any]:
-    """Choose a coefficient for each size class on validation data, by a line search.
-
-    Returns {size: coefficient}, {size: accuracy}, everything tried, and the objective.
-    """
-    limits = experiment.search.coefficients
-    subject = CandidateEvaluator(experiment, candidate, evaluator)
-    tried: dict[int, dict[float, float]] = {}
-    for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
-        addends = candidate.addends(size)
-        ladder = coefficient_ladder(addends, limits.low, limits.high)
-        likely = (1.0 if addends == 1 else 2.0) / addends
-        start = min(range(len(ladder)), key=lambda rung: abs(ladder[rung] - likely))
-        tried[size] = climb(ladder, start, partial(subject.size_class, subsets))
-    chosen = {s: best_coefficient(t) for s, t in tried.items()}
-    accuracy = {s: tried[s][a] for s, a in chosen.items()}
-    full = len(experiment.tasks)
-    objective = {"subsets": mean(list(accuracy.values())), "all": accuracy[full],
-                 "single": accuracy.get(1, accuracy[full])}[experiment.search.objective]
-    return {"objective": objective, "coefficient": {str(s): a for s, a in chosen.items()},
-            "accuracy": {str(s): a for s, a in accuracy.items()},
-            "tried": {str(s): {repr(a): v for a, v in sorted(t.items())} for s, t in tried.items()}}
-
-
-ROWS = pa.schema([("model", pa.string()), ("split", pa.string()), ("size", pa.int64()), ("subset", pa.int64()),
-                  ("task", pa.string()), ("coefficient", pa.float64()), ("correct", pa.int64()), ("total", pa.int64())])
-
-
-def write_rows(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write an evaluation as `evals/<name>.parquet`: one object, so it is there whole or not at all."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(r) for r in rows], schema=ROWS), buffer)
-    store.write(f"evals/{name}.parquet", buffer.getvalue())
-
-
-def has_rows(store: Store, name: str) -> bool:
-    """The evaluation has been done."""
-    return store.exists(f"evals/{name}.parquet")
-
-
-def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation."""
-    return pq.read_table(io.BytesIO(store.read(f"evals/{name}.parquet"))).to_pylist()
-
-
-def _row(model: str, split: str, size: int, subset: int, task: str, alpha: float, count: Count) -> dict[str, Any]:
-    return {"model": model, "split": split, "size": size, "subset": subset, "task": task, "coefficient": alpha,
-            "correct": count.correct, "total": count.total}
-
-
-def evaluate_candidate(experiment: Experiment, candidate: Candidate, coefficients: Mapping[str, float],
-                       evaluator: Evaluator) -> None:
-    """Test accuracy of a candidate with the coefficients chosen on validation data."""
-    subject, rows = CandidateEvaluator(experiment, candidate, evaluator), []
-    for size, subsets in candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed)).items():
-        alpha = coefficients[str(size)]
-        for number, counts in enumerate(subject.counts(subsets, alpha)):
-            for task, count in counts.items():
-                rows.append(_row(candidate.name, "test", size, number, task, alpha, count))
-    write_rows(Store(experiment.store), candidate.name, rows)
-
-
-def evaluate_models(experiment: Experiment, evaluator: Evaluator) -> None:
-    """Test accuracy of the pretrained model on every task, and of each fine-tuned model on its own."""
-    rows = []
-    evaluator.merge(None)
-    for task in experiment.task_names:
-        rows.append(_row("zero-shot", "test", 0, 0, task, 0.0, evaluator.count(task)))
-    vectors = artifacts.vector_set(experiment.store, experiment.task_names)
-    each = vectors.combinations(torch.eye(len(experiment.tasks), dtype=torch.float64))
-    for index, (task, direction) in enumerate(zip(experiment.task_names, each, strict=True)):
-        evaluator.merge(direction, 1.0)
-        rows.append(_row("fine-tuned", "test", 1, index, task, 1.0, evaluator.count(task)))
-    write_rows(Store(experiment.store), "models", rows)
-
-
-def evaluate_online(experiment: Experiment, candidate: Candidate, coefficients: Mapping[str, Mapping[str, float]],
-                    evaluator: Evaluator) -> None:
-    """Test accuracy after each arrival, from the online basis and from one that is fitted to all vectors so far.
-
-    coefficients: by `online` and `offline`, those that the search chose for the two bases of all tasks; an addition of
-    n of T tasks has that of all times T/n. At most 16 arrivals are looked at, and 16 tasks (see `online.watched`).
-    """
-    store, names = Store(experiment.store), experiment.task_names
-    gram = GramState.read(store).ordered(names)
-    looks, total, rows = arrivals(len(names), experiment.basis.buffer), len(names), []
-    vectors = artifacts.vector_set(experiment.store, names)
-    for n in looks:
-        tables = load(store.read(f"{artifacts.online_prefix(candidate.name)}/{artifacts.online_tables(n)}"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # as many vectors as tasks, or more than their rank
-            fit = fit_basis(gram[:n, :n], candidate.size, method=candidate.method,
-                            generator=torch.Generator().manual_seed(experiment.seed))
-        for kind, table in (("online", tables["H"] @ tables["W"]), ("offline", fit.B @ fit.W)):
-            seen = [t for t in watched(total) if t < n]
-            weights = torch.zeros(total, len(seen) + 1, dtype=torch.float64)
-            weights[:n, :-1], weights[:n, -1] = table[:, seen], table.sum(dim=1)
-            chosen = coefficients[kind]
-            single, together = chosen["1"], chosen[str(total)] * total / n
-            for position, direction in enumerate(vectors.combinations(weights)):
-                alone = position < len(seen)
-                evaluator.merge(direction, single if alone else together)
-                for t in seen[position:position + 1] if alone else seen:
-                    rows.append(_row(kind, "test", 1 if alone else 0, n, names[t], single if alone else together,
-                                     evaluator.count(names[t])))
-    write_rows(store, f"online/{candidate.name}", rows)
-
-
-def evaluate_negation(experiment: Experiment, candidate: Candidate, index: int, control: str,
-                      validation: Evaluator, test: Evaluator) -> None:
-    """Forget one task: subtract its vector as far as the control keeps its share of accuracy on validation.
-
-    The largest such coefficient of the ladder is found by bisection (the control falls as the coefficient grows); if
-    it does not lower the target on validation, nothing is subtracted. The test split is read for that one alone.
-    """
-    task = experiment.task_names[index]
-    vectors, table = candidate.open(experiment)
-    direction = next(vectors.combinations(table[:, index:index + 1]))
-    unchanged = {name: validation.zero_shot(name) for name in (task, control)}
-    floor = experiment.evaluate.keep * unchanged[control].accuracy
-    chosen, kept = 0.0, unchanged[control]
-    low, high = -1, len(NEGATION_LADDER)
-    while high - low > 1:
-        middle = (low + high) // 2
-        validation.merge(direction, -NEGATION_LADDER[middle])
-        held = validation.count(control)
-        if held.accuracy >= floor:
-            low, chosen, kept = middle, NEGATION_LADDER[middle], held
-        else:
-            high = middle
-    validation.merge(direction, -chosen)
-    if validation.count(task).accuracy >= unchanged[task].accuracy:
-        chosen, kept = 0.0, unchanged[control]
-    rows = [_row("before", "val", 0, 0, control, 0.0, unchanged[control]),
-            _row("after", "val", 0, 0, control, chosen, kept)]
-    rows += [_row("before", "test", 0, 0, name, 0.0, test.zero_shot(name)) for name in (task, control)]
-    test.merge(direction, -chosen)
-    rows += [_row("after", "test", 0, 0, name, chosen, test.count(name)) for name in (task, control)]
-    write_rows(Store(experiment.store), f"negation-{candidate.name}/{task}", rows)

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("errors", ("errors",)),
     ("pure maths", ("task_vector", "fisher", "talos", "sparse", "factor", "mixes")),
     ("pure maths: convex bases", ("simplex",)),
-    ("pure maths: merge methods", ("methods",)),
+    ("pure maths: merge methods", ("methods", "selection", "coefficients")),
     ("pure maths: bases", ("basis",)),
     ("pure maths: online bases", ("online",)),
     ("embedded suite: drawings", ("suite.sources",)),
@@ -28,26 +28,31 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("storage: records", ("records",)),
     ("storage: masks", ("masks",)),
     ("storage: vectors", ("vectors",)),
-    ("storage: what is made of vectors", ("gram", "basis_files", "block_cache", "gram_state")),
+    ("storage: what is made of vectors", ("gram", "basis_files", "block_cache", "gram_state", "directions")),
     ("tasks of the literature", ("presets",)),
     ("experiment file", ("config",)),
     ("models", ("encoder",)),
     ("images", ("images",)),
     ("splits of images", ("data",)),
     ("training and measuring", ("finetune", "evaluate")),
-    ("contents of a store", ("artifacts",)),
+    ("few images", ("fewshot",)),
+    ("contents of a store", ("artifacts", "rows", "split_cache")),
     ("what a search compares", ("candidates",)),
     ("bodies of the Ray tasks", ("workers",)),
+    ("body of a search trial", ("trials",)),
+    ("bodies of the evaluations", ("operations",)),
+    ("which evaluations there are", ("evaluations",)),
     ("shares of the coordinates", ("shards",)),
     ("online bases in a store", ("online_basis",)),
     ("body of the Ray actor", ("basis_actor",)),
     ("Ray: jobs", ("submit",)),
     ("Ray: connection", ("connect",)),
     ("Ray: tasks and actors", ("remote",)),
+    ("progress of a run", ("progress",)),
     ("Ray: search", ("search",)),
     ("summary", ("summary",)),
-    ("what is shown and handed out", ("report", "merge", "progress", "bench", "spectrum")),
-    ("benchmarks", ("bench_arrivals", "bench_basis", "bench_gram")),
+    ("what is shown and handed out", ("report", "merge", "bench", "spectrum")),
+    ("benchmarks", ("bench_arrivals", "bench_basis", "bench_gram", "bench_search")),
     ("dry run", ("plan",)),
     ("Ray: pipeline", ("pipeline",)),
     ("what the package offers", ("",)),
@@ -58,7 +63,7 @@ RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in m
 MATHS = tuple(module for name, modules in LAYERS if name.startswith("pure maths") for module in modules)
 USES_RAY = {"remote", "search", "pipeline", "connect", "submit"}
 USES_FSSPEC = {"store"}
-MATHS_LIBRARIES = {"torch", "numpy", "scipy", "sklearn"}
+MATHS_LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "optuna"}
 NO_MATHS = {"os", "pathlib", "sys", "io", "shutil", "tempfile", "logging", "subprocess", "json", "importlib"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -146,7 +151,7 @@ def test_only_the_edge_knows_ray() -> None:
 
 def test_what_workers_run_reaches_no_ray() -> None:
     """The bodies of Ray tasks and actors, and all that they import, work where there is no Ray."""
-    reached, todo = set(), ["workers", "basis_actor", "shards"]
+    reached, todo = set(), ["workers", "operations", "basis_actor", "shards"]
     while todo:
         module = todo.pop()
         if module not in reached:

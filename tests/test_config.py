@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from raytvb import records, suite
+from raytvb.artifacts import EXPERIMENT, freeze
 from raytvb.basis import METHODS
-from raytvb.config import Experiment, half, load_experiment, parse_experiment, quarter
+from raytvb.config import MERGES, Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
+from raytvb.store import Store
 
 TASKS = list(suite.SHOWCASE[:8])
 SAMPLE = """
@@ -119,6 +122,10 @@ UNKNOWN = [
     ({"search": {"coefficients": {"hihg": 1}}}, "search.coefficients.hihg", "high", "low"),
     ({"evaluate": {"kep": 0.9}}, "evaluate.kep", "keep", "control"),
     ({"evaluate": {"control": {"name": "a", "dta": "/a"}}}, "evaluate.control.dta", "data", "image_column"),
+    ({"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shot": 4}}}, "evaluate.unseen.shot", "shots", "lr"),
+    ({"evaluate": {"unseen": [{"name": "a", "dta": "/a"}]}}, "evaluate.unseen.tasks[0].dta", "data", "image_column"),
+    ({"evaluate": {"disentanglement": {"pair": []}}}, "evaluate.disentanglement.pair", "pairs", "points"),
+    ({"search": {"coefficients": {"strateg": "grid"}}}, "search.coefficients.strateg", "strategy", "vector"),
     ({"resources": {"gpu_per_task": 1}}, "resources.gpu_per_task", "gpus_per_task", "max_retries"),
 ]
 
@@ -135,8 +142,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed(fields: dict[str, Any], 
 def test_an_unknown_task_is_named_with_its_near_matches() -> None:
     message = refusal(tasks=[*TASKS, "glyphs/greek-blurr"])
     assert "tasks[8]" in message and "'glyphs/greek-blurr'" in message and "did you mean glyphs/greek-blur" in message
-    far = refusal(tasks=[*TASKS, "imagenet"])
-    assert "'imagenet'" in far and "did you mean" not in far and "data:" in far
+    far = refusal(tasks=[*TASKS, "zzz"])
+    assert "'zzz'" in far and "did you mean" not in far and "data:" in far
 
 
 WRONG = [
@@ -157,14 +164,51 @@ WRONG = [
     ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 0.5, "test": 0.5}}]}, "tasks[0].splits", "nothing", ""),
     ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": "x", "test": "x"}}]}, "tasks[0].splits", "same", "x"),
     ({"tasks": [{"name": "a", "data": "/a", "root": "/b"}]}, "tasks[0]", "only with `data: torchvision:NAME`", ""),
-    ({"tasks": ["clip9"]}, "tasks[0]", "no preset (clip8, clip14, clip20)", "clip9"),
-    ({"tasks": {"preset": "clip9"}}, "tasks", "there are clip8, clip14, clip20", "clip9"),
+    ({"tasks": ["clip9"]}, "tasks[0]", "no preset (clip8, clip14, clip20, imagenet)", "clip9"),
+    ({"tasks": {"preset": "clip9"}}, "tasks", "there are clip8, clip14, clip20, imagenet", "clip9"),
     ({"tasks": [{"preset": "clip8", "name": "a"}]}, "tasks", "names its tasks itself", "clip8"),
     ({"finetune": {"batch_size": 1.5}}, "finetune.batch_size", "integer", "1.5"),
     ({"search": {"sizes": [2, 0]}}, "search.sizes[1]", "greater than or equal to 1", "0"),
     ({"search": {"objective": "best"}}, "search.objective", "'subsets', 'all' or 'single'", "'best'"),
     ({"search": {"coefficients": {"low": 1.0, "high": 1.0}}}, "search.coefficients", "low (1.0) must be below", "1.0"),
     ({"search": {"coefficients": {"low": 4.5}}}, "search.coefficients", "low (4.5) must be below high (4.0)", "4.5"),
+    ({"search": {"coefficients": {"points": 1}}}, "search.coefficients.points", "greater than or equal to 2", "1"),
+    ({"search": {"coefficients": {"strategy": "all"}}}, "search.coefficients.strategy", "'line' or 'grid'", "'all'"),
+    ({"search": {"coefficients": {"vector": "yes"}}}, "search.coefficients.vector", "'per-task' or 'per-basis'", "yes"),
+    ({"search": {"coefficients": {"trials": 0}}}, "search.coefficients.trials", "greater than or equal to 1", "0"),
+    ({"search": {"tolerance": -0.01}}, "search.tolerance", "greater than or equal to 0", "-0.01"),
+    ({"search": {"tolerance": 1.0}}, "search.tolerance", "less than 1", "1.0"),
+    ({"search": {"shares": [0.5, 0.25, 1.0]}}, "search", "shares must rise and end with 1.0", "[0.5, 0.25, 1.0]"),
+    ({"search": {"shares": [0.5, 0.5, 1.0]}}, "search", "shares must rise and end with 1.0", "[0.5, 0.5, 1.0]"),
+    ({"search": {"shares": [0.25, 0.5]}}, "search", "shares must rise and end with 1.0", "[0.25, 0.5]"),
+    ({"search": {"shares": []}}, "search", "shares must rise and end with 1.0", "[]"),
+    ({"search": {"shares": [0.0, 1.0]}}, "search.shares[0]", "greater than 0", "0.0"),
+    ({"search": {"shares": [0.5, 2.0]}}, "search.shares[1]", "less than or equal to 1", "2.0"),
+    ({"search": {"lengths": "task"}}, "search.lengths", "'auto', 'projected' or 'own'", "'task'"),
+    ({"search": {"keep": 0.0}}, "search.keep", "greater than 0", "0.0"),
+    ({"search": {"random_subsets": 0}}, "search.random_subsets", "greater than or equal to 1", "0"),
+    ({"search": {"merges": ["ties", "tis"]}}, "search", "merges: tis; allowed: ", "tsv-m"),
+    ({"search": {"merges": ["ties", "ties"]}}, "search", "merges: a method is given twice", "ties"),
+    ({"search": {"merges": ["sum"]}}, "search", "merges: sum; allowed: ", "ties"),
+    ({"search": {"merges": ["fisher"]}}, "search", "merges: fisher; allowed: ", "ties"),
+    ({"basis": {"prepare": "trim"}}, "basis.prepare", "'none', 'trimmed', 'dropped' or 'sparsified'", "'trim'"),
+    ({"evaluate": {"precision": "fp16"}}, "evaluate.precision", "'auto', 'fp32' or 'bf16'", "'fp16'"),
+    ({"evaluate": {"control": "clip8"}}, "evaluate", "control: one task, not the tasks of a preset", ""),
+    ({"evaluate": {"control": {"preset": "clip9"}}}, "evaluate", "there are clip8, clip14, clip20, imagenet", "clip9"),
+    ({"evaluate": {"additions": [[]]}}, "evaluate.additions", "give different tasks of the experiment", "[]"),
+    ({"evaluate": {"additions": [TASKS[:2], ["a"]]}}, "evaluate.additions", "give different tasks", "a is none"),
+    ({"evaluate": {"additions": [[TASKS[0]] * 2]}}, "evaluate.additions", "give different tasks", TASKS[0]),
+    ({"evaluate": {"unseen": []}}, "evaluate.unseen.tasks", "at least 1 item", "[]"),
+    ({"evaluate": {"unseen": ["nope"]}}, "evaluate.unseen.tasks[0]", "unknown task 'nope'", ""),
+    ({"evaluate": {"unseen": [TASKS[3]]}}, "evaluate.unseen.tasks", "these have task vectors", TASKS[3]),
+    ({"evaluate": {"unseen": ["glyphs/clean"] * 2}}, "evaluate.unseen.tasks", "a name is given twice", ""),
+    ({"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shots": 0}}}, "evaluate.unseen.shots", "greater than", "0"),
+    ({"evaluate": {"disentanglement": {"pairs": [[TASKS[0], "a"]]}}}, "evaluate.disentanglement.pairs",
+     "give different tasks", "a is none"),
+    ({"evaluate": {"disentanglement": {"pairs": [[TASKS[0]] * 2]}}}, "evaluate.disentanglement.pairs",
+     "give different tasks", TASKS[0]),
+    ({"evaluate": {"disentanglement": {"low": 2.0}}}, "evaluate.disentanglement", "low (2.0) must be below high", ""),
+    ({"evaluate": {"disentanglement": {"points": 1}}}, "evaluate.disentanglement.points", "greater than or", "1"),
     ({"evaluate": {"keep": 1.1}}, "evaluate.keep", "less than or equal to 1", "1.1"),
     ({"evaluate": {"control": "nope"}}, "evaluate.control", "unknown task 'nope'", "nope"),
     ({"resources": {"gpus_per_task": 1.5}}, "resources", "fractions below 1 and whole numbers above", "1.5"),
@@ -295,8 +339,6 @@ def test_half_and_quarter_are_at_least_one() -> None:
     assert [quarter(t) for t in (1, 2, 3, 6, 8, 264)] == [1, 1, 1, 2, 2, 66]
 
 
-
-
 def test_differing_lists_of_tasks_are_compared_by_name() -> None:
     a, b, c = ({"name": n, "data": None} for n in "abc")
     assert records.differences({"tasks": [a, b]}, {"tasks": [a, c]}) == [
@@ -332,3 +374,167 @@ def test_values_that_make_no_sense(fields: dict[str, Any], words: str) -> None:
 
 def test_sizes_above_the_number_of_tasks_are_that_number() -> None:
     assert experiment(search={"sizes": [2, 8, 100]}).search.sizes == (2, 8)
+
+
+def test_the_defaults_of_search_and_evaluation() -> None:
+    made = experiment()
+    search, evaluate = made.search, made.evaluate
+    assert (search.shares, search.keep, search.tolerance, search.random_subsets, search.merges) == (
+        (0.25, 1.0), 0.5, None, 1, ())
+    assert (search.coefficients.strategy, search.coefficients.vector, search.lengths) == ("line", "none", "auto")
+    assert (evaluate.precision, evaluate.additions, evaluate.unseen, evaluate.disentanglement) == (
+        "auto", (), None, None)
+    assert made.basis.prepare == "none" and made.unseen == made.pairs == ()
+
+
+def test_one_value_stands_for_a_list_of_it() -> None:
+    search = experiment(search={"merges": "ties", "sizes": 3, "shares": 1}).search
+    assert (search.merges, search.sizes, search.shares) == (("ties",), (3,), (1.0,))
+    assert experiment(search={"merges": list(MERGES)}).search.merges == MERGES
+    assert {"ties", "dare", "mean", "tsv-m", "iso-c"} <= set(MERGES) and not {"sum", "fisher"} & set(MERGES)
+    evaluate = experiment(evaluate={"unseen": "glyphs/clean"}).evaluate
+    assert evaluate.unseen is not None and [t.name for t in evaluate.unseen.tasks] == ["glyphs/clean"]
+
+
+def test_all_that_can_be_asked_of_a_search_and_evaluation_reads_back() -> None:
+    asked = {
+        "basis": {"method": "svd", "prepare": "trimmed"},
+        "search": {"tolerance": 0.01, "shares": [0.1, 0.5, 1.0], "keep": 0.25, "random_subsets": 3, "merges": ["ties"],
+                   "coefficients": {"strategy": "grid", "points": 5, "vector": "per-task", "trials": 7}},
+        "evaluate": {"control": {"preset": "imagenet", "root": "/data/imagenet"}, "precision": "bf16",
+                     "additions": [TASKS[:2], TASKS[3:6]], "unseen": {"tasks": ["glyphs/clean"], "shots": 2},
+                     "disentanglement": {"pairs": [TASKS[:2], TASKS[2:4]], "points": 3}}}
+    made = experiment(**asked)
+    identity = made.identity()
+    again = parse_experiment({"store": "else", **identity})
+    assert again.identity() == identity and again.pairs == made.pairs == (tuple(TASKS[:2]), tuple(TASKS[2:4]))
+    for field in ("basis", "search", "evaluate"):
+        for name in asked[field]:
+            changed = experiment(**{**asked, field: {k: v for k, v in asked[field].items() if k != name}})
+            assert changed.identity() != identity, name
+
+
+def test_the_control_may_be_imagenet_with_its_archives() -> None:
+    for control in ("imagenet", {"preset": "imagenet"}, {"preset": "imagenet", "root": "/data/imagenet"}):
+        made = experiment(model={"name": "ViT-B-32", "pretrained": "openai"}, evaluate={"control": control}).control
+        assert made is not None and (made.name, made.data) == ("ImageNet", "torchvision:ImageNet")
+        assert made.root == (control.get("root") if isinstance(control, dict) else None)
+        assert len(made.prompts) == 7 and made.splits.val == 0.2 and made.splits.test == 0.7
+    there = experiment(evaluate={"control": {"preset": "imagenet", "data": "s3://b/sets/"}}).control
+    assert there is not None and there.data == "s3://b/sets/ImageNet"
+
+
+def test_unseen_tasks_may_be_a_preset() -> None:
+    made = experiment(evaluate={"unseen": {"tasks": [{"preset": "clip8", "data": "/clip"}, "glyphs/clean"]}})
+    assert [t.name for t in made.unseen] == [*PAPER, "glyphs/clean"]
+    assert made.unseen[0].data == "/clip/Cars"
+
+
+def test_without_a_control_the_rest_can_be_asked_for_as_with_one() -> None:
+    asked = {"unseen": ["glyphs/clean"], "disentanglement": True, "additions": [TASKS[:2]]}
+    for control in ({"control": "none"}, {"negation": False}):
+        made = experiment(evaluate={**control, **asked})
+        assert made.control is None and [t.name for t in made.unseen] == ["glyphs/clean"]
+        assert made.pairs == ((TASKS[0], TASKS[1]),)
+
+
+def test_pairs_are_the_first_two_tasks_unless_they_are_given() -> None:
+    assert experiment(evaluate={"disentanglement": True}).pairs == ((TASKS[0], TASKS[1]),)
+    assert experiment(evaluate={"disentanglement": {"points": 3}}).pairs == ((TASKS[0], TASKS[1]),)
+    assert experiment(tasks=TASKS[:1], evaluate={"disentanglement": True}).pairs == ()
+    assert experiment(evaluate={"disentanglement": {"pairs": [TASKS[4:6]]}}).pairs == (tuple(TASKS[4:6]),)
+
+
+CONTROL, UNSEEN = "glyphs/clean", [suite.task_names()[k] for k in (20, 21)]
+
+
+@pytest.mark.parametrize(("evaluate", "val", "train", "test"), [
+    ({"control": "none"}, [], [], []),
+    ({"control": CONTROL}, [CONTROL], [], [CONTROL]),
+    ({"control": TASKS[1]}, [], [], []),
+    ({"control": CONTROL, "unseen": UNSEEN}, [CONTROL], UNSEEN, [CONTROL, *UNSEEN]),
+    ({"control": CONTROL, "negation": False, "unseen": UNSEEN}, [], UNSEEN, UNSEEN),
+    ({"control": UNSEEN[1], "unseen": UNSEEN}, [UNSEEN[1]], UNSEEN, [UNSEEN[1], UNSEEN[0]]),
+    ({"control": TASKS[0], "unseen": UNSEEN}, [], UNSEEN, UNSEEN)])
+def test_which_tasks_need_images_of_which_split(evaluate: dict[str, Any], val: list[str], train: list[str],
+                                                test: list[str]) -> None:
+    made = experiment(evaluate=evaluate)
+    found = {s: [t.name for t in made.tasks_with(s)] for s in ("train", "val", "test")}
+    assert found == {"train": [*TASKS, *train], "val": [*TASKS, *val], "test": [*TASKS, *test]}
+    assert [t.name for t in made.every_task] == found["test"]
+    for split in found:
+        assert made.tasks_with(split)[:8] == made.tasks
+
+
+# What a store is made for ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_a_new_store_is_for_what_was_asked_and_the_same_changes_nothing(store: Store) -> None:
+    made = experiment()
+    freeze(store, made)
+    assert store.keys() == [EXPERIMENT] and yaml.safe_load(store.read(EXPERIMENT)) == made.identity()
+    written = store.read(EXPERIMENT)
+    freeze(store, experiment(name="other", resources={"max_retries": 1}))
+    assert store.read(EXPERIMENT) == written
+
+
+LATER = [{"search": {"sizes": [1, 3], "keep": 0.25}}, {"search": {"objective": "all"}}, {"basis": {"method": "svd"}},
+         {"evaluate": {"control": "none"}}, {"evaluate": {"unseen": "glyphs/clean", "precision": "bf16"}}]
+NEVER = [({"seed": 1}, "seed: stored 0, asked for 1"), ({"tasks": TASKS[:7]}, f"tasks: {TASKS[7]} stored only"),
+         ({"talos": {"density": 0.2}}, "talos.density: stored 0.1, asked for 0.2"),
+         ({"finetune": {"epochs": 3}}, "finetune.epochs: stored 10.0, asked for 3.0"),
+         ({"basis": {"prepare": "trimmed"}}, "basis.prepare: stored 'none', asked for 'trimmed'"),
+         ({"basis": {"online": True}}, "basis.online: stored False, asked for True")]
+
+
+def with_vectors(store: Store) -> list[str]:
+    """A store in which something was made of the experiment."""
+    freeze(store, experiment())
+    for prefix in ("base", f"splits/val/{TASKS[0]}", f"vectors/{TASKS[0]}"):
+        records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
+    return store.keys()
+
+
+@pytest.mark.parametrize("fields", LATER)
+def test_what_is_asked_of_the_vectors_may_change(store: Store, fields: dict[str, Any]) -> None:
+    keys = with_vectors(store)
+    freeze(store, experiment(**fields))
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity() and store.keys() == keys
+    freeze(store, experiment())
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+
+
+@pytest.mark.parametrize(("fields", "line"), NEVER)
+def test_what_the_vectors_are_made_of_may_not(store: Store, fields: dict[str, Any], line: str) -> None:
+    keys = with_vectors(store)
+    with pytest.raises(UserError, match="belongs to another experiment") as caught:
+        freeze(store, experiment(**fields, search={"sizes": [1]}))
+    lines = str(caught.value).splitlines()
+    assert f"  {line}" in lines and not any("search" in each for each in lines)
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+
+
+@pytest.mark.parametrize(("fields", "line"), NEVER)
+def test_a_store_without_vectors_is_given_to_another_experiment(store: Store, fields: dict[str, Any],
+                                                                line: str) -> None:
+    freeze(store, experiment())
+    for prefix in ("base", f"splits/val/{TASKS[0]}"):
+        records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
+    store.write(f"vectors/{TASKS[0]}/head.safetensors", b"x")
+    freeze(store, experiment(**fields))
+    assert store.keys() == [EXPERIMENT]
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity()
+
+
+def test_a_store_of_before_vectors_were_prepared_is_one_of_vectors_as_they_are(store: Store) -> None:
+    with_vectors(store)
+    stored = experiment().identity()
+    del stored["basis"]["prepare"]
+    store.write(EXPERIMENT, yaml.safe_dump(stored).encode())
+    freeze(store, experiment())
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity()

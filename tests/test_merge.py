@@ -14,7 +14,8 @@ from raytvb import artifacts, mixes
 from raytvb.basis import fit_basis
 from raytvb.basis_files import StoredBasis
 from raytvb.cli import main
-from raytvb.merge import METHODS, UNSCALED
+from raytvb.directions import UNSCALED
+from raytvb.merge import METHODS
 from raytvb.methods import MERGE
 from raytvb.store import Store
 

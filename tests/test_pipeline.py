@@ -43,7 +43,7 @@ def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
     names = {f"{m}-m{s}" for m in ("ae-anchored", "svd") for s in (1, 2)}
     sums = {f"{n}-sum" for n in names if not n.startswith("svd")}
     assert names | sums | {"full"} <= set(summary["addition"])
-    assert set(summary["random_subset"]) == {"random-own-m2", "random-lstsq-m2"}
+    assert set(summary["random_subset"]) == {f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2)}
     sizes = {str(s) for s in task_subsets(len(TASKS), 0)}
     for name, entry in summary["addition"].items():
         assert set(entry["per_task"]) == set(TASKS)
@@ -112,7 +112,7 @@ def test_running_again_does_nothing_twice(finished: tuple[Path, Store], capsys: 
 
 def test_the_page_is_self_contained(finished: tuple[Path, Store]):
     page = finished[1].read("report/index.html").decode()
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", "").replace("https://matplotlib.org", "")
     assert all(task in page for task in TASKS)
@@ -400,7 +400,7 @@ def test_killed_again_and_again(finished: tuple[Path, Store], tmp_path: Path, su
     file = write_experiment(tmp_path, store.url)
     for moment in ("base/record.json", f"vectors/{TASKS[0]}/vector.safetensors", f"vectors/{TASKS[2]}/record.json",
                    "gram/record.json",
-                   "basis/svd-m2/coefficients.safetensors", "search/full/record.json", "evals/models.parquet",
+                   "basis/svd-m2/coefficients.safetensors", "search/full/round-1/record.json", "evals/models.parquet",
                    f"evals/negation-full/{TASKS[2]}.parquet"):
         if not store.exists(moment):
             kill_when(start(file, suite_cache), store, moment)

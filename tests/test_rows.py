@@ -1,0 +1,91 @@
+"""Evaluations in a store: counts read back as they were written, and made again where they are of something else."""
+
+import io
+import math
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raytvb.evaluate import Count
+from raytvb.rows import SCHEMA, has_rows, key, parquet_bytes, read_rows, row, write_rows
+from raytvb.store import Store, StoreKeyError
+
+IDENTITY = {"coefficient": {"1": 0.5, "8": 0.125}, "vector": None, "precision": "fp32"}
+ROWS = [row("ae-m4", "test", 8, 0, "glyphs/greek-blur", 0.1 + 0.2, Count(7, 11, 6.5)),
+        row("ae-m4", "test", 1, 2, "é", 0.0, Count(0, 2**40))]
+
+
+def test_a_row_has_the_counts_and_what_they_are_of() -> None:
+    assert ROWS[0] == {"model": "ae-m4", "split": "test", "size": 8, "subset": 0, "task": "glyphs/greek-blur",
+                       "coefficient": 0.1 + 0.2, "correct": 7, "total": 11}
+    assert list(ROWS[0]) == SCHEMA.names
+
+
+def test_rows_come_back_as_they_were_written(store_url: str) -> None:
+    store = Store(store_url)
+    assert not has_rows(store, "ae-m4") and not has_rows(store, "ae-m4", IDENTITY)
+    with pytest.raises(StoreKeyError):
+        read_rows(store, "ae-m4")
+    for name in ("ae-m4", "negation-full/glyphs/greek-blur"):
+        write_rows(store, name, ROWS, IDENTITY)
+        assert read_rows(store, name) == ROWS
+        assert has_rows(store, name) and has_rows(store, name, IDENTITY)
+    assert store.keys() == ["evals/ae-m4.parquet", "evals/negation-full/glyphs/greek-blur.parquet"]
+    assert [key(n) for n in ("ae-m4", "negation-full/glyphs/greek-blur")] == store.keys()
+    write_rows(store, "ae-m4", ROWS[:1], {})
+    assert read_rows(store, "ae-m4") == ROWS[:1] and read_rows(store, "negation-full/glyphs/greek-blur") == ROWS
+
+
+@pytest.fixture
+def store(tmp_path: Any) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+OTHERS = [{}, {**IDENTITY, "precision": "bf16"}, {**IDENTITY, "coefficient": {"1": 0.5}}, {**IDENTITY, "more": 1},
+          {**IDENTITY, "coefficient": {"1": 0.5, "8": 0.1250001}}, {**IDENTITY, "vector": [0.1]}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_rows_of_something_else_do_not_count(store: Store, other: dict[str, Any]) -> None:
+    write_rows(store, "a", ROWS, IDENTITY)
+    assert has_rows(store, "a") and not has_rows(store, "a", other)
+    write_rows(store, "a", ROWS[1:], other)
+    assert has_rows(store, "a", other) and not has_rows(store, "a", IDENTITY)
+    assert read_rows(store, "a") == ROWS[1:]
+
+
+def test_an_identity_is_its_values_not_their_order_or_containers(store: Store) -> None:
+    write_rows(store, "a", ROWS, {"x": (1, 2.5), "y": {"b": "é", "a": None}})
+    assert has_rows(store, "a", {"y": {"a": None, "b": "é"}, "x": [1, 2.5]})
+    assert not has_rows(store, "a", {"y": {"a": None, "b": "é"}, "x": [2.5, 1]})
+
+
+def test_parquet_that_says_not_what_it_is_of_is_of_something_else(store: Store) -> None:
+    store.write(key("old"), parquet_bytes(ROWS, SCHEMA))
+    assert has_rows(store, "old") and read_rows(store, "old") == ROWS
+    assert not has_rows(store, "old", IDENTITY) and not has_rows(store, "old", {})
+
+
+def test_columns_have_their_types_also_without_rows(store: Store) -> None:
+    write_rows(store, "none", [], IDENTITY)
+    assert read_rows(store, "none") == [] and has_rows(store, "none", IDENTITY)
+    for name, rows in (("none", []), ("some", ROWS)):
+        write_rows(store, name, rows, IDENTITY)
+        assert pq.read_schema(io.BytesIO(store.read(key(name)))).remove_metadata() == SCHEMA
+
+
+def test_other_columns_and_no_coefficient(store: Store) -> None:
+    schema = pa.schema([("first", pa.string()), ("error", pa.float64())])
+    write_rows(store, "pairs", [{"first": "a", "error": 0.25}], IDENTITY, schema)
+    assert read_rows(store, "pairs") == [{"first": "a", "error": 0.25}] and has_rows(store, "pairs", IDENTITY)
+    write_rows(store, "vector", [row("per-task", "test", 4, 0, "a", math.nan, Count(1, 2))], IDENTITY)
+    found, = read_rows(store, "vector")
+    assert math.isnan(found["coefficient"]) and (found["correct"], found["total"]) == (1, 2)
+
+
+def test_equal_rows_are_equal_files(store: Store) -> None:
+    for name in ("a", "b"):
+        write_rows(store, name, ROWS, IDENTITY)
+    assert store.read(key("a")) == store.read(key("b"))

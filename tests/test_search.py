@@ -1,0 +1,195 @@
+"""The search as a user meets it: what it leaves in the store, what it chooses, and that a kill changes nothing."""
+
+import io
+import itertools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from experiments import TASKS, write_experiment
+
+from raytvb.cli import main
+from raytvb.evaluate import Count, task_subsets, wilson
+from raytvb.store import Store
+
+pytestmark = pytest.mark.ray
+
+BASES = {f"{m}-m{s}" for m in ("ae-anchored", "svd") for s in (1, 2)}
+REST = {"zero-shot", "full", "ae-anchored-m1-sum", "ae-anchored-m2-sum",
+        *(f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2))}
+
+
+def table(store: Store, key: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(key))).to_pylist()
+    return found
+
+
+def outcome(store: Store, name: str) -> dict[str, Any]:
+    metrics: dict[str, Any] = store.read_json(f"search/{name}/record.json")["metrics"]
+    return metrics
+
+
+def copy_store(source: Store, folder: Path, *without: str) -> Store:
+    target = Store(str(folder))
+    for key in source.keys():
+        if not key.startswith(without):
+            source.download(key, target.path(key))
+    return target
+
+
+def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path, Store]):
+    _, store = finished
+    choice = store.read_json("search/record.json")["metrics"]
+    results = {r["candidate"]: r for r in table(store, "search/results.parquet")}
+    assert set(results) == BASES | REST and choice["candidates"] == len(results)
+    assert [n for n, r in results.items() if r["chosen"]] == [choice["name"]]
+    assert {n for n, r in results.items() if r["front"]} == set(choice["front"])
+    assert results[choice["name"]]["objective"] == max(results[n]["objective"] for n in BASES)
+    assert not any(r["stopped"] for r in results.values())  # two methods of a size: too few to end one
+    tried = table(store, "search/tried.parquet")
+    assert sum(r["images"] for r in results.values()) == choice["images"]
+    assert len(tried) == choice["evaluations"]
+    for row in tried:
+        assert (row["low"], row["high"]) == pytest.approx(wilson(Count(row["correct"], row["total"])))
+        assert row["low"] <= row["correct"] / row["total"] <= row["high"]
+    # 96 images a task and split; every subset of a size on the images of its tasks
+    passes = {s: s * len(subsets) for s, subsets in task_subsets(len(TASKS), 0).items()}
+    assert {(r["share"], r["total"] / passes[r["size"]]) for r in tried} <= {(0.25, 24.0), (1.0, 96.0)}
+    for name, row in results.items():
+        last = [t for t in tried if t["candidate"] == name and t["share"] == row["share"] == 1.0]
+        for size in {t["size"] for t in last}:
+            alpha = row[f"coefficient_{size}"]
+            assert row[f"accuracy_{size}"] == next(
+                t["accuracy"] for t in last if t["size"] == size and t["coefficient"] == alpha)
+
+
+def test_the_front_is_what_nothing_smaller_beats(finished: tuple[Path, Store]):
+    _, store = finished
+    names = store.read_json("search/record.json")["metrics"]["front"]
+    rows = [outcome(store, n) for n in names]
+    assert "full" in names or any(outcome(store, n)["objective"] >= outcome(store, "full")["objective"] for n in names)
+    sizes = [r["stored_bytes"] for r in rows]
+    assert sizes == sorted(sizes)
+    assert all(a["objective"] < b["objective"] for a, b in itertools.pairwise(rows)
+               if a["stored_bytes"] < b["stored_bytes"])
+
+
+def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]):
+    """Event files as TensorBoard reads them: records of length, checksum, protocol buffer, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    _, store = finished
+    events = [k for k in store.keys("search") if "events.out.tfevents" in k]
+    assert len(events) >= len(BASES | REST)
+    tags = set()
+    for key in events:
+        data = store.read(key)
+        while data:
+            length, = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12:12 + length])
+            tags |= {value.tag for value in event.summary.value}
+            data = data[16 + length:]
+    assert {"ray/tune/objective", "ray/tune/accuracy_1", "ray/tune/share"} <= tags
+    assert any(k.endswith("/result.json") for k in store.keys("search"))
+
+
+def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, Store]):
+    _, store = finished
+    summary = store.read_json("report/summary.json")
+    tested = set(summary["addition"]) | set(summary["random_subset"])
+    assert tested == (BASES | REST) - {"zero-shot"}
+    assert {k.split("/")[1].removesuffix(".parquet") for k in store.keys("evals") if k.count("/") == 1} == tested | {
+        "models"}
+    assert "after this choice" in summary["provenance"]["test"]
+
+
+@pytest.mark.slow
+def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
+        finished: tuple[Path, Store], tmp_path: Path, suite_cache: str, capsys: pytest.CaptureFixture[str]):
+    """More methods, sizes, merges and operations on the same vectors; once in one go, once killed twice on the way."""
+    more: dict[str, Any] = {
+        "basis": {"method": ["ae-anchored", "svd", "kmeans", "greedy"]},
+        "search": {"sizes": [1, 2], "tolerance": 0.9, "merges": ["ties", "tsv-m"],
+                   "coefficients": {"vector": "per-basis", "trials": 6}},
+        "evaluate": {"unseen": {"tasks": ["glyphs/hebrew-fog"], "steps": 10}, "additions": [list(TASKS[:2])],
+                     "disentanglement": {"points": 2}, "precision": "bf16"}}
+    stores = [copy_store(finished[1], tmp_path / n, "report/") for n in ("whole", "killed")]
+    files = [write_experiment(tmp_path / f"file-{i}", s.url, **more) for i, s in enumerate(stores)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": suite_cache}
+    for moment in ("search/kmeans-m1/round-1/record.json", "search/svd-m2-ties/round-1/record.json"):
+        process = subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(files[1]), "--num-cpus", "2"],
+                                   env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
+        deadline = time.monotonic() + 240
+        while not stores[1].exists(moment):
+            assert process.poll() is None and time.monotonic() < deadline, f"{moment} never appeared"
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    for file in files:
+        assert main(["run", str(file)]) == 0, capsys.readouterr().err
+    summaries = [s.read_json("report/summary.json") for s in stores]
+    for summary in summaries:
+        del summary["seconds"]
+    assert summaries[0] == summaries[1]
+    for key in ("search/results.parquet", "search/tried.parquet"):
+        assert table(stores[0], key) == table(stores[1], key)
+    summary, store = summaries[0], stores[0]
+    results = {r["candidate"]: r for r in table(store, "search/results.parquet")}
+    methods = more["basis"]["method"]
+    for size in (1, 2):
+        group = {f"{m}-m{size}": outcome(store, f"{m}-m{size}") for m in methods}
+        middle = median(o["objectives"][0] for o in group.values())
+        stopped = {n for n, o in group.items() if o["stopped"]}
+        assert stopped == {n for n, o in group.items() if o["objectives"][0] < middle} and 1 <= len(stopped) <= 2
+        assert all(results[n]["share"] == (0.25 if n in stopped else 1.0) for n in group)
+        assert (stopped <= set(summary["addition"])) == (size == 2)  # half of three: every method is reported there
+    chosen = summary["chosen"]
+    assert chosen["size"] == 1 and summary["search"]["best"] != chosen["name"]  # the smallest
+    assert {"full-ties", f"{chosen['name']}-tsv-m"} <= set(summary["addition"])
+    weighted = summary["addition"]["full"]["weighted"]
+    assert weighted["kind"] == "per-basis" and len(weighted["weights"]) == len(TASKS)
+    assert weighted["validation_accuracy"] >= outcome(store, "full")["accuracy"][str(len(TASKS))] - 1e-9
+    precision = summary["provenance"]["precision"]
+    assert precision["use"] == ("bf16" if precision["agreement"] >= 0.995 else "fp32")
+    unseen = summary["unseen"]["glyphs/hebrew-fog"]
+    assert (unseen["basis"]["coefficients"], unseen["full"]["coefficients"]) == (1, len(TASKS))
+    assert set(summary["negation_basis"]) == set(TASKS)
+    group, = summary["additions"]
+    assert set(group["models"]) == {"full", chosen["name"]}
+    assert set(group["models"]["full"]["per_task"]) == set(TASKS[:2])
+    pair, = summary["disentanglement"]
+    for model in pair["models"].values():
+        assert len(model["error"]) == 2 and all(0 <= e <= 2 for row in model["error"] for e in row)
+    assert main(["verify", store.url]) == 0
+    # What was measured before and is still wanted was not measured again.
+    rounds = [k for k in finished[1].keys("search") if k.endswith("round-1/record.json") and "-m1/" in k]
+    assert rounds and all(finished[1].read(k) != store.read(k) for k in rounds)  # per-basis weights are another search
+
+
+@pytest.mark.slow
+def test_where_nothing_helps_the_result_says_so(finished: tuple[Path, Store], tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]):
+    """Coefficients so large that every addition is worse than the pretrained model."""
+    store = copy_store(finished[1], tmp_path / "store", "report/", "search/", "evals/")
+    file = write_experiment(tmp_path, store.url, search={
+        "sizes": [1], "coefficients": {"low": 3.9, "high": 4.0, "strategy": "grid", "points": 2}},
+        evaluate={"control": "none"})
+    assert main(["run", str(file)]) == 0, capsys.readouterr().err
+    out = capsys.readouterr()
+    assert "no basis is better on validation data than the pretrained model" in out.out + out.err
+    summary = json.loads(store.read("report/summary.json"))
+    assert summary["chosen"]["name"] is None and "pretrained model" in summary["chosen"]["reason"]
+    assert "no basis is better" in store.read("report/index.html").decode()
+    assert {t["coefficient"] for t in table(store, "search/tried.parquet") if t["candidate"] == "full"} == {3.9, 4.0}
+    assert main(["merge", store.url, "--add", TASKS[0], "--out", str(tmp_path / "merged")]) == 0
+    assert "full" in capsys.readouterr().out
