@@ -2,7 +2,8 @@
 
 Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. Both choose on the validation split by the mean accuracy
 over tasks and then read the test split once for what they chose, in one process without Ray. An evaluation is the
-accuracy of one coefficient for additions of one size; `images` are those that went through the tower for the choice.
+accuracy of one coefficient for additions of one size; `images` are those that went through the tower, and
+`seconds` run, until the choice is made.
 """
 
 from __future__ import annotations
@@ -55,16 +56,17 @@ class _Outcome:
     candidates: int
     evaluations: int
     images: int
-    search_seconds: float
+    seconds: float
+    """Until the choice is made."""
     test_accuracy: float = 0.0
     test_images: int = 0
-    seconds: float = 0.0
+    test_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For the result."""
         only = next(iter(self.coefficient.values())) if len(self.coefficient) == 1 else None
         coefficient = {str(s): a for s, a in self.coefficient.items()} if only is None else only
-        return {"algorithm": self.algorithm, "seconds": self.seconds, "search_seconds": self.search_seconds,
+        return {"algorithm": self.algorithm, "seconds": self.seconds, "test_seconds": self.test_seconds,
                 "candidates": self.candidates, "evaluations": self.evaluations, "images": self.images,
                 "test_images": self.test_images, "chosen": {"size": self.size, "coefficient": coefficient},
                 "validation_accuracy": self.validation_accuracy, "test_accuracy": self.test_accuracy}
@@ -347,5 +349,5 @@ def _with_test(outcome: _Outcome, tested: Mapping[int, Sequence[Count]], started
     """The outcome with its accuracy on the test split, from counts by number of tasks added."""
     outcome.test_accuracy = mean([mean([c.accuracy for c in counts]) for counts in tested.values()])
     outcome.test_images = sum(c.total for counts in tested.values() for c in counts)
-    outcome.seconds = time.perf_counter() - started
+    outcome.test_seconds = time.perf_counter() - started - outcome.seconds
     return outcome

@@ -22,7 +22,7 @@ from raytvb.progress import Reporter, Stage
 from raytvb.remote import Refs, Service
 from raytvb.report import format_bytes, write_report
 from raytvb.rows import has_rows
-from raytvb.search import commit_decision, decide, find_choice, find_result, is_searched, run_search
+from raytvb.search import commit_decision, decide, find_choice, find_result, is_measured, run_search
 from raytvb.store import Store
 from raytvb.summary import all_candidates, candidate_bytes
 
@@ -316,18 +316,18 @@ class Pipeline:
     def search(self) -> bool:
         """Coefficients of every candidate and the choice among the bases, on validation data."""
         candidates = all_candidates(self.store, self.experiment)
-        new = not is_searched(self.store, self.experiment, candidates)
-        if new:
+        measured = is_measured(self.store, self.experiment, candidates)
+        if not measured:
             run_search(self._service(["val"]), candidates, self.reporter.stage)
         decision = decide(self.store, self.experiment, candidates,
                           candidate_bytes(self.store, self.experiment, candidates))
-        commit_decision(self.store, self.experiment, candidates, decision)
+        new = commit_decision(self.store, self.experiment, candidates, decision)
         if new and decision.choice["name"] is None:
             self.reporter.say(f"note: nothing was chosen: {decision.choice['reason']}")
         elif new:
             self.reporter.say(f"chosen: {decision.choice['name']}; best for their size, accuracy against bytes: "
                               f"{', '.join(decision.choice['front'])}")
-        return new
+        return new or not measured
 
     def evaluate(self) -> bool:
         """Each result once on the test split: single models, additions, and the operations."""

@@ -229,11 +229,9 @@ def _halved(store: Store, experiment: Experiment, candidates: Sequence[Candidate
     return found, limits, missing
 
 
-def is_searched(store: Store, experiment: Experiment, candidates: Sequence[Candidate]) -> bool:
-    """Nothing is left to measure, and what was decided is in the store."""
-    return find_choice(store, experiment, candidates) is not None and all(
-        find_result(store, experiment, c) is not None for c in candidates) and not _halved(
-        store, experiment, candidates)[2]
+def is_measured(store: Store, experiment: Experiment, candidates: Sequence[Candidate]) -> bool:
+    """Nothing is left to measure on validation images."""
+    return not _halved(store, experiment, candidates)[2]
 
 
 def run_search(service: Service, candidates: Sequence[Candidate], stage_of: StageOf) -> None:
@@ -317,18 +315,20 @@ def _outcome(results: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
 
 
 def commit_decision(store: Store, experiment: Experiment, candidates: Sequence[Candidate],
-                    decision: Decision) -> None:
-    """Write a record for each candidate whose outcome is new, then the choice with its tables."""
+                    decision: Decision) -> bool:
+    """Write a record for each candidate whose outcome is new, then the choice with its tables; whether it is new."""
     for candidate in candidates:
         outcome, prefix = decision.outcomes[candidate.name], search_prefix(candidate.name)
         identity, record = search_identity(experiment, candidate), records.find(store, prefix)
         if record is None or not _same(record, identity) or record["metrics"] != outcome:
             records.commit(store, prefix, identity=identity, metrics=outcome)
     identity, record = _choice_identity(experiment, candidates), records.find(store, SEARCH)
-    if record is None or not _same(record, identity) or record["metrics"] != decision.choice:
+    new = record is None or not _same(record, identity) or record["metrics"] != decision.choice
+    if new:
         tables = {"results.parquet": parquet_bytes(_results(candidates, decision)),
                   "tried.parquet": parquet_bytes(_tried(store, experiment, candidates, decision))}
         records.commit(store, SEARCH, identity=identity, metrics=decision.choice, files=tables)
+    return new
 
 
 def _results(candidates: Sequence[Candidate], decision: Decision) -> list[dict[str, Any]]:
