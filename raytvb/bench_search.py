@@ -3,7 +3,7 @@
 Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. Both choose on the validation split by the mean accuracy
 over tasks and then read the test split once for what they chose, in one process without Ray. An evaluation is the
 accuracy of one coefficient for additions of one size; `images` are those that went through the tower, and
-`seconds` run, until the choice is made.
+`seconds` those of the processor, until the choice is made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from raytvb.evaluate import BATCH, Count, even_grid, mean, task_subsets
 from raytvb.merge import merged_state
 from raytvb.selection import Option, choose
 from raytvb.store import Store
-from raytvb.trials import CandidateSearch
+from raytvb.trials import Additions, CandidateSearch
 from raytvb.workers import device, make_evaluator
 
 COEFFICIENTS = tuple(even_grid(0.0, 1.0, 21))  # the published ones, for sums of vectors
@@ -57,7 +57,7 @@ class _Outcome:
     evaluations: int
     images: int
     seconds: float
-    """Until the choice is made."""
+    """Of the processor, until the choice is made: other work on the machine would not change them in equal parts."""
     test_accuracy: float = 0.0
     test_images: int = 0
     test_seconds: float = 0.0
@@ -221,7 +221,7 @@ def published_search(experiment: Experiment, subsets: Subsets) -> _Outcome:
 
     Of equals the first coefficient, and the smaller basis.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     copies = artifacts.Mirror(Store(experiment.store))
     count = partial(published_counts, experiment, copies, _fetched_base(copies, experiment))
     images, best = 0, None
@@ -246,7 +246,7 @@ def published_search(experiment: Experiment, subsets: Subsets) -> _Outcome:
     pairs = len(COEFFICIENTS) * len(subsets) * len(experiment.search.sizes)
     outcome = _Outcome(
         "an even grid of coefficients; model, heads and images are loaded for each (authors' code)", candidate.size,
-        coefficients, value, pairs, pairs, images, time.perf_counter() - started)
+        coefficients, value, pairs, pairs, images, time.process_time() - started)
     tested = {size: [c for subset in group for c in count(
         published_vector(copies, candidate, subset), coefficients[size], subset, "test")]
               for size, group in subsets.items()}
@@ -297,7 +297,7 @@ def our_search(experiment: Experiment, subsets: Subsets) -> _Outcome:
     """
     artifacts.base_encoder.cache_clear()
     artifacts.mirror.cache_clear()
-    started = time.perf_counter()
+    started = time.process_time()
     fingerprint = _record(experiment, artifacts.BASE)["parents"]["fingerprint"]
     validation = make_evaluator(experiment, fingerprint, _arrays(experiment, fingerprint, "val"))
     rounds = dict[str, list[dict[str, Any]]]()
@@ -313,16 +313,11 @@ def our_search(experiment: Experiment, subsets: Subsets) -> _Outcome:
         "coefficients searched on a part of the images, the best measured on all; everything is loaded once",
         chosen.size if chosen.is_basis else None, {int(s): a for s, a in last["coefficient"].items()},
         last["objective"], sum(results[0]["evaluations"] for results in rounds.values()),
-        sum(r["evaluations"] for r in every), sum(r["images"] for r in every), time.perf_counter() - started)
+        sum(r["evaluations"] for r in every), sum(r["images"] for r in every), time.process_time() - started)
     test = make_evaluator(experiment, fingerprint, _arrays(experiment, fingerprint, "test"))
-    vectors, table = chosen.open(experiment)
-    tested = dict[int, list[Count]]()
-    for size, group in subsets.items():
-        tested[size] = []
-        directions = chosen.directions(vectors, table, group, experiment.seed)
-        for subset, direction in zip(group, directions, strict=True):
-            test.merge(direction, outcome.coefficient[size])
-            tested[size] += [test.count(experiment.task_names[t]) for t in subset]
+    additions, own = Additions(experiment, chosen, test), last["own_lengths"]
+    tested = {size: [c for counts in additions.counts(group, outcome.coefficient[size], own[str(size)])
+                     for c in counts.values()] for size, group in subsets.items()}
     return _with_test(outcome, tested, started)
 
 
@@ -349,5 +344,5 @@ def _with_test(outcome: _Outcome, tested: Mapping[int, Sequence[Count]], started
     """The outcome with its accuracy on the test split, from counts by number of tasks added."""
     outcome.test_accuracy = mean([mean([c.accuracy for c in counts]) for counts in tested.values()])
     outcome.test_images = sum(c.total for counts in tested.values() for c in counts)
-    outcome.test_seconds = time.perf_counter() - started - outcome.seconds
+    outcome.test_seconds = time.process_time() - started - outcome.seconds
     return outcome
