@@ -147,15 +147,18 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
             validation chose along with the coefficient; `projected` where a coefficient or a method is given.
     Raises UserError for an unknown task or basis, ValueError for tasks that are not there.
     """
-    searched = store.exists(artifacts.SUMMARY)
-    chosen = store.read_json(artifacts.SUMMARY)["chosen"]["name"] if searched else None
-    source = basis or chosen or "full"
+    choice = records.find(store, "search")
+    source = basis or (choice["metrics"]["name"] if choice is not None else None) or "full"
     if source == "full" and kind != "decoded":
         raise UserError(f"only a basis has vectors to merge like that: name one with --basis (`raytvb ls {store.url}`)")
     if lengths is None and (coefficient is not None or method != "sum"):
         lengths = "projected"
     mix = _full(store, tasks) if source == "full" else _basis(store, source, tasks, kind, vectors or {}, lengths)
-    usual = 1.0 if method in UNSCALED else mix.coefficient
+    usual = mix.coefficient
+    if method != "sum":  # that of the search, where it compared this method (`search.merges`)
+        usual = 1.0 if method in UNSCALED else usual
+        if records.find(store, f"search/{source}-{method}") is not None:
+            usual, _ = searched(store, f"{source}-{method}", _added(tasks))
     alpha = usual if coefficient is None else coefficient
     base = records.find(store, artifacts.BASE)
     if base is None:
@@ -173,7 +176,7 @@ def merge(store: Store, tasks: Mapping[str, float], out: Path, *, basis: str | N
             (out / name).write_bytes(_with_place(data, out) if name == CONFIG_FILE else data)
     save_file(merged, out / WEIGHTS_FILE)
     (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
-    return {"chosen": searched, "source": mix.source, "coefficient": alpha, "own_lengths": mix.own_lengths,
+    return {"chosen": choice is not None, "source": mix.source, "coefficient": alpha, "own_lengths": mix.own_lengths,
             "tasks": dict(tasks), "folder": str(out), "config": CONFIG_FILE}
 
 

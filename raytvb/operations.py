@@ -47,7 +47,7 @@ def evaluate_candidate(experiment: Experiment, name: str, identity: Identity, ca
     if weights is not None:
         kind = weights["kind"]
         counts, = additions.weighted(torch.tensor(weights["weights"]), per_basis=kind == "per-basis")
-        found += [row(kind, "test", len(counts), 0, t, float("nan"), c) for t, c in counts.items()]
+        found += [row(kind, "test", len(counts), 0, t, None, c) for t, c in counts.items()]
     write_rows(Store(experiment.store), name, found, identity)
 
 
@@ -181,7 +181,7 @@ def evaluate_unseen(experiment: Experiment, name: str, identity: Identity, candi
                                      preprocess=encoder.preprocess, steps=asked.steps, lr=asked.lr,
                                      batch_size=asked.batch_size, seed=seed, device=place)
         test.merge(learned.direction, 1.0)
-        found.append(row(kind, "test", table.shape[0], len(few), task.name, learned.seconds, test.count(task.name)))
+        found.append(row(kind, "test", table.shape[0], len(few), task.name, None, test.count(task.name)))
     write_rows(Store(experiment.store), name, found, identity)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytvb.errors import UserError
 from raytvb.evaluate import Count
 from raytvb.store import Store
 
@@ -23,8 +24,12 @@ SCHEMA = pa.schema([("model", pa.string()), ("split", pa.string()), ("size", pa.
 _IDENTITY = b"raytvb"
 
 
-def row(model: str, split: str, size: int, subset: int, task: str, alpha: float, count: Count) -> dict[str, Any]:
-    """One row: `correct` of `total` images of a task's split, for a model with a subset of `size` tasks added."""
+def row(model: str, split: str, size: int, subset: int, task: str, alpha: float | None,
+        count: Count) -> dict[str, Any]:
+    """One row: `correct` of `total` images of a task's split, for a model with a subset of `size` tasks added.
+
+    alpha: None where there is no one coefficient.
+    """
     return {"model": model, "split": split, "size": size, "subset": subset, "task": task, "coefficient": alpha,
             "correct": count.correct, "total": count.total}
 
@@ -57,11 +62,18 @@ def has_rows(store: Store, name: str, identity: Mapping[str, Any] | None = None)
         return False
     if identity is None:
         return True
-    metadata = pq.read_schema(io.BytesIO(store.read(key(name)))).metadata or {}
+    try:
+        metadata = pq.read_table(io.BytesIO(store.read(key(name)))).schema.metadata or {}
+    except (pa.ArrowException, OSError):
+        return False  # damaged: it is made again
     return bool(metadata.get(_IDENTITY) == _json(identity))
 
 
 def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation."""
-    found: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(key(name)))).to_pylist()
+    """The rows of an evaluation. Raises UserError that names a damaged file."""
+    data = store.read(key(name))
+    try:
+        found: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{store.where(key(name))} is damaged ({error}): run `raytvb evaluate` to make it again") from None
     return found

@@ -246,7 +246,8 @@ def run_search(service: Service, candidates: Sequence[Candidate], stage_of: Stag
         first = any(not _rounds(store, experiment, c) for c in todo)
         early = first and rounds > 1 and experiment.search.keep < 1.0
         limits = [rounds if first else missing[c.name] for c in todo]
-        with stage_of("search", len(todo)) as stage:
+        # What ASHA ended too early, or a share that only those get to which went on.
+        with stage_of("search" if first else "search, further images", len(todo)) as stage:
             failed = _run_trials(service, todo, limits, early, stage)
         after = _halved(store, experiment, candidates)[2]
         if failed or after == missing:
