@@ -291,8 +291,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
            f"tasks added {_percent(figures['full'])} ({100 * (figures['full'] - figures['zero_shot']):+.1f} points to "
            f"zero-shot)")
     if summary.get("search"):
-        yield ("+ Pareto front of the bases and the full vectors: none of them is as small and more accurate on validation "
-               "data, or as accurate and smaller")
+        yield ("+ Pareto front of the bases and the full vectors: none of them is as small and more accurate on "
+               "validation data, or as accurate and smaller")
     for share in sorted({e["validation_share"] for e in rows.values() if e.get("stopped")}):
         names = sorted(n for n, e in rows.items() if e.get("stopped") and e["validation_share"] == share)
         yield f"stopped early, coefficients from {100 * share:g} % of the validation images: {', '.join(names)}"

@@ -75,5 +75,5 @@ def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
     try:
         found: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{store.where(key(name))} is damaged ({error}): run `raytvb evaluate` to make it again") from None
+        raise UserError(f"{store.where(key(name))} is damaged ({error}): `raytvb evaluate` makes it again") from None
     return found

@@ -393,20 +393,6 @@ def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[P
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(finished: tuple[Path, Store], tmp_path: Path, suite_cache: str):
-    """Each start gets a little further and dies right after, or in the middle of, writing something."""
-    _, reference = finished
-    store = Store(str(tmp_path / "store"))
-    file = write_experiment(tmp_path, store.url)
-    for moment in ("base/record.json", f"vectors/{TASKS[2]}/record.json", "basis/svd-m2/coefficients.safetensors",
-                   f"evals/negation-full/{TASKS[2]}.parquet"):
-        if not store.exists(moment):
-            kill_when(start(file, suite_cache), store, moment)
-    assert main(["run", str(file)]) == 0
-    assert same_results(store, reference)
-
-
-@pytest.mark.slow
 def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
     """The whole quickstart in a process of its own; the bounds leave room for other floating point units."""
     run = subprocess.run([sys.executable, "-m", "raytvb", "quickstart", "--store", "here"], cwd=tmp_path,
