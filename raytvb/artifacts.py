@@ -198,8 +198,7 @@ def load_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: E
     control or unseen task of the same name with other classes or prompts."""
     key = head_key(experiment, task)
     try:
-        if task.name in experiment.task_names or json.dumps(
-                Header.read(store, key).info, sort_keys=True) == _head_source(task):
+        if json.dumps(Header.read(store, key).info, sort_keys=True) == _head_source(task):
             return load(store.read(key))["head"]
     except (StoreKeyError, VectorError):
         pass

@@ -275,7 +275,7 @@ def test_the_printed_table_marks_the_choice_and_the_front(capsys: pytest.Capture
     assert table["ae-m2 * +"][2:] == ["74.9", "74.8", "200.00 kB"]
     full, one = (100 * summary["addition"][n]["mean"] for n in ("full", "ae-m2"))
     for said in ("* chosen on validation data. zero-shot 50.0, fine-tuned 89.0, all tasks added 79.5 (+29.5 points",
-                 "\n+ Pareto front: ", "coefficients from 25 % of the validation images: svd-m2\n",
+                 "\n+ Pareto front of the bases", "coefficients from 25 % of the validation images: svd-m2\n",
                  f"a coefficient for each task: full 85.0 ({full:.1f} with one), ae-m2 85.0 ({one:.1f} with one)",
                  "group/t0 + group/t1: full 80.0 (normalised 89.4), ae-m2 75.0 (normalised 83.8)",
                  "negation: 3 of 3 targets lowered, on average from 50.0 to 20.0; the control keeps at least 97.5 %",
