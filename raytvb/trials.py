@@ -132,9 +132,8 @@ def first_round(experiment: Experiment, size_class: SizeClass, addends: int,
                 lengths: Sequence[bool] = (False,)) -> list[Setting]:
     """The settings that are measured on the first share: those of a line search, or all of the grid.
 
-    The line search climbs by the expected number of correct answers (see `Count`), which is less noisy: on a quarter of
-    the images it finds coefficients as good as those that accuracy chooses on all. With the second kind of lengths it
-    starts where it ended with the first.
+    The line search climbs by the expected number of correct answers (see `Count`), which is less noisy than accuracy on
+    a part of the images. With the second kind of lengths it starts where it ended with the first.
     """
     limits, found = experiment.search.coefficients, list[Setting]()
     if limits.strategy == "grid":
