@@ -1,14 +1,16 @@
 """Builds the task vector basis as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/basis.py experiment.yaml
+ray job submit --working-dir . -- python jobs/basis.py experiment.yaml
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the uploaded raytvb comes before an installed one
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the uploaded raytvb comes before an installed one
 
-from raytvb.cli import main
+from raytvb.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["basis", *sys.argv[1:]]))

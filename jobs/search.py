@@ -1,14 +1,16 @@
 """Searches basis size, method and coefficients as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/search.py experiment.yaml
+ray job submit --working-dir . -- python jobs/search.py experiment.yaml
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the uploaded raytvb comes before an installed one
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the uploaded raytvb comes before an installed one
 
-from raytvb.cli import main
+from raytvb.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["search", *sys.argv[1:]]))

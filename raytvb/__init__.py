@@ -1,43 +1,74 @@
-"""raytvb: hundreds of fine-tunes of one model, turned into a small, searchable, mergeable task vector basis, on Ray.
+"""raytvb: hundreds of fine-tunes of one model, made into a small, searchable, mergeable basis.
 
-The pure parts need no Ray and no store: `fisher_scores`, `select_mask`, `gram_matrix`, `fit_basis`, `TaskVector`;
-`write_combinations` and `StoredBasis` write and read bases of vector files.
-`run(load_experiment("experiment.yaml"))` is `raytvb run experiment.yaml`.
-All are imported at first use, so that `raytvb --help` need not wait for torch.
+The pure parts need no Ray and no store: `fisher_scores`, `select_mask`, `fit_basis`, `TaskVector`.
+`gram_matrix`, `write_combinations` and `StoredBasis` work on task vector files and bases in a
+store. `run(load_experiment("experiment.yaml"))` is `raytvb run experiment.yaml`.
+Each name is imported at its first use, so `raytvb --help` does not wait for torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raytvb.basis import BasisFit, fit_bases, fit_basis
-    from raytvb.basis_files import StoredBasis, write_combinations
-    from raytvb.config import Experiment, load_experiment
-    from raytvb.fisher import fisher_scores
-    from raytvb.gram import gram_matrix
-    from raytvb.masks import Mask
-    from raytvb.pipeline import run
-    from raytvb.store import Store
-    from raytvb.talos import select_mask
-    from raytvb.task_vector import TaskVector
-    from raytvb.vectors import vector_bytes, vector_info
+    from raytvb.experiment.config import Experiment
+    from raytvb.experiment.parsing import load_experiment
+    from raytvb.maths.basis_fit import BasisFit, fit_bases, fit_basis
+    from raytvb.maths.fisher import fisher_scores
+    from raytvb.maths.mask_selection import select_mask
+    from raytvb.maths.task_vector import TaskVector
+    from raytvb.orchestration.pipeline import run
+    from raytvb.storage.basis_writer import write_combinations
+    from raytvb.storage.gram_files import gram_matrix
+    from raytvb.storage.masks import Mask
+    from raytvb.storage.store import Store
+    from raytvb.storage.stored_basis import StoredBasis
+    from raytvb.storage.vectors import vector_bytes, vector_info
 
-_HOMES = {"BasisFit": "basis", "Experiment": "config", "Mask": "masks", "Store": "store", "StoredBasis": "basis_files",
-          "TaskVector": "task_vector", "fisher_scores": "fisher", "fit_bases": "basis", "fit_basis": "basis",
-          "gram_matrix": "gram", "load_experiment": "config", "run": "pipeline", "select_mask": "talos",
-          "vector_bytes": "vectors", "vector_info": "vectors", "write_combinations": "basis_files"}
-__all__ = ["BasisFit", "Experiment", "Mask", "Store", "StoredBasis", "TaskVector", "fisher_scores", "fit_bases",
-           "fit_basis", "gram_matrix", "load_experiment", "run", "select_mask", "vector_bytes", "vector_info",
-           "write_combinations"]
+_HOMES = {
+    "BasisFit": "maths.basis_fit",
+    "Experiment": "experiment.config",
+    "Mask": "storage.masks",
+    "Store": "storage.store",
+    "StoredBasis": "storage.stored_basis",
+    "TaskVector": "maths.task_vector",
+    "fisher_scores": "maths.fisher",
+    "fit_bases": "maths.basis_fit",
+    "fit_basis": "maths.basis_fit",
+    "gram_matrix": "storage.gram_files",
+    "load_experiment": "experiment.parsing",
+    "run": "orchestration.pipeline",
+    "select_mask": "maths.mask_selection",
+    "vector_bytes": "storage.vectors",
+    "vector_info": "storage.vectors",
+    "write_combinations": "storage.basis_writer",
+}
+__all__ = [
+    "BasisFit",
+    "Experiment",
+    "Mask",
+    "Store",
+    "StoredBasis",
+    "TaskVector",
+    "fisher_scores",
+    "fit_bases",
+    "fit_basis",
+    "gram_matrix",
+    "load_experiment",
+    "run",
+    "select_mask",
+    "vector_bytes",
+    "vector_info",
+    "write_combinations",
+]
 
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'raytvb' has no attribute {name!r}")
     return getattr(import_module(f"raytvb.{_HOMES[name]}"), name)

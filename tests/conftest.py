@@ -12,13 +12,13 @@ import pytest
 from experiments import write_experiment
 from s3_server import S3Server
 
-from raytvb.cli import main
-from raytvb.store import Store
+from raytvb.cli.main import main
+from raytvb.storage.store import Store
 
 # Small tensors gain nothing from more threads, and workers of the tests' own Ray need the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where the tests run in the background SIGINT is ignored, also in the processes they start, unless there is a handler
-# here; some tests press Ctrl-C in those.
+# Where the tests run in the background SIGINT is ignored, also in the processes they start, unless
+# there is a handler here; some tests press Ctrl-C in those.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _bucket_numbers = itertools.count()
@@ -53,32 +53,45 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def suite_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cache folder for the drawn images of the embedded suite, shared by all tests and their workers."""
+    """A cache folder for the drawn images of the embedded suite, shared by all tests and their
+    workers.
+    """
     return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
-    """A local Ray with two CPUs and four GPUs that are counted but not there; its workers know the S3 server.
+    """A local Ray with two CPUs and four GPUs that are counted but not there; its workers know the
+    S3 server.
 
-    The command line, called in this process, finds Ray connected and uses it, so workers stay warm between tests.
+    The command line, called in this process, finds Ray connected and uses it, so workers stay warm
+    between tests.
     """
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in {**s3_server.environment, "RAYTVB_CACHE": suite_cache, "OMP_WAIT_POLICY": "PASSIVE",
-                            "RAY_AIR_NEW_OUTPUT": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000",
-                            "RAY_IGNORE_UNHANDLED_ERRORS": "1"}.items():
+        for name, value in {
+            **s3_server.environment,
+            "RAYTVB_CACHE": suite_cache,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "RAY_AIR_NEW_OUTPUT": "0",
+            "RAY_idle_worker_killing_time_threshold_ms": "60000",
+            "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+        }.items():
             patch.setenv(name, value)
-        ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False
+        )
         yield
         ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
-    """A complete run with a local store: the experiment file and the store. Not to be written to."""
+    """A complete run with a local store: the experiment file and the store. Not to be written
+    to.
+    """
     folder = tmp_path_factory.mktemp("finished")
     file = write_experiment(folder, str(folder / "store"))
     assert main(["run", str(file)]) == 0

@@ -1,4 +1,6 @@
-"""The small experiment that several test modules run: three tasks of the embedded suite, minutes cut to seconds."""
+"""The small experiment that several test modules run: three tasks of the embedded suite, minutes
+cut to seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,17 @@ from typing import Any
 
 import yaml
 
-from raytvb.store import Store
+from raytvb.storage.store import Store
 
 TASKS = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/clock-blur")
 EXPERIMENT = {
-    "name": "tiny", "tasks": list(TASKS), "talos": {"images": 32, "rounds": 2},
-    "finetune": {"epochs": 1, "batch_size": 64}, "basis": {"method": ["ae-anchored", "svd"]}, "search": {"sizes": [1]}}
+    "name": "tiny",
+    "tasks": list(TASKS),
+    "talos": {"images": 32, "rounds": 2},
+    "finetune": {"epochs": 1, "batch_size": 64},
+    "basis": {"method": ["ae-anchored", "svd"]},
+    "search": {"sizes": [1]},
+}
 
 
 def write_experiment(folder: Path, store: str, **fields: Any) -> Path:

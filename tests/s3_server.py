@@ -1,6 +1,8 @@
-"""A real S3 server for the tests: OpenStack Swift (in the `test` extra) behind its own s3api front end.
+"""A real S3 server for the tests: OpenStack Swift (in the `test` extra) behind its own s3api front
+end.
 
-One replica in one folder, four processes bound to 127.0.0.1; needs neither root, docker nor memcached.
+One replica in one folder, four processes bound to 127.0.0.1; needs neither root, docker nor
+memcached.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ log_level = WARNING
 [filter:healthcheck]
 use = egg:swift#healthcheck
 """
-# An object server answers a PUT only when the listing has the key, however slow the machine is: with the default of
-# one second a busy machine answers first and a listing right after the PUT misses the key.
+# An object server answers a PUT only when the listing has the key, however slow the machine is:
+# with the default of one second a busy machine answers first and a listing right after the PUT
+# misses the key.
 BACKEND = """\
 [pipeline:main]
 pipeline = healthcheck {kind}-server
@@ -46,7 +49,8 @@ pipeline = healthcheck {kind}-server
 use = egg:swift#{kind}
 container_update_timeout = 60
 """
-# 10000 parts are what S3 itself allows. A server on a busy machine is slow, not gone: hence the long timeouts.
+# 10000 parts are what S3 itself allows. A server on a busy machine is slow, not gone: hence the
+# long timeouts.
 PROXY = """\
 [pipeline:main]
 pipeline = catch_errors gatekeeper healthcheck listing_formats s3api tempauth bulk copy slo versioned_writes symlink \
@@ -83,7 +87,8 @@ node_timeout = 60
 recoverable_node_timeout = 60
 conn_timeout = 5
 """
-# In a process of its own because importing Swift brings eventlet along, which the tests should not see.
+# In a process of its own because importing Swift brings eventlet along, which the tests should not
+# see.
 MAKE_RINGS = """\
 import sys
 from swift.common.ring import RingBuilder
@@ -97,7 +102,9 @@ for kind, port in (k.split(":") for k in kinds):
 
 
 class S3Server:
-    """A Swift S3 server whose data, configuration and logs live in `root`; usable as a context manager."""
+    """A Swift S3 server whose data, configuration and logs live in `root`; usable as a context
+    manager.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -111,13 +118,21 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """What an S3 client needs; the server must have been started."""
-        return {"AWS_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": SECRET,
-                "AWS_DEFAULT_REGION": REGION, "AWS_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true"}
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": USER,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
 
     def start(self) -> None:
-        """Start the processes and wait until each is healthy. After `stop` it starts again, with the same data.
+        """Start the processes and wait until each is healthy. After `stop` it starts again, with
+        the same data.
 
-        Raises RuntimeError where the folder has no extended attributes, Swift is not installed or a process ends.
+        Raises RuntimeError where the folder has no extended attributes, Swift is not installed or a
+        process ends.
         """
         if self._processes:
             raise RuntimeError("the S3 server runs already")
@@ -152,26 +167,39 @@ class S3Server:
 
     @cached_property
     def client(self) -> Any:
-        """A botocore S3 client with full rights, for what the code under test has no business doing."""
+        """A botocore S3 client with full rights, for what the code under test has no business
+        doing.
+        """
         from botocore.session import Session
 
-        return Session().create_client("s3", region_name=REGION, endpoint_url=self.endpoint, aws_access_key_id=USER,
-                                       aws_secret_access_key=SECRET)
+        return Session().create_client(
+            "s3",
+            region_name=REGION,
+            endpoint_url=self.endpoint,
+            aws_access_key_id=USER,
+            aws_secret_access_key=SECRET,
+        )
 
     def __enter__(self) -> S3Server:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def _check_attributes(self) -> None:
         try:
             os.setxattr(self.root, "user.swift.probe", b"1")
         except OSError as error:
-            raise RuntimeError(f"Swift keeps metadata in extended attributes, which {self.root} does not support "
-                               f"({error}); point pytest's --basetemp at another file system") from error
+            raise RuntimeError(
+                f"Swift keeps metadata in extended attributes, which {self.root} does not support "
+                f"({error}); point pytest's --basetemp at another file system"
+            ) from error
 
     def _configure(self) -> None:
         etc = self.root / "etc"
@@ -179,19 +207,34 @@ class S3Server:
         for kind, port in self._ports.items():
             server = PROXY if kind == "proxy" else BACKEND
             text = COMMON + server
-            (etc / f"{kind}.conf").write_text(text.format(
-                port=port, root=self.root, user=_user_name(), kind=kind, region=REGION,
-                user_key=USER.replace(":", "_"), secret=SECRET))
+            (etc / f"{kind}.conf").write_text(
+                text.format(
+                    port=port,
+                    root=self.root,
+                    user=_user_name(),
+                    kind=kind,
+                    region=REGION,
+                    user_key=USER.replace(":", "_"),
+                    secret=SECRET,
+                )
+            )
         kinds = [f"{kind}:{self._ports[kind]}" for kind in BACKENDS]
-        made = subprocess.run([sys.executable, "-c", MAKE_RINGS, str(etc), *kinds], capture_output=True, text=True)
+        made = subprocess.run(
+            [sys.executable, "-c", MAKE_RINGS, str(etc), *kinds], capture_output=True, text=True
+        )
         if made.returncode:
             raise RuntimeError(f"Swift does not work here; install the `test` extra\n{made.stderr}")
 
     def _launch(self, kind: str) -> subprocess.Popen[bytes]:
         program = Path(sys.executable).parent / f"swift-{kind}-server"
         with open(self.root / "log" / f"{kind}.log", "ab") as log:
-            return subprocess.Popen([str(program), str(self.root / "etc" / f"{kind}.conf"), "-v"],
-                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [str(program), str(self.root / "etc" / f"{kind}.conf"), "-v"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -222,7 +265,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _healthy(port: int) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy in the environment is not for us
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy in the environment is not for us
     try:
         with opener.open(f"http://127.0.0.1:{port}/healthcheck", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -231,7 +276,9 @@ def _healthy(port: int) -> bool:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To the whole session of a process that we started and have not yet waited for, so its id is still its own."""
+    """To the whole session of a process that we started and have not yet waited for, so its id is
+    still its own.
+    """
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -1,4 +1,6 @@
-"""The direction of the dependencies, read from the source: every import, also those inside of functions."""
+"""The rooms of the package and the direction of their imports, read from the source: every import,
+also those inside functions.
+"""
 
 import ast
 import subprocess
@@ -12,72 +14,48 @@ import raytvb
 
 PACKAGE = Path(raytvb.__file__).parent
 
-# The lowest first: a module imports from layers on earlier lines only, never from its own or a later one.
-LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("errors", ("errors",)),
-    ("pure maths", ("task_vector", "fisher", "talos", "sparse", "factor", "mixes")),
-    ("pure maths: convex bases", ("simplex",)),
-    ("pure maths: merge methods", ("methods", "selection", "coefficients")),
-    ("pure maths: bases", ("basis",)),
-    ("pure maths: online bases", ("online",)),
-    ("embedded suite: drawings", ("suite.sources",)),
-    ("embedded suite: degradations", ("suite.domains",)),
-    ("embedded suite: tasks", ("suite",)),
-    ("embedded suite: how its model was made", ("suite.pretrain",)),
-    ("storage: files", ("store",)),
-    ("storage: records", ("records",)),
-    ("storage: masks", ("masks",)),
-    ("storage: vectors", ("vectors",)),
-    ("storage: what is made of vectors", ("gram", "basis_files", "block_cache", "gram_state", "directions")),
-    ("tasks of the literature", ("presets",)),
-    ("experiment file", ("config",)),
-    ("models", ("encoder",)),
-    ("images", ("images",)),
-    ("splits of images", ("data",)),
-    ("training and measuring", ("finetune", "evaluate")),
-    ("few images", ("fewshot",)),
-    ("contents of a store", ("artifacts", "rows", "split_cache")),
-    ("what a search compares", ("candidates",)),
-    ("bodies of the Ray tasks", ("workers",)),
-    ("body of a search trial", ("trials",)),
-    ("bodies of the evaluations", ("operations",)),
-    ("which evaluations there are", ("evaluations",)),
-    ("shares of the coordinates", ("shards",)),
-    ("online bases in a store", ("online_basis",)),
-    ("body of the Ray actor", ("basis_actor",)),
-    ("Ray: jobs", ("submit",)),
-    ("Ray: connection", ("connect",)),
-    ("Ray: tasks and actors", ("remote",)),
-    ("progress of a run", ("progress",)),
-    ("Ray: search", ("search",)),
-    ("summary", ("summary",)),
-    ("what is shown and handed out", ("report", "merge", "bench", "spectrum")),
-    ("benchmarks", ("bench_arrivals", "bench_basis", "bench_gram", "bench_search")),
-    ("dry run", ("plan",)),
-    ("Ray: pipeline", ("pipeline",)),
-    ("what the package offers", ("",)),
-    ("command line", ("cli",)),
-    ("python -m raytvb", ("__main__",)),
+# The lowest first. A module imports from its own room and from rooms before it.
+ROOMS = (
+    ("errors", "maths"),
+    ("storage", "suite"),
+    ("experiment", "data", "models"),
+    ("finetuning", "bases"),
+    ("search", "evaluation", "merging"),
+    ("report", "orchestration"),
+    ("bench", "cli", "__main__"),
 )
-RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules}
-MATHS = tuple(module for name, modules in LAYERS if name.startswith("pure maths") for module in modules)
-USES_RAY = {"remote", "search", "pipeline", "connect", "submit"}
-USES_FSSPEC = {"store"}
+ORDER = [room for floor in ROOMS for room in floor]
 MATHS_LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "optuna"}
-NO_MATHS = {"os", "pathlib", "sys", "io", "shutil", "tempfile", "logging", "subprocess", "json", "importlib"}
+NO_MATHS = {"os", "pathlib", "sys", "io", "shutil", "tempfile", "logging", "subprocess", "json"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNSAFE = {
+    "torch.load",
+    "torch.save",
+    "torch.hub.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "eval",
+    "exec",
+    "pd.read_pickle",
+}
 
 
 def find_sources(folder: Path) -> dict[str, ast.Module]:
-    """Syntax trees by module name below the package; the package itself is ''."""
+    """Syntax trees by dotted module name below `folder`; a package has its folder's name."""
     trees = {}
     for path in sorted(folder.rglob("*.py")):
         name = ".".join(path.relative_to(folder).with_suffix("").parts)
-        trees[name.removesuffix("__init__").rstrip(".")] = ast.parse(path.read_text(encoding="utf-8"))
+        trees[name.removesuffix("__init__").rstrip(".")] = ast.parse(path.read_text("utf-8"))
     return trees
 
 
 SOURCES = find_sources(PACKAGE)
+MATHS = [module for module in SOURCES if module.split(".")[0] == "maths"]
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -91,91 +69,105 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def own_imports(tree: ast.AST) -> set[str]:
     """Modules of this package that are imported, without the package's name."""
-    found = set()
+    modules = set()
     for name in imported(tree):
-        if name.split(".")[0] == "raytvb":
+        if room_of(name) == "raytvb":
             inner = name.removeprefix("raytvb").lstrip(".")
-            found.add(inner if inner in SOURCES else inner.rpartition(".")[0])
-    return found
+            modules.add(inner if inner in SOURCES else inner.rpartition(".")[0])
+    return modules
 
 
 def libraries(tree: ast.AST) -> set[str]:
     """Top-level names of everything else that is imported."""
-    return {name.split(".")[0] for name in imported(tree)} - {"raytvb"}
+    return {room_of(name) for name in imported(tree)} - {"raytvb"}
 
 
 def calls(tree: ast.AST) -> set[str]:
-    """Dotted names of all that is called or referred to by attribute, such as `torch.load`, and plain called names."""
+    """Dotted names that are called or looked up, such as `torch.load`, and plain called names."""
     attributes = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     return attributes | {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
 
 
-def test_every_module_is_in_exactly_one_layer() -> None:
-    listed = [module for _, modules in LAYERS for module in modules]
-    assert len(listed) == len(set(listed))
-    assert set(SOURCES) - set(listed) == set(), "modules that are in no layer: give each a line in LAYERS"
-    assert set(listed) - set(SOURCES) == set(), "layers name modules that do not exist"
+def users_of(*names: str) -> set[str]:
+    """Rooms in which one of these libraries is imported."""
+    return {room_of(m) for m, tree in SOURCES.items() if libraries(tree) & set(names)}
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_a_module_imports_from_lower_layers_only(module: str) -> None:
-    assert not any(isinstance(n, ast.ImportFrom) and n.level for n in ast.walk(SOURCES[module])), "relative import"
-    wrong = {name for name in own_imports(SOURCES[module]) if RANK[name] >= RANK[module]}
-    assert not wrong, f"{module} (layer {LAYERS[RANK[module]][0]!r}) imports {sorted(wrong)}"
+def test_every_room_is_listed_once() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    assert {room_of(module) for module in SOURCES} - {""} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if m])
+def test_a_module_imports_from_its_own_room_and_lower_ones(module: str) -> None:
+    tree, room = SOURCES[module], room_of(module)
+    assert not any(isinstance(n, ast.ImportFrom) and n.level for n in ast.walk(tree)), "relative"
+    allowed = {room, *ORDER[: ORDER.index(room)]}
+    assert not {m for m in own_imports(tree) if room_of(m) not in allowed}
+    if room not in ("cli", "bench"):
+        assert "bench" not in map(room_of, own_imports(tree))
+
+
+def test_no_circle_of_modules() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for each in sorted(own_imports(SOURCES[module])):
+                visit(each, (*path, module))
+            done.add(module)
+
+    for module in SOURCES:
+        if module:  # the package itself only names where its public names live
+            visit(module, ())
+
+
+def test_rooms_hand_nothing_on_that_lives_elsewhere() -> None:
+    for module, tree in SOURCES.items():
+        if module in ORDER and module not in ("errors", "__main__"):
+            body = [n for n in tree.body if not isinstance(n, ast.Expr)]
+            assert not body, f"{module}/__init__.py has more than a docstring"
+            assert ast.get_docstring(tree), module
 
 
 @pytest.mark.parametrize("module", MATHS)
-def test_pure_maths_imports_maths_and_errors_only(module: str) -> None:
-    assert own_imports(SOURCES[module]) <= {"errors", *MATHS}
+def test_maths_knows_tensors_only(module: str) -> None:
+    assert {room_of(m) for m in own_imports(SOURCES[module])} <= {"errors", "maths"}
     used = libraries(SOURCES[module])
     assert not used & NO_MATHS
-    third_party = {name for name in used if name not in sys.stdlib_module_names}
-    assert third_party <= MATHS_LIBRARIES
+    assert {n for n in used if n not in sys.stdlib_module_names} <= MATHS_LIBRARIES
 
 
 @pytest.mark.parametrize("module", MATHS)
-def test_pure_maths_reads_prints_and_chooses_no_device(module: str) -> None:
+def test_maths_reads_prints_and_chooses_no_device(module: str) -> None:
     used = calls(SOURCES[module])
-    assert not used & {"print", "open", "input", "torch.save", "torch.load", "torch.cuda.is_available", "torch.device"}
+    assert not used & {"print", "open", "input", "torch.cuda.is_available", "torch.device"}
     assert not {name for name in used if name.endswith((".cuda", ".write", ".read_text"))}
 
 
-def test_only_the_store_knows_fsspec() -> None:
-    users = {m for m, tree in SOURCES.items() if libraries(tree) & {"fsspec", "s3fs", "boto3", "botocore", "gcsfs"}}
-    assert users == USES_FSSPEC
-
-
-def test_only_the_edge_knows_ray() -> None:
-    assert {m for m, tree in SOURCES.items() if "ray" in libraries(tree)} == USES_RAY
-
-
-def test_what_workers_run_reaches_no_ray() -> None:
-    """The bodies of Ray tasks and actors, and all that they import, work where there is no Ray."""
-    reached, todo = set(), ["workers", "operations", "basis_actor", "shards"]
-    while todo:
-        module = todo.pop()
-        if module not in reached:
-            reached.add(module)
-            todo += own_imports(SOURCES[module])
-    assert {"store", "vectors", "finetune", "talos"} <= reached
-    assert not reached & USES_RAY
+def test_only_storage_knows_fsspec_and_only_orchestration_knows_ray() -> None:
+    assert users_of("fsspec", "s3fs", "boto3", "botocore", "gcsfs") == {"storage"}
+    assert users_of("ray") == {"orchestration"}
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_nothing_is_unpickled(module: str) -> None:
     assert not libraries(SOURCES[module]) & UNPICKLERS
-    used = calls(SOURCES[module])
-    assert not used & {"torch.load", "torch.save", "torch.hub.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-                       "eval", "exec", "pd.read_pickle"}
-    given = {k.arg for n in ast.walk(SOURCES[module]) if isinstance(n, ast.Call) for k in n.keywords}
-    assert "allow_pickle" not in given
+    assert not calls(SOURCES[module]) & UNSAFE
+    keywords = (
+        k.arg for n in ast.walk(SOURCES[module]) if isinstance(n, ast.Call) for k in n.keywords
+    )
+    assert "allow_pickle" not in set(keywords)
 
 
 def test_what_the_package_offers_needs_ray_for_running_only() -> None:
     assert set(raytvb._HOMES) == set(raytvb.__all__)
-    code = ("import sys, raytvb\nassert not {'torch', 'ray'} & set(sys.modules)\n"
-            "[getattr(raytvb, n) for n in raytvb.__all__ if n != 'run']\nassert 'ray' not in sys.modules\n"
-            "raytvb.run\nassert 'ray' in sys.modules")
+    code = (
+        "import sys, raytvb\nassert not {'torch', 'ray'} & set(sys.modules)\n"
+        "[getattr(raytvb, n) for n in raytvb.__all__ if n != 'run']\n"
+        "assert 'ray' not in sys.modules\nraytvb.run\nassert 'ray' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -183,14 +175,17 @@ def test_jobs_are_thin_entry_points_of_the_command_line() -> None:
     jobs = find_sources(PACKAGE.parent / "jobs")
     assert jobs
     for name, tree in jobs.items():
-        assert own_imports(tree) <= {"cli"}, name
+        assert {room_of(m) for m in own_imports(tree)} <= {"cli"}, name
         assert libraries(tree) <= {"sys", "pathlib", "os", "__future__"}, name
         assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(tree)), name
 
 
 def test_the_reader_of_imports_sees_all_forms() -> None:
-    tree = ast.parse("import ray.tune as t\nfrom raytvb import suite, errors\ndef f():\n    from raytvb.suite.domains "
-                     "import DOMAINS\n    import raytvb.store\n    torch.load(x)\n    print(1)\n")
+    tree = ast.parse(
+        "import ray.tune as t\nfrom raytvb import suite, errors\n"
+        "def f():\n    from raytvb.suite.domains import DOMAINS\n"
+        "    import raytvb.storage.store\n    torch.load(x)\n    print(1)\n"
+    )
     assert libraries(tree) == {"ray"}
-    assert own_imports(tree) == {"suite", "errors", "suite.domains", "store"}
+    assert own_imports(tree) == {"suite", "errors", "suite.domains", "storage.store"}
     assert {"torch.load", "print"} <= calls(tree)

@@ -9,7 +9,8 @@ import torch
 from scipy.optimize import linprog, minimize
 from scipy.special import softmax
 
-from raytvb.basis import METHODS, BasisFit, best_weights, fit_bases, fit_basis, relative_loss
+from raytvb.maths.basis_fit import BasisFit, best_weights, fit_bases, fit_basis, relative_loss
+from raytvb.maths.basis_methods import METHODS
 
 FAST = sorted(set(METHODS) - {"ae-adam"})
 CONVEX = ["ae", "ae-adam", "ae-anchored", "greedy", "kmeans", "random-subset", "spectral"]
@@ -17,7 +18,9 @@ DETERMINISTIC = ["ae", "ae-anchored", "greedy", "pca", "svd"]
 
 
 def vectors(kind: str, tasks: int, seed: int = 0, strength: float = 1.0) -> torch.Tensor:
-    """V (20 T, T): unit noise, plus a common mean, plus cluster centres, or with norms spread over two decades."""
+    """V (20 T, T): unit noise, plus a common mean, plus cluster centres, or with norms spread over
+    two decades.
+    """
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((20 * tasks, tasks))
     mean = strength * rng.standard_normal((20 * tasks, 1))
@@ -61,17 +64,23 @@ def anchored_floor(G: torch.Tensor, size: int) -> float:
 
 
 def floor_is_reachable(G: torch.Tensor, size: int) -> bool:
-    """Whether the top eigenspace holds a strictly positive vector: max s with U a >= s, sum(U a) = 1."""
+    """Whether the top eigenspace holds a strictly positive vector: max s with U a >= s, sum(U a) =
+    1.
+    """
     U = np.linalg.eigh(G.numpy())[1][:, -size:]
     bounds = np.hstack([-U, np.ones((len(U), 1))])
     total = np.append(U.sum(0), 0)[None]
     cost = np.append(np.zeros(size), -1)
-    found = linprog(cost, A_ub=bounds, b_ub=np.zeros(len(U)), A_eq=total, b_eq=[1], bounds=(None, None))
+    found = linprog(
+        cost, A_ub=bounds, b_ub=np.zeros(len(U)), A_eq=total, b_eq=[1], bounds=(None, None)
+    )
     return found.status == 0 and found.x[-1] > 1e-9
 
 
 def best_softmax_loss(G: torch.Tensor, size: int, restarts: int = 8) -> float:
-    """Plain L-BFGS on the logits of B from several random starts, W eliminated by the normal equations."""
+    """Plain L-BFGS on the logits of B from several random starts, W eliminated by the normal
+    equations.
+    """
     scaled = (G / G.trace()).numpy()
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -82,9 +91,14 @@ def best_softmax_loss(G: torch.Tensor, size: int, restarts: int = 8) -> float:
         loss = np.trace((B @ W - np.eye(len(scaled))).T @ error)
         return loss, (B * (grad - (grad * B).sum(0))).ravel()
 
-    starts = [2 * np.random.default_rng(seed).standard_normal(len(scaled) * size) for seed in range(restarts)]
+    starts = [
+        2 * np.random.default_rng(seed).standard_normal(len(scaled) * size)
+        for seed in range(restarts)
+    ]
     options = {"maxiter": 500, "ftol": 1e-12}
-    return min(minimize(objective, x, jac=True, method="L-BFGS-B", options=options).fun for x in starts)
+    return min(
+        minimize(objective, x, jac=True, method="L-BFGS-B", options=options).fun for x in starts
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -134,7 +148,9 @@ def test_pca_is_centred_pca_with_the_mean_stored() -> None:
     fit = quietly(V.T @ V, 5, "pca")
     torch.testing.assert_close(V @ fit.B @ fit.W, rebuilt, rtol=0, atol=1e-9)
     torch.testing.assert_close(V @ fit.B[:, :1], mean, rtol=0, atol=1e-12)
-    assert fit.loss == pytest.approx(float((rebuilt - V).square().sum() / V.square().sum()), rel=1e-9)
+    assert fit.loss == pytest.approx(
+        float((rebuilt - V).square().sum() / V.square().sum()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
@@ -161,7 +177,9 @@ def test_ae_with_many_tasks(kind: str, size: int, seed: int) -> None:
     ("tasks", "size", "strength"), [(8, 4, 10), (20, 5, 10), (20, 10, 3), (50, 12, 3), (50, 25, 3)]
 )
 def test_ae_with_a_strong_common_mean(tasks: int, size: int, strength: float, seed: int) -> None:
-    """The condition number of columns on the simplex is above M r², with a mean of r times the noise."""
+    """The condition number of columns on the simplex is above M r², with a mean of r times the
+    noise.
+    """
     fit = fit_basis(gram("positive", tasks, seed, strength), size)
     assert fit.loss <= 1.002 * fit.floor and fit.condition <= 1e4
 
@@ -182,7 +200,8 @@ def test_ae_on_orthogonal_vectors(tasks: int, size: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "scale"), [("orthogonal", 2, 1e-8), ("orthogonal", 4, 1e8), ("positive", 4, 1e-8)]
+    ("kind", "size", "scale"),
+    [("orthogonal", 2, 1e-8), ("orthogonal", 4, 1e8), ("positive", 4, 1e-8)],
 )
 def test_ae_is_no_worse_than_joint_adam(kind: str, size: int, scale: float) -> None:
     G = scale * gram(kind, 8)
@@ -192,10 +211,11 @@ def test_ae_is_no_worse_than_joint_adam(kind: str, size: int, scale: float) -> N
 
 @pytest.mark.parametrize("kind", ["orthogonal", "signed"])
 @pytest.mark.parametrize(
-    ("tasks", "size", "seed"),
-    [(6, 2, 0), (6, 2, 1), (8, 2, 0), (8, 2, 1), (12, 3, 0), (20, 5, 1)]
+    ("tasks", "size", "seed"), [(6, 2, 0), (6, 2, 1), (8, 2, 0), (8, 2, 1), (12, 3, 0), (20, 5, 1)]
 )
-def test_ae_is_as_good_as_restarts_on_softmax_logits(kind: str, tasks: int, size: int, seed: int) -> None:
+def test_ae_is_as_good_as_restarts_on_softmax_logits(
+    kind: str, tasks: int, size: int, seed: int
+) -> None:
     G = gram(kind, tasks, seed)
     fit = fit_basis(G, size)
     assert fit.loss <= 1.01 * best_softmax_loss(G, size)
@@ -211,7 +231,9 @@ def test_ae_reaches_a_floor_that_needs_zeros_in_the_basis() -> None:
 
 @pytest.mark.parametrize("kind", ["clustered", "orthogonal", "positive", "signed", "uneven"])
 @pytest.mark.parametrize(("tasks", "size"), [(8, 1), (8, 3), (50, 25)])
-def test_ae_anchored_reaches_its_floor_and_decodes_the_sum_exactly(kind: str, tasks: int, size: int) -> None:
+def test_ae_anchored_reaches_its_floor_and_decodes_the_sum_exactly(
+    kind: str, tasks: int, size: int
+) -> None:
     V = vectors(kind, tasks)
     V = V / V.norm()
     fit = quietly(V.T @ V, size, "ae-anchored")
@@ -296,7 +318,9 @@ def test_ae_adam_comes_near_the_floor_on_small_vectors() -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("size", [4, 5])
-def test_above_the_rank_the_basis_is_exact_and_no_larger_than_needed(method: str, size: int) -> None:
+def test_above_the_rank_the_basis_is_exact_and_no_larger_than_needed(
+    method: str, size: int
+) -> None:
     V = vectors("orthogonal", 8)[:, [0, 0, 0, 1, 1, 2, 2]]  # seven vectors, three of them different
     with pytest.warns(UserWarning, match="the vectors have rank 3: "):
         fit = quietly(V.T @ V, size, method)
@@ -308,14 +332,22 @@ def test_above_the_rank_the_basis_is_exact_and_no_larger_than_needed(method: str
 
 @pytest.mark.parametrize("method", ["pca", "ae-anchored"])
 @pytest.mark.parametrize(("size", "expected"), [(5, 5), (6, 5)])
-def test_a_mean_that_vanishes_takes_one_vector_more_than_the_rank(method: str, size: int, expected: int) -> None:
-    V = vectors("orthogonal", 8)[:, [0, 1, 2, 3, 0, 1, 2, 3]] * torch.tensor([1, 1, 1, 1, -1, -1, -1, -1])
-    with pytest.warns(UserWarning, match=f"rank 4: {expected} basis vectors are exact, of the {size} asked for"):
+def test_a_mean_that_vanishes_takes_one_vector_more_than_the_rank(
+    method: str, size: int, expected: int
+) -> None:
+    V = vectors("orthogonal", 8)[:, [0, 1, 2, 3, 0, 1, 2, 3]] * torch.tensor(
+        [1, 1, 1, 1, -1, -1, -1, -1]
+    )
+    with pytest.warns(
+        UserWarning, match=f"rank 4: {expected} basis vectors are exact, of the {size} asked for"
+    ):
         fit = quietly(V.T @ V, size, method)
     assert fit.size == expected and fit.loss < 1e-12
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ae-adam", "kmeans", "spectral", "random-subset", "pca"}))
+@pytest.mark.parametrize(
+    "method", sorted(set(METHODS) - {"ae-adam", "kmeans", "spectral", "random-subset", "pca"})
+)
 def test_as_many_vectors_as_rank_are_exact(method: str) -> None:
     V = vectors("positive", 8)[:, :4]
     V = torch.cat([V, V[:, :2] + V[:, 2:]], 1)
@@ -343,7 +375,9 @@ def test_size_one(method: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(("tasks", "size"), [(1, 1), (1, 3), (4, 4), (4, 9)])
-def test_size_at_or_above_the_number_of_vectors_keeps_them(method: str, tasks: int, size: int) -> None:
+def test_size_at_or_above_the_number_of_vectors_keeps_them(
+    method: str, tasks: int, size: int
+) -> None:
     with pytest.warns(UserWarning, match="not below the"):
         fit = fit_basis(gram("positive", tasks), size, method=method)
     assert torch.equal(fit.B, torch.eye(tasks, dtype=torch.float64)) and torch.equal(fit.W, fit.B)
@@ -406,7 +440,12 @@ def test_errors_name_what_is_wrong() -> None:
         fit_basis(G.to(torch.complex128), 2)
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="2 entries that are not finite"):
-            fit_basis(G.index_put((torch.tensor([0, 1]), torch.tensor([1, 0])), torch.tensor(bad).double()), 2)
+            fit_basis(
+                G.index_put(
+                    (torch.tensor([0, 1]), torch.tensor([1, 0])), torch.tensor(bad).double()
+                ),
+                2,
+            )
     with pytest.raises(ValueError, match="not symmetric"):
         fit_basis(G + torch.triu(G), 2)
     with pytest.raises(ValueError, match="not positive semi-definite"):

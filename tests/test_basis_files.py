@@ -1,4 +1,6 @@
-"""Bases on disk: the products of vectors and weights in float64, files, index, reading by ranges, damage."""
+"""Bases on disk: the products of vectors and weights in float64, files, index, reading by ranges,
+damage.
+"""
 
 import json
 import posixpath
@@ -27,13 +29,16 @@ from vector_files import (
     values_of,
 )
 
-from raytvb import basis_files, records
-from raytvb.basis_files import INDEX, Layout, StoredBasis, file_columns, file_names, write_combinations, write_pieces
 from raytvb.errors import UserError, VectorError
-from raytvb.masks import BLOCK
-from raytvb.records import FileInfo
-from raytvb.store import Store, StoreError
-from raytvb.vectors import VectorFile
+from raytvb.maths.gram import BLOCK
+from raytvb.storage import records
+from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, file_columns, file_names
+from raytvb.storage.basis_writer import write_combinations, write_pieces
+from raytvb.storage.records import FileInfo
+from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
+from raytvb.storage.stored_basis import StoredBasis
+from raytvb.storage.vectors import VectorFile
 
 SMALL = 2**16  # bytes a file: those of three vectors have 4096 coordinates then
 
@@ -52,7 +57,10 @@ def made(tmp_path: Path) -> Store:
 def weights_of(count: int, *sizes: int) -> dict[str, Tensor]:
     """Weights (count, M) float64 by name, with a zero here and there."""
     generator = torch.Generator().manual_seed(0)
-    found = {f"basis/m{m}": torch.randn(count, m, dtype=torch.float64, generator=generator) for m in sizes}
+    found = {
+        f"basis/m{m}": torch.randn(count, m, dtype=torch.float64, generator=generator)
+        for m in sizes
+    }
     for weights in found.values():
         weights[weights.abs() < 0.1] = 0.0
     return found
@@ -64,7 +72,9 @@ def written(folder: str, files: dict[str, dict[str, FileInfo]]) -> dict[str, str
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bases_are_the_products_of_vectors_and_weights(store: Store, made: Store, kind: str, dtypes: str) -> None:
+def test_bases_are_the_products_of_vectors_and_weights(
+    store: Store, made: Store, kind: str, dtypes: str
+) -> None:
     keys, V = put_set(store, kind, dtypes=DTYPES[dtypes])
     outputs = weights_of(5, 1, 3, 5)
     files = write_combinations(paths_of(store, keys), outputs, made.url)
@@ -74,7 +84,9 @@ def test_bases_are_the_products_of_vectors_and_weights(store: Store, made: Store
         torch.testing.assert_close(glued(made, folder), S, rtol=1e-5, atol=1e-5)
         basis = StoredBasis(made, folder)
         assert (basis.size, basis.count) == (B.shape[1], len(S)) and basis.parameters == SHAPES
-        torch.testing.assert_close(load(made.read(f"{folder}/coefficients.safetensors"))["B"], B, rtol=0, atol=0)
+        torch.testing.assert_close(
+            load(made.read(f"{folder}/coefficients.safetensors"))["B"], B, rtol=0, atol=0
+        )
         record = records.find(made, folder)
         assert record is not None
         for name, info in record["files"].items():
@@ -84,9 +96,10 @@ def test_bases_are_the_products_of_vectors_and_weights(store: Store, made: Store
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_are_bounded_and_tensors_are_cut(store: Store, made: Store, kind: str,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_files, "_FILE_BYTES", SMALL)
+def test_files_are_bounded_and_tensors_are_cut(
+    store: Store, made: Store, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
     keys, V = put_set(store, kind, BIG, count=4)
     outputs = weights_of(4, 1, 3, 4)
     write_combinations(paths_of(store, keys), outputs, made.url)
@@ -102,7 +115,10 @@ def test_files_are_bounded_and_tensors_are_cut(store: Store, made: Store, kind: 
         for key in basis.files:  # a file says which coordinates it has
             data = made.read(key)
             start, stop = json.loads(metadata(data)["raytvb"])["coordinates"]
-            assert start == end and sum(t.numel() for t in load(data).values()) == (stop - start) * B.shape[1]
+            assert (
+                start == end
+                and sum(t.numel() for t in load(data).values()) == (stop - start) * B.shape[1]
+            )
             end = stop
         assert end == len(S)
 
@@ -111,14 +127,16 @@ def test_files_are_bounded_and_tensors_are_cut(store: Store, made: Store, kind: 
 def test_no_file_lies_across_a_border_of_segments(size: int) -> None:
     """Writers share a basis by segments, and names say how many files there are in all."""
     columns = file_columns(size)
-    assert basis_files.SEGMENT % columns == 0 and basis_files.SEGMENT % BLOCK == 0
+    assert SEGMENT % columns == 0 and SEGMENT % BLOCK == 0
     assert 4 * size * columns <= 32 * 2**20
     for count in (1, columns, columns + 1, 5 * columns):
         names = file_names(size, count)
         assert len(names) == -(-count // columns) and names == sorted(names)
 
 
-def test_all_are_made_in_one_pass(store: Store, made: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_made_in_one_pass(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys, V = put_set(store, "shared", BIG)
     read, read_into = list[int](), VectorFile.read_into
 
@@ -134,7 +152,9 @@ def test_all_are_made_in_one_pass(store: Store, made: Store, monkeypatch: pytest
 def test_merges_are_columns(store: Store, made: Store) -> None:
     """K merges of the same vectors: additions of subsets, a negation."""
     keys, V = put_set(store, "mixed")
-    merges = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, -1]], dtype=torch.float64).T
+    merges = torch.tensor(
+        [[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, -1]], dtype=torch.float64
+    ).T
     write_combinations(paths_of(store, keys), {"merges": merges}, made.url)
     S = glued(made, "merges")
     torch.testing.assert_close(S, V @ merges, rtol=1e-5, atol=1e-5)
@@ -142,7 +162,9 @@ def test_merges_are_columns(store: Store, made: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "shared", "per-task"])
-def test_the_bits_of_a_basis_do_not_depend_on_the_others(store: Store, made: Store, kind: str) -> None:
+def test_the_bits_of_a_basis_do_not_depend_on_the_others(
+    store: Store, made: Store, kind: str
+) -> None:
     keys, _ = put_set(store, kind, BIG, count=4)
     paths, outputs = paths_of(store, keys), weights_of(4, 1, 2, 3, 4)
     together = write_combinations(paths, outputs, made.url)
@@ -153,18 +175,24 @@ def test_the_bits_of_a_basis_do_not_depend_on_the_others(store: Store, made: Sto
 
 
 @pytest.mark.parametrize("rest", [0, 1, 2, 4095])
-def test_the_bits_of_a_basis_do_not_depend_on_the_width_of_the_blocks(made: Store, rest: int) -> None:
-    """As writers that share it have other blocks; a last one of a single column is the hard case."""
+def test_the_bits_of_a_basis_do_not_depend_on_the_width_of_the_blocks(
+    made: Store, rest: int
+) -> None:
+    """As writers that share it have other blocks; a last one of a single column is the hard
+    case.
+    """
     count = 2 * BLOCK + rest
     V = torch.randn(12, count, generator=torch.Generator().manual_seed(0))
     layout = Layout("base", {"a": (count,)}, {"a": (count,)})
 
     def cut(width: int) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, count, width):
-            yield start, V[:, start:start + width].contiguous()
+            yield start, V[:, start : start + width].contiguous()
 
-    found = [write_pieces(cut(width), list(weights_of(12, 1, 2, 3, 12).items()), layout, made, count)
-             for width in (BLOCK, 2 * BLOCK, 3 * BLOCK)]
+    found = [
+        write_pieces(cut(width), list(weights_of(12, 1, 2, 3, 12).items()), layout, made, count)
+        for width in (BLOCK, 2 * BLOCK, 3 * BLOCK)
+    ]
     assert found[0] == found[1] == found[2]
 
 
@@ -173,13 +201,22 @@ def test_the_mask_that_all_share_travels(store: Store, made: Store) -> None:
     write_combinations(paths_of(store, keys), weights_of(5, 2), made.url)
     store.delete("masks")
     basis, mask = StoredBasis(made, "basis/m2"), random_mask(SHAPES, 99)
-    assert basis.mask is not None and torch.equal(basis.mask.load().bits, mask.bits) and basis.count == mask.kept
+    assert (
+        basis.mask is not None
+        and torch.equal(basis.mask.load().bits, mask.bits)
+        and basis.count == mask.kept
+    )
     info = json.loads(metadata(made.read(basis.files[0]))["raytvb"])
-    assert made.exists(posixpath.normpath(f"basis/m2/{info['mask']}")) and info["mask_fingerprint"] == mask.fingerprint
+    assert (
+        made.exists(posixpath.normpath(f"basis/m2/{info['mask']}"))
+        and info["mask_fingerprint"] == mask.fingerprint
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "per-task", "mixed"])
-def test_without_a_common_mask_all_entries_are_coordinates(store: Store, made: Store, kind: str) -> None:
+def test_without_a_common_mask_all_entries_are_coordinates(
+    store: Store, made: Store, kind: str
+) -> None:
     keys, V = put_set(store, kind)
     write_combinations(paths_of(store, keys), weights_of(5, 2), made.url)
     basis = StoredBasis(made, "basis/m2")
@@ -197,15 +234,19 @@ def test_from_a_bucket_into_a_bucket(s3_environment: str, store: Store, made: St
     files = write_combinations(paths_of(remote, keys), outputs, f"{s3_environment}/made")
     there = Store(f"{s3_environment}/made")
     for folder, B in outputs.items():
-        torch.testing.assert_close(glued(there, folder), common("shared", V, BIG) @ B, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            glued(there, folder), common("shared", V, BIG) @ B, rtol=1e-5, atol=1e-5
+        )
         assert StoredBasis(there, folder).size == B.shape[1]
     assert files == write_combinations(paths_of(store, keys), outputs, made.url)
 
 
-# Records -------------------------------------------------------------------------------------------------------------
+# Records ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("obstacle", ["basis-00001-of-00001.safetensors", INDEX, "coefficients.safetensors"])
+@pytest.mark.parametrize(
+    "obstacle", ["basis-00001-of-00001.safetensors", INDEX, "coefficients.safetensors"]
+)
 def test_a_pass_that_fails_leaves_no_record(store: Store, made: Store, obstacle: str) -> None:
     """A folder is where a file is to be written."""
     paths, outputs = paths_of(store, put_set(store, "dense")[0]), weights_of(5, 3, 2)
@@ -216,9 +257,10 @@ def test_a_pass_that_fails_leaves_no_record(store: Store, made: Store, obstacle:
     assert made.exists("basis/m3/record.json") == (obstacle != "basis-00001-of-00001.safetensors")
 
 
-def test_a_pass_that_fails_leaves_no_record_of_what_was_there(store: Store, made: Store,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_files, "_FILE_BYTES", SMALL)
+def test_a_pass_that_fails_leaves_no_record_of_what_was_there(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
     paths = paths_of(store, put_set(store, "dense", BIG, count=3)[0])
     write_combinations(paths, {"basis/one": torch.eye(3)[:, :1]}, made.url)
     assert made.exists("basis/one/record.json")
@@ -236,9 +278,10 @@ def test_a_damaged_vector_leaves_no_record(store: Store, made: Store) -> None:
     assert made.keys() == []
 
 
-def test_a_basis_is_replaced_by_one_of_another_size(store: Store, made: Store,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_files, "_FILE_BYTES", SMALL)
+def test_a_basis_is_replaced_by_one_of_another_size(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
     keys, V = put_set(store, "dense", BIG, count=3)
     for size in (3, 1, 2):
         B = weights_of(3, size)[f"basis/m{size}"]
@@ -255,10 +298,14 @@ def test_what_is_no_such_basis_is_not_replaced(store: Store) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (6, 2), (5, 0), (5,), (5, 2, 1)])
-def test_weights_have_a_row_for_each_vector(store: Store, made: Store, shape: tuple[int, ...]) -> None:
+def test_weights_have_a_row_for_each_vector(
+    store: Store, made: Store, shape: tuple[int, ...]
+) -> None:
     paths = paths_of(store, put_set(store, "dense")[0])
     with pytest.raises(ValueError, match=r"weights of basis/odd must be \(5, M\)"):
-        write_combinations(paths, {"basis/m1": torch.ones(5, 1), "basis/odd": torch.ones(shape)}, made.url)
+        write_combinations(
+            paths, {"basis/m1": torch.ones(5, 1), "basis/odd": torch.ones(shape)}, made.url
+        )
     assert made.keys() == []
 
 
@@ -269,13 +316,15 @@ def test_vectors_that_do_not_belong_together_are_named(store: Store, made: Store
         write_combinations(paths_of(store, keys), weights_of(6, 1), made.url)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def cut_basis(store: Store, made: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[StoredBasis, Tensor]:
+def cut_basis(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> tuple[StoredBasis, Tensor]:
     """A basis of many files, and S (D, 3) float64 as they have it."""
-    monkeypatch.setattr(basis_files, "_FILE_BYTES", SMALL)
+    monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
     keys, _ = put_set(store, "per-task", BIG, count=4)
     write_combinations(paths_of(store, keys), weights_of(4, 3), made.url)
     return StoredBasis(made, "basis/m3"), glued(made, "basis/m3")
@@ -285,44 +334,63 @@ def test_blocks_are_files_in_their_order(cut_basis: tuple[StoredBasis, Tensor]) 
     basis, S = cut_basis
     columns = file_columns(3)
     found = list(basis.blocks())
-    assert [start for start, _ in found] == list(range(0, basis.count, columns)) and len(found) == len(basis.files)
+    assert [start for start, _ in found] == list(range(0, basis.count, columns)) and len(
+        found
+    ) == len(basis.files)
     assert torch.equal(torch.cat([rows for _, rows in found], dim=1).double(), S.T)
     part = list(basis.blocks(2 * columns, 5 * columns))
     assert [start for start, _ in part] == [2 * columns, 3 * columns, 4 * columns]
-    assert torch.equal(torch.cat([rows for _, rows in part], dim=1).double(), S.T[:, 2 * columns:5 * columns])
+    assert torch.equal(
+        torch.cat([rows for _, rows in part], dim=1).double(), S.T[:, 2 * columns : 5 * columns]
+    )
 
 
 def test_any_range_can_be_read_across_files(cut_basis: tuple[StoredBasis, Tensor]) -> None:
     basis, S = cut_basis
     columns, rng = file_columns(3), np.random.default_rng(0)
-    ranges = [(0, basis.count), (0, 0), (basis.count, basis.count), (columns - 1, columns + 1), (columns, 2 * columns),
-              (5, 3 * columns + 7), (basis.count - 1, basis.count),
-              *np.sort(rng.integers(0, basis.count + 1, (20, 2))).tolist()]
+    ranges = [
+        (0, basis.count),
+        (0, 0),
+        (basis.count, basis.count),
+        (columns - 1, columns + 1),
+        (columns, 2 * columns),
+        (5, 3 * columns + 7),
+        (basis.count - 1, basis.count),
+        *np.sort(rng.integers(0, basis.count + 1, (20, 2))).tolist(),
+    ]
     for start, stop in ranges:
         out = torch.full((5, stop - start), 7.0)
         basis.read_into(start, out[1:4])
-        assert torch.equal(out[1:4].double(), S.T[:, start:stop]) and (out[0] == 7).all() and (out[4] == 7).all()
+        assert (
+            torch.equal(out[1:4].double(), S.T[:, start:stop])
+            and (out[0] == 7).all()
+            and (out[4] == 7).all()
+        )
     for start, width in ((basis.count - 1, 2), (-1, 2), (basis.count + 8, 0)):
         with pytest.raises(ValueError, match="basis/m3 has 210313 coordinates"):
             basis.read_into(start, torch.empty(3, width))
 
 
-def test_combinations_of_basis_vectors(cut_basis: tuple[StoredBasis, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_of_basis_vectors(
+    cut_basis: tuple[StoredBasis, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     basis, S = cut_basis
     weights = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights[:, 1] = 0.0
     for held in (4, 1):
-        monkeypatch.setattr("raytvb.vectors.COMBINED_BYTES", 4 * basis.count * held)
+        monkeypatch.setattr("raytvb.storage.vector_set.COMBINED_BYTES", 4 * basis.count * held)
         found = torch.stack([f.clone() for f in basis.combinations(weights)], dim=1)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), S @ weights, rtol=1e-5, atol=1e-5)
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [-1, 100, 7, 0])
-def test_a_truncated_file_is_an_error_that_names_it(cut_basis: tuple[StoredBasis, Tensor], size: int) -> None:
+def test_a_truncated_file_is_an_error_that_names_it(
+    cut_basis: tuple[StoredBasis, Tensor], size: int
+) -> None:
     basis, _ = cut_basis
     truncate(basis.store, basis.files[2], size)
     with pytest.raises(VectorError, match=rf"{basis.files[2]} is damaged"):
@@ -330,12 +398,17 @@ def test_a_truncated_file_is_an_error_that_names_it(cut_basis: tuple[StoredBasis
 
 
 @pytest.mark.parametrize("change", ["name", "shape", "size"])
-def test_a_file_that_does_not_hold_what_the_index_says_is_an_error(cut_basis: tuple[StoredBasis, Tensor],
-                                                                    change: str) -> None:
+def test_a_file_that_does_not_hold_what_the_index_says_is_an_error(
+    cut_basis: tuple[StoredBasis, Tensor], change: str
+) -> None:
     basis, _ = cut_basis
     data = basis.store.read(basis.files[1])
-    (name, values), = load(data).items()
-    changed = {"name": {"other": values}, "shape": {name: values[:, :-8].contiguous()}, "size": {name: values[:2]}}
+    ((name, values),) = load(data).items()
+    changed = {
+        "name": {"other": values},
+        "shape": {name: values[:, :-8].contiguous()},
+        "size": {name: values[:2]},
+    }
     basis.store.write(basis.files[1], save(changed[change], metadata=metadata(data)))
     with pytest.raises(VectorError, match=rf"{basis.files[1]} is damaged"):
         basis.read_into(file_columns(3) + 8, torch.empty(3, 8))
@@ -348,11 +421,22 @@ def test_a_missing_file_is_an_error_that_names_it(cut_basis: tuple[StoredBasis, 
         list(basis.blocks())
 
 
-@pytest.mark.parametrize("index", [
-    b"", b"no json", b"\xff\xfe", b"[]", b"{}", b'"text"', b"null", b'{"metadata": {}}',
-    b'{"metadata": {"raytvb": {}, "size": 1, "parameters": {}, "shapes": {}}}',
-    b'{"metadata": {"raytvb": {"base": "b"}, "size": 1, "parameters": [], "shapes": {}}}',
-    b'{"metadata": {"raytvb": {"base": "b"}, "size": 0, "parameters": {}, "shapes": {}}}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"",
+        b"no json",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b'"text"',
+        b"null",
+        b'{"metadata": {}}',
+        b'{"metadata": {"raytvb": {}, "size": 1, "parameters": {}, "shapes": {}}}',
+        b'{"metadata": {"raytvb": {"base": "b"}, "size": 1, "parameters": [], "shapes": {}}}',
+        b'{"metadata": {"raytvb": {"base": "b"}, "size": 0, "parameters": {}, "shapes": {}}}',
+    ],
+)
 def test_what_is_no_index_is_an_error_that_names_it(made: Store, index: bytes) -> None:
     made.write(f"basis/one/{INDEX}", index)
     with pytest.raises(VectorError, match=rf"basis/one/{INDEX} is not the index of a basis"):
@@ -367,7 +451,7 @@ def test_a_missing_index_is_an_error_that_names_it(made: Store) -> None:
 def test_a_missing_or_other_mask_is_an_error_that_names_it(store: Store, made: Store) -> None:
     keys, _ = put_set(store, "shared")
     write_combinations(paths_of(store, keys), weights_of(5, 2), made.url)
-    key, = made.keys("masks")
+    (key,) = made.keys("masks")
     made.write(key, random_mask(SHAPES, 5).to_bytes())
     with pytest.raises(VectorError, match=rf"basis/m2 was made with another mask than .*{key}"):
         StoredBasis(made, "basis/m2")
@@ -376,24 +460,34 @@ def test_a_missing_or_other_mask_is_an_error_that_names_it(store: Store, made: S
         StoredBasis(made, "basis/m2")
 
 
-def test_changed_numbers_are_found_by_their_checksums(cut_basis: tuple[StoredBasis, Tensor]) -> None:
-    """Readers do not look at checksums; the record has one for each file, which `verify` compares."""
+def test_changed_numbers_are_found_by_their_checksums(
+    cut_basis: tuple[StoredBasis, Tensor],
+) -> None:
+    """Readers do not look at checksums; the record has one for each file, which `verify`
+    compares.
+    """
     basis, _ = cut_basis
     flip(basis.store, basis.files[1], -1)
     record = records.find(basis.store, "basis/m3")
     assert record is not None
     stored = {n: basis.store.read(f"basis/m3/{n}") for n in record["files"]}
-    differ = [n for n, info in record["files"].items() if not FileInfo.from_json(info).is_of(stored[n])]
+    differ = [
+        n for n, info in record["files"].items() if not FileInfo.from_json(info).is_of(stored[n])
+    ]
     assert [f"basis/m3/{n}" for n in differ] == [basis.files[1]]
 
 
 @pytest.mark.s3
-def test_a_storage_that_fails_is_not_taken_for_damage(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_fails_is_not_taken_for_damage(
+    s3_environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such an error may pass, and what meets it is tried again."""
     store = Store(f"{s3_environment}/one")
     keys, _ = put_set(store, "dense")
     write_combinations(paths_of(store, keys), weights_of(5, 2), store.url)
     basis = StoredBasis(store, "basis/m2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(StoreError, match=r"basis/m2/basis-00001-of-00001\.safetensors: access denied"):
+    with pytest.raises(
+        StoreError, match=r"basis/m2/basis-00001-of-00001\.safetensors: access denied"
+    ):
         list(basis.blocks())

@@ -1,4 +1,6 @@
-"""The benchmarks of the command line on the embedded model, and the references they compare with."""
+"""The benchmarks of the command line on the embedded model, and the references they compare
+with.
+"""
 
 import copy
 import json
@@ -7,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from raytvb.bench import CLASSES, PublishedMaskedAdamW, _classifier, published_scores
-from raytvb.cli import main
-from raytvb.fisher import _add_batch
-from raytvb.sparse import MaskedAdamW
+from raytvb.bench.finetune import PublishedMaskedAdamW
+from raytvb.bench.fisher import published_scores
+from raytvb.bench.measure import CLASSES, random_classifier
+from raytvb.cli.main import main
+from raytvb.maths.fisher import _add_batch
+from raytvb.maths.masked_adamw import MaskedAdamW
 
 CPU = torch.device("cpu")
 
@@ -18,7 +22,11 @@ CPU = torch.device("cpu")
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["bench", *arguments, "--model", "glyphs-tiny", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["machine"]["cores"] >= 1 and found["machine"]["threads"] == 1 and found["machine"]["cpu"]
+    assert (
+        found["machine"]["cores"] >= 1
+        and found["machine"]["threads"] == 1
+        and found["machine"]["cpu"]
+    )
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     return found
 
@@ -26,27 +34,42 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_fisher_prints_one_json_object_with_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "fisher", "--batch-size", "8", "--batches", "2", "--scored", "2")
     reference, ours = found["reference"], found["ours"]
-    assert found["ratio"] == pytest.approx(reference["seconds_per_image"] / ours["seconds_per_image"])
+    assert found["ratio"] == pytest.approx(
+        reference["seconds_per_image"] / ours["seconds_per_image"]
+    )
     assert found["ratio"] > 1 and found["parameters"] == 477_120
     assert (reference["images_timed"], ours["images_timed"]) == (2, 16)
-    assert found["loop"]["ratio"] == pytest.approx(found["loop"]["seconds_per_image"] / ours["seconds_per_image"])
+    assert found["loop"]["ratio"] == pytest.approx(
+        found["loop"]["seconds_per_image"] / ours["seconds_per_image"]
+    )
 
 
 def test_finetune_prints_one_json_object_with_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(capsys, "finetune", "--batch-size", "8", "--repeats", "3", "--precision", "bf16")
+    found = printed(
+        capsys, "finetune", "--batch-size", "8", "--repeats", "3", "--precision", "bf16"
+    )
     reference, ours = found["reference"], found["ours"]
     assert found["ratio"] == pytest.approx(reference["step_s"] / ours["step_s"])
-    assert found["ratio_with_gather"] == pytest.approx(reference["step_s"] / (ours["step_s"] + ours["gather_s"]))
+    assert found["ratio_with_gather"] == pytest.approx(
+        reference["step_s"] / (ours["step_s"] + ours["gather_s"])
+    )
     assert reference["state_bytes"] == 12 * found["parameters"] and found["kept"] == 47_712
     assert 12 * found["kept"] < ours["state_bytes"] <= 16 * found["kept"] + 4
-    assert 8 * found["parameters"] <= found["fused_dense"]["state_bytes"] < 8.1 * found["parameters"]
+    assert (
+        8 * found["parameters"] <= found["fused_dense"]["state_bytes"] < 8.1 * found["parameters"]
+    )
     whole = found["whole_step"]
     assert whole["batch_size"] == 8 and whole["sparse"]["seconds"] > ours["step_s"]
-    assert whole["sparse_over_dense"] == pytest.approx(whole["sparse"]["seconds"] / whole["dense"]["seconds"], rel=0.5)
+    assert whole["sparse_over_dense"] == pytest.approx(
+        whole["sparse"]["seconds"] / whole["dense"]["seconds"], rel=0.5
+    )
 
 
 def test_without_json_it_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "fisher", "--model", "glyphs-tiny", "--batch-size", "4", "--scored", "1"]) == 0
+    assert (
+        main(["bench", "fisher", "--model", "glyphs-tiny", "--batch-size", "4", "--scored", "1"])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["parameters", "477,120"] for line in lines)
     assert any("reference.seconds_per_image" in line for line in lines)
@@ -58,7 +81,7 @@ def test_an_unknown_model_lists_those_there_are(capsys: pytest.CaptureFixture[st
 
 
 def test_the_published_loop_computes_what_ours_does() -> None:
-    classifier, size = _classifier("glyphs-tiny", CPU)
+    classifier, size = random_classifier("glyphs-tiny", CPU)
     images, labels = torch.randn(4, 3, size, size), torch.randint(CLASSES, (4,))
     parameters = dict(classifier.named_parameters())
     ours = {n: torch.zeros_like(p) for n, p in parameters.items()}
@@ -67,7 +90,9 @@ def test_the_published_loop_computes_what_ours_does() -> None:
     published = published_scores(classifier, images, labels, 4)
     largest = max(float(s.max()) for s in published.values())
     for name, score in published.items():
-        torch.testing.assert_close(ours[name], score, rtol=0, atol=max(1e-4 * float(score.max()), 1e-9 * largest))
+        torch.testing.assert_close(
+            ours[name], score, rtol=0, atol=max(1e-4 * float(score.max()), 1e-9 * largest)
+        )
 
 
 def test_the_published_optimizer_trains_as_ours_does_where_gradients_are_not_clipped() -> None:

@@ -3,17 +3,32 @@
 import pytest
 import torch
 
-from raytvb.bench_basis import KINDS, bench_basis, floor_is_reachable, published_fit, random_gram, true_loss
+from raytvb.bench.basis import (
+    KINDS,
+    bench_basis,
+    floor_is_reachable,
+    published_fit,
+    random_gram,
+    true_loss,
+)
 
 
 def test_bench_compares_the_two_fits_on_one_gram() -> None:
     found = bench_basis(8, 3, kind="positive", scale=1e3, seed=4, repeats=2, steps=50)
     reference, ours = found["reference"], found["ours"]
-    assert (found["benchmark"], found["tasks"], found["size"], found["kind"]) == ("basis", 8, 3, "positive")
+    assert (found["benchmark"], found["tasks"], found["size"], found["kind"]) == (
+        "basis",
+        8,
+        3,
+        "positive",
+    )
     assert found["scale"] == 1e3 and found["floor_reachable"] is True
     assert reference["steps"] == 50 and reference["algorithm"] and ours["algorithm"] == "ae"
     assert found["ratio"] == pytest.approx(reference["seconds"] / ours["seconds"])
-    assert found["loss_ratio"] == pytest.approx(reference["loss"] / ours["loss"]) and found["loss_ratio"] > 1
+    assert (
+        found["loss_ratio"] == pytest.approx(reference["loss"] / ours["loss"])
+        and found["loss_ratio"] > 1
+    )
     assert ours["loss"] == pytest.approx(found["floor"]) and 1 <= ours["condition"] <= 1e4
     assert found["machine"]["threads"] == 1 and found["versions"]["torch"]
     assert "curve" not in found

@@ -1,4 +1,6 @@
-"""The cluster files, offline: Ray's validation, EC2's own request model, the fields KubeRay knows."""
+"""The cluster files, offline: Ray's validation, EC2's own request model, the fields KubeRay
+knows.
+"""
 
 import copy
 from pathlib import Path
@@ -12,25 +14,106 @@ import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raytvb.config import load_experiment, parse_experiment
+from raytvb.experiment.parsing import load_experiment, parse_experiment
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 RAY_MINOR = ".".join(ray.__version__.split(".")[:2])
-RAY_JOB = {"activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
-           "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",
-           "preRunningDeadlineSeconds", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes",
-           "submissionMode", "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished"}
-RAY_CLUSTER = {"authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions",
-               "headGroupSpec", "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "workerGroupSpecs"}
-HEAD_GROUP = {"enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template"}
-WORKER_GROUP = {"groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts",
-                "rayStartParams", "replicas", "resources", "scaleStrategy", "suspend", "template"}
-AUTOSCALER = {"env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext",
-              "upscalingMode", "version", "volumeMounts"}
-POD = {"affinity", "containers", "initContainers", "nodeSelector", "priorityClassName", "restartPolicy",
-       "securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "tolerations", "volumes"}
-CONTAINER = {"args", "command", "env", "envFrom", "image", "imagePullPolicy", "lifecycle", "name", "ports", "resources",
-             "securityContext", "volumeMounts"}
+RAY_JOB = {
+    "activeDeadlineSeconds",
+    "backoffLimit",
+    "clusterSelector",
+    "deletionStrategy",
+    "entrypoint",
+    "entrypointNumCpus",
+    "entrypointNumGpus",
+    "entrypointResources",
+    "jobId",
+    "managedBy",
+    "metadata",
+    "preRunningDeadlineSeconds",
+    "rayClusterSpec",
+    "runtimeEnvYAML",
+    "shutdownAfterJobFinishes",
+    "submissionMode",
+    "submitterConfig",
+    "submitterPodTemplate",
+    "suspend",
+    "ttlSecondsAfterFinished",
+}
+RAY_CLUSTER = {
+    "authOptions",
+    "autoscalerOptions",
+    "enableInTreeAutoscaling",
+    "gcsFaultToleranceOptions",
+    "headGroupSpec",
+    "headServiceAnnotations",
+    "managedBy",
+    "rayVersion",
+    "suspend",
+    "workerGroupSpecs",
+}
+HEAD_GROUP = {
+    "enableIngress",
+    "headService",
+    "labels",
+    "rayStartParams",
+    "resources",
+    "serviceType",
+    "template",
+}
+WORKER_GROUP = {
+    "groupName",
+    "idleTimeoutSeconds",
+    "labels",
+    "maxReplicas",
+    "minReplicas",
+    "numOfHosts",
+    "rayStartParams",
+    "replicas",
+    "resources",
+    "scaleStrategy",
+    "suspend",
+    "template",
+}
+AUTOSCALER = {
+    "env",
+    "envFrom",
+    "idleTimeoutSeconds",
+    "image",
+    "imagePullPolicy",
+    "resources",
+    "securityContext",
+    "upscalingMode",
+    "version",
+    "volumeMounts",
+}
+POD = {
+    "affinity",
+    "containers",
+    "initContainers",
+    "nodeSelector",
+    "priorityClassName",
+    "restartPolicy",
+    "securityContext",
+    "serviceAccountName",
+    "terminationGracePeriodSeconds",
+    "tolerations",
+    "volumes",
+}
+CONTAINER = {
+    "args",
+    "command",
+    "env",
+    "envFrom",
+    "image",
+    "imagePullPolicy",
+    "lifecycle",
+    "name",
+    "ports",
+    "resources",
+    "securityContext",
+    "volumeMounts",
+}
 
 
 @pytest.fixture
@@ -55,35 +138,52 @@ def launcher_accepts(config: dict[str, Any]) -> None:
 
 
 def ec2_report(node_config: dict[str, Any], shape: Any) -> str:
-    """What EC2 would say about a node; SubnetIds and SecurityGroupIds are filled in by Ray, as the counts are."""
-    return ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape).generate_report()
+    """What EC2 would say about a node; SubnetIds and SecurityGroupIds are filled in by Ray, as the
+    counts are.
+    """
+    return (
+        ParamValidator()
+        .validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
+        .generate_report()
+    )
 
 
 def unknown_fields(job: dict[str, Any]) -> list[str]:
-    """Fields of a RayJob that neither KubeRay 1.6 nor (for the parts used here) Kubernetes knows."""
+    """Fields of a RayJob that neither KubeRay 1.6 nor (for the parts used here) Kubernetes
+    knows.
+    """
     spec = job["spec"]
     cluster = spec.get("rayClusterSpec", {})
     groups = [cluster.get("headGroupSpec", {}), *cluster.get("workerGroupSpecs", [])]
-    levels = [("job", spec, RAY_JOB), ("cluster", cluster, RAY_CLUSTER), ("head", groups[0], HEAD_GROUP),
-              ("autoscaler", cluster.get("autoscalerOptions", {}), AUTOSCALER)]
+    levels = [
+        ("job", spec, RAY_JOB),
+        ("cluster", cluster, RAY_CLUSTER),
+        ("head", groups[0], HEAD_GROUP),
+        ("autoscaler", cluster.get("autoscalerOptions", {}), AUTOSCALER),
+    ]
     levels += [("worker", group, WORKER_GROUP) for group in groups[1:]]
     for group in groups:
         pod = group["template"]["spec"]
         levels += [("pod", pod, POD), *(("container", c, CONTAINER) for c in pod["containers"])]
-    return [f"{where}.{name}" for where, given, known in levels for name in sorted(given.keys() - known)]
+    return [
+        f"{where}.{name}" for where, given, known in levels for name in sorted(given.keys() - known)
+    ]
 
 
 def test_aws_is_accepted_by_the_launcher(aws):
     launcher_accepts(aws)
 
 
-@pytest.mark.parametrize("misspell", [
-    lambda c: c.update(idle_timeout_minuts=5),
-    lambda c: c["docker"].update(imag="rayproject/ray"),
-    lambda c: c["available_node_types"]["head"].update(resource={"CPU": 0}),
-    lambda c: c["available_node_types"]["gpu_l4"].update(max_worker=1),
-    lambda c: c["available_node_types"]["head"].update(resources={"CPU": "0"}),
-])
+@pytest.mark.parametrize(
+    "misspell",
+    [
+        lambda c: c.update(idle_timeout_minuts=5),
+        lambda c: c["docker"].update(imag="rayproject/ray"),
+        lambda c: c["available_node_types"]["head"].update(resource={"CPU": 0}),
+        lambda c: c["available_node_types"]["gpu_l4"].update(max_worker=1),
+        lambda c: c["available_node_types"]["head"].update(resources={"CPU": "0"}),
+    ],
+)
 def test_aws_with_a_misspelt_key_or_wrong_type_is_refused(aws, misspell):
     misspell(aws)
     with pytest.raises(jsonschema.ValidationError):
@@ -109,24 +209,38 @@ def test_aws_nodes_are_accepted_by_ec2(aws, run_instances):
     for name, node in aws["available_node_types"].items():
         assert not ec2_report(node["node_config"], run_instances), name
         assert node["node_config"]["InstanceType"] in run_instances.members["InstanceType"].enum
-        market = node["node_config"].get("InstanceMarketOptions", {"MarketType": "spot"})["MarketType"]
+        market = node["node_config"].get("InstanceMarketOptions", {"MarketType": "spot"})[
+            "MarketType"
+        ]
         assert market in run_instances.members["InstanceMarketOptions"].members["MarketType"].enum
 
 
-@pytest.mark.parametrize("misspelt, words", [
-    ({"InstanceTyp": "g5.xlarge"}, "InstanceTyp"),
-    ({"InstanceMarketOptions": {"MarketTypes": "spot"}}, "MarketTypes"),
-    ({"IamInstanceProfile": {"name": "x"}}, "IamInstanceProfile"),
-    ({"BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": "200"}}]}, "VolumeSize"),
-])
+@pytest.mark.parametrize(
+    "misspelt, words",
+    [
+        ({"InstanceTyp": "g5.xlarge"}, "InstanceTyp"),
+        ({"InstanceMarketOptions": {"MarketTypes": "spot"}}, "MarketTypes"),
+        ({"IamInstanceProfile": {"name": "x"}}, "IamInstanceProfile"),
+        (
+            {"BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": "200"}}]},
+            "VolumeSize",
+        ),
+    ],
+)
 def test_a_misspelt_node_config_is_refused_by_ec2(aws, run_instances, misspelt, words):
     node = {**aws["available_node_types"]["gpu_l4"]["node_config"], **misspelt}
     assert words in ec2_report(node, run_instances)
 
 
 def test_aws_runs_this_ray_with_a_token_on_every_node(aws):
-    assert all(aws["docker"][image].startswith(f"rayproject/ray:{RAY_MINOR}.") for image in ("image", "head_image"))
-    assert any("/home/ray/raytvb" in command and f"=={RAY_MINOR}." in command for command in aws["setup_commands"])
+    assert all(
+        aws["docker"][image].startswith(f"rayproject/ray:{RAY_MINOR}.")
+        for image in ("image", "head_image")
+    )
+    assert any(
+        "/home/ray/raytvb" in command and f"=={RAY_MINOR}." in command
+        for command in aws["setup_commands"]
+    )
     assert "/home/ray/raytvb" in aws["file_mounts"]
     for where in ("head", "worker"):
         start = aws[f"{where}_start_ray_commands"][-1]
@@ -144,17 +258,24 @@ def test_kuberay_job(kuberay):
     spec = job["spec"]
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
     assert spec["shutdownAfterJobFinishes"] is True
-    assert all(isinstance(spec[k], int) and spec[k] > 0
-               for k in ("backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"))
+    assert all(
+        isinstance(spec[k], int) and spec[k] > 0
+        for k in ("backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
+    )
     assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"], dict)
 
 
-@pytest.mark.parametrize("misspell", [
-    lambda s: s.update(entryPoint="python"),
-    lambda s: s["rayClusterSpec"].update(enableAutoscaling=True),
-    lambda s: s["rayClusterSpec"]["workerGroupSpecs"][0].update(minReplica=0),
-    lambda s: s["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0].update(volumeMount=[]),
-])
+@pytest.mark.parametrize(
+    "misspell",
+    [
+        lambda s: s.update(entryPoint="python"),
+        lambda s: s["rayClusterSpec"].update(enableAutoscaling=True),
+        lambda s: s["rayClusterSpec"]["workerGroupSpecs"][0].update(minReplica=0),
+        lambda s: s["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0].update(
+            volumeMount=[]
+        ),
+    ],
+)
 def test_a_misspelt_kuberay_field_is_seen(kuberay, misspell):
     misspell(kuberay["RayJob"]["spec"])
     assert len(unknown_fields(kuberay["RayJob"])) == 1
@@ -188,13 +309,21 @@ def test_kuberay_mounts_the_experiment_that_the_entrypoint_names(kuberay):
     (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] in volumes)
     assert volumes[mount["name"]] == kuberay["ConfigMap"]["metadata"]["name"]
     (file,) = kuberay["ConfigMap"]["data"]
-    assert kuberay["RayJob"]["spec"]["entrypoint"] == f"python -m raytvb run {mount['mountPath']}/{file}"
-    assert kuberay["ConfigMap"]["data"][file].rstrip() == (CLUSTER / "experiment.yaml").read_text().rstrip()
+    assert (
+        kuberay["RayJob"]["spec"]["entrypoint"]
+        == f"python -m raytvb run {mount['mountPath']}/{file}"
+    )
+    assert (
+        kuberay["ConfigMap"]["data"][file].rstrip()
+        == (CLUSTER / "experiment.yaml").read_text().rstrip()
+    )
 
 
 def test_the_example_experiment_is_valid_and_made_for_a_cluster(kuberay):
     experiment = load_experiment(CLUSTER / "experiment.yaml")
-    assert experiment == parse_experiment(yaml.safe_load(kuberay["ConfigMap"]["data"]["experiment.yaml"]))
+    assert experiment == parse_experiment(
+        yaml.safe_load(kuberay["ConfigMap"]["data"]["experiment.yaml"])
+    )
     assert len(experiment.tasks) == 8
     assert experiment.store.startswith("s3://")
     assert experiment.resources.wait_s > 0

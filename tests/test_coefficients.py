@@ -1,4 +1,6 @@
-"""Searches for a coefficient: against all values, on functions with one maximum and on any others."""
+"""Searches for a coefficient: against all values, on functions with one maximum and on any
+others.
+"""
 
 import math
 import random
@@ -6,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from raytvb.coefficients import LADDER, best_coefficient, climb, ladder, nearest, tune_vector
+from raytvb.maths.line_search import LADDER, best_coefficient, climb, ladder, nearest, tune_vector
 
 
 def counted(function: Callable[[float], float]) -> tuple[list[float], Callable[[float], float]]:
@@ -28,7 +30,9 @@ def test_climbing_finds_the_maximum_wherever_it_lies(rungs: int) -> None:
             tried = climb(points, start, value)
             assert best_coefficient(tried) == points[peak]
             assert len(seen) == len(set(seen)) and seen[0] == points[start]
-            assert sorted(tried) == sorted(seen) and all(tried[a] == -abs(math.log(a / points[peak])) for a in tried)
+            assert sorted(tried) == sorted(seen) and all(
+                tried[a] == -abs(math.log(a / points[peak])) for a in tried
+            )
             # The way there and the next rung; down, after a look at the other side.
             assert len(seen) <= (peak - start + 2 if peak > start else start - peak + 3)
 
@@ -63,7 +67,7 @@ def test_the_ladder_is_multiples_of_one_over_the_size_within_the_limits(size: in
 def unimodal(rng: random.Random, points: Sequence[float], peak: int) -> dict[float, float]:
     """Values that rise up to the peak and fall after it, by steps of any size."""
     steps = [rng.random() + 1e-6 for _ in points]
-    return {a: -sum(steps[min(k, peak):max(k, peak)]) for k, a in enumerate(points)}
+    return {a: -sum(steps[min(k, peak) : max(k, peak)]) for k, a in enumerate(points)}
 
 
 def test_climbing_a_ladder_finds_the_only_maximum_of_any_shape() -> None:
@@ -79,7 +83,9 @@ def test_climbing_a_ladder_finds_the_only_maximum_of_any_shape() -> None:
 
 
 def test_of_any_function_both_neighbours_of_the_best_were_looked_at() -> None:
-    """Accuracies are rough: of what was tried there is a best one, and neither neighbour is better."""
+    """Accuracies are rough: of what was tried there is a best one, and neither neighbour is
+    better.
+    """
     rng = random.Random(2)
     for _ in range(500):
         levels = rng.choice((2, 4, 100))
@@ -89,13 +95,18 @@ def test_of_any_function_both_neighbours_of_the_best_were_looked_at() -> None:
         assert len(seen) == len(set(seen)) and tried == {a: values[a] for a in seen}
         best = best_coefficient(tried)
         place = LADDER.index(best)
-        assert all(a in tried and tried[a] <= tried[best] for a in LADDER[max(0, place - 1):place + 2])
+        assert all(
+            a in tried and tried[a] <= tried[best] for a in LADDER[max(0, place - 1) : place + 2]
+        )
 
 
 def test_the_nearest_rung() -> None:
     rng = random.Random(3)
     for _ in range(200):
-        points, value = sorted(rng.random() for _ in range(rng.randrange(1, 9))), rng.uniform(-1.0, 2.0)
+        points, value = (
+            sorted(rng.random() for _ in range(rng.randrange(1, 9))),
+            rng.uniform(-1.0, 2.0),
+        )
         found = points[nearest(points, value)]
         assert all(abs(found - value) <= abs(p - value) for p in points)
     assert nearest([1.0, 2.0, 3.0], 2.5) == 1 and nearest([4.0], 0.0) == 0

@@ -1,4 +1,6 @@
-"""The experiment file: what it fills in, what it refuses, and whether the message tells the way out."""
+"""The experiment file: what it fills in, what it refuses, and whether the message tells the way
+out.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,18 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raytvb import records, suite
-from raytvb.artifacts import EXPERIMENT, freeze
-from raytvb.basis import METHODS
-from raytvb.config import MERGES, Experiment, half, load_experiment, parse_experiment, quarter
 from raytvb.errors import UserError
-from raytvb.store import Store
+from raytvb.experiment.config import Experiment, half, quarter
+from raytvb.experiment.freezing import freeze
+from raytvb.experiment.layout import EXPERIMENT
+from raytvb.experiment.parsing import load_experiment, parse_experiment
+from raytvb.experiment.searching import MERGES
+from raytvb.maths.basis_methods import METHODS
+from raytvb.storage import records
+from raytvb.storage.store import Store
+from raytvb.suite import glyphs
 
-TASKS = list(suite.SHOWCASE[:8])
+TASKS = list(glyphs.SHOWCASE[:8])
 SAMPLE = """
 name: clip-b32-8
 store: s3://bucket/clip-b32-8
@@ -51,7 +57,9 @@ def test_the_sample_file_loads(tmp_path: Path) -> None:
     assert made.task_names == ("mnist", "svhn", "dtd", "group/cars")
     assert [t.data for t in made.tasks[:2]] == ["s3://sets/mnist", "s3://sets/svhn"]
     assert made.tasks[1].image_column == "img" and made.tasks[1].label_column == "digit"
-    assert made.tasks[2].classes == ("banded", "blotchy") and made.tasks[2].prompts == ("a {} texture.",)
+    assert made.tasks[2].classes == ("banded", "blotchy") and made.tasks[2].prompts == (
+        "a {} texture.",
+    )
     assert made.finetune.lr == 1e-5 and made.basis.method == ("ae",)
     assert made.search.sizes == (2, 4) and made.search.coefficients.high == 1.5
     assert made.evaluate.control is None  # the embedded control belongs to the embedded model
@@ -63,15 +71,19 @@ def test_the_smallest_file_gets_every_default() -> None:
     assert made.task_names == tuple(TASKS) and made.seed == 0
     assert made.talos.density == 0.1 and made.talos.mask == "shared" and made.talos.rounds == 4
     assert made.search.sizes == (2, 4) and made.search.objective == "subsets"
-    assert made.evaluate.control is not None and made.evaluate.control.name == suite.CONTROL
+    assert made.evaluate.control is not None and made.evaluate.control.name == glyphs.CONTROL
     assert made.finetune.lr is not None and made.finetune.lr > 1e-5
-    assert made.tasks[0].prompts == suite.TEMPLATES
+    assert made.tasks[0].prompts == glyphs.TEMPLATES
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 16])
 def test_the_default_sizes_are_a_quarter_and_half_of_the_tasks(count: int) -> None:
-    sizes = experiment(tasks=list(suite.SHOWCASE[:count])).search.sizes
-    assert set(sizes) == {quarter(count), half(count)} == {max(1, round(count / 4)), max(1, round(count / 2))}
+    sizes = experiment(tasks=list(glyphs.SHOWCASE[:count])).search.sizes
+    assert (
+        set(sizes)
+        == {quarter(count), half(count)}
+        == {max(1, round(count / 4)), max(1, round(count / 2))}
+    )
     assert list(sizes) == sorted(set(sizes)) and all(1 <= m <= count for m in sizes)
 
 
@@ -80,21 +92,32 @@ def test_given_sizes_are_sorted_and_unique() -> None:
 
 
 def test_the_default_learning_rate_depends_on_the_model_and_the_mask() -> None:
-    rates = {key: experiment(talos=talos).finetune.lr for key, talos in {
-        "dense": {"density": 1.0}, "shared": {"mask": "shared"}, "per-task": {"mask": "per-task"}}.items()}
+    rates = {
+        key: experiment(talos=talos).finetune.lr
+        for key, talos in {
+            "dense": {"density": 1.0},
+            "shared": {"mask": "shared"},
+            "per-task": {"mask": "per-task"},
+        }.items()
+    }
     assert len(set(rates.values())) == 3 and all(r is not None and r > 1e-5 for r in rates.values())
     assert experiment(model={"name": "ViT-B-32", "pretrained": "openai"}).finetune.lr == 1e-5
     assert experiment(finetune={"lr": 0.125}).finetune.lr == 0.125
 
 
 def test_a_given_control_stays() -> None:
-    assert experiment(evaluate={"control": "glyphs/latin-noise"}).evaluate.control.name == "glyphs/latin-noise"
+    assert (
+        experiment(evaluate={"control": "glyphs/latin-noise"}).evaluate.control.name
+        == "glyphs/latin-noise"
+    )
     own = {"name": "imagenet", "data": "/data/imagenet"}
     made = experiment(model={"name": "ViT-B-32", "pretrained": "openai"}, evaluate={"control": own})
     assert made.evaluate.control.data == "/data/imagenet"
 
 
-@pytest.mark.parametrize(("text", "rate"), [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("0.001", 1e-3), ("2", 2.0)])
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("0.001", 1e-3), ("2", 2.0)]
+)
 def test_numbers_mean_what_they_say_in_yaml(tmp_path: Path, text: str, rate: float) -> None:
     path = tmp_path / "e.yaml"
     path.write_text(f"store: here\ntasks: [{TASKS[0]}]\nfinetune: {{lr: {text}}}\n")
@@ -113,26 +136,58 @@ def test_one_basis_method_or_a_list_of_them() -> None:
 UNKNOWN = [
     ({"stroe": "x"}, "stroe", "store", "resources"),
     ({"model": {"nme": "x"}}, "model.nme", "name", "pretrained"),
-    ({"tasks": [TASKS[0], {"name": "a", "data": "/a", "label_colum": "x"}]}, "tasks[1].label_colum", "label_column",
-     "templates"),
+    (
+        {"tasks": [TASKS[0], {"name": "a", "data": "/a", "label_colum": "x"}]},
+        "tasks[1].label_colum",
+        "label_column",
+        "templates",
+    ),
     ({"talos": {"densty": 0.1}}, "talos.densty", "density", "damping"),
     ({"finetune": {"epoch": 1}}, "finetune.epoch", "epochs", "warmup"),
     ({"basis": {"methods": "ae"}}, "basis.methods", "method", "method"),
     ({"search": {"size": [1]}}, "search.size", "sizes", "objective"),
     ({"search": {"coefficients": {"hihg": 1}}}, "search.coefficients.hihg", "high", "low"),
     ({"evaluate": {"kep": 0.9}}, "evaluate.kep", "keep", "control"),
-    ({"evaluate": {"control": {"name": "a", "dta": "/a"}}}, "evaluate.control.dta", "data", "image_column"),
-    ({"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shot": 4}}}, "evaluate.unseen.shot", "shots", "lr"),
-    ({"evaluate": {"unseen": [{"name": "a", "dta": "/a"}]}}, "evaluate.unseen.tasks[0].dta", "data", "image_column"),
-    ({"evaluate": {"disentanglement": {"pair": []}}}, "evaluate.disentanglement.pair", "pairs", "points"),
-    ({"search": {"coefficients": {"strateg": "grid"}}}, "search.coefficients.strateg", "strategy", "vector"),
+    (
+        {"evaluate": {"control": {"name": "a", "dta": "/a"}}},
+        "evaluate.control.dta",
+        "data",
+        "image_column",
+    ),
+    (
+        {"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shot": 4}}},
+        "evaluate.unseen.shot",
+        "shots",
+        "lr",
+    ),
+    (
+        {"evaluate": {"unseen": [{"name": "a", "dta": "/a"}]}},
+        "evaluate.unseen.tasks[0].dta",
+        "data",
+        "image_column",
+    ),
+    (
+        {"evaluate": {"disentanglement": {"pair": []}}},
+        "evaluate.disentanglement.pair",
+        "pairs",
+        "points",
+    ),
+    (
+        {"search": {"coefficients": {"strateg": "grid"}}},
+        "search.coefficients.strateg",
+        "strategy",
+        "vector",
+    ),
     ({"resources": {"gpu_per_task": 1}}, "resources.gpu_per_task", "gpus_per_task", "max_retries"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "path", "meant", "allowed"), UNKNOWN, ids=[u[1] for u in UNKNOWN])
-def test_an_unknown_field_is_named_with_what_is_allowed(fields: dict[str, Any], path: str, meant: str,
-                                                        allowed: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "path", "meant", "allowed"), UNKNOWN, ids=[u[1] for u in UNKNOWN]
+)
+def test_an_unknown_field_is_named_with_what_is_allowed(
+    fields: dict[str, Any], path: str, meant: str, allowed: str
+) -> None:
     message = refusal(**fields)
     assert f"{path}: unknown field (did you mean {meant}?); allowed: " in message
     listed = message.split("allowed: ")[1].splitlines()[0].split(", ")
@@ -141,7 +196,11 @@ def test_an_unknown_field_is_named_with_what_is_allowed(fields: dict[str, Any], 
 
 def test_an_unknown_task_is_named_with_its_near_matches() -> None:
     message = refusal(tasks=[*TASKS, "glyphs/greek-blurr"])
-    assert "tasks[8]" in message and "'glyphs/greek-blurr'" in message and "did you mean glyphs/greek-blur" in message
+    assert (
+        "tasks[8]" in message
+        and "'glyphs/greek-blurr'" in message
+        and "did you mean glyphs/greek-blur" in message
+    )
     far = refusal(tasks=[*TASKS, "zzz"])
     assert "'zzz'" in far and "did you mean" not in far and "data:" in far
 
@@ -157,30 +216,110 @@ WRONG = [
     ({"finetune": {"lr": float("nan")}}, "finetune.lr", "finite number", "nan"),
     ({"finetune": {"epochs": 0}}, "finetune.epochs", "greater than 0", "0"),
     ({"finetune": {"epochs": "many"}}, "finetune.epochs", "number", "'many'"),
-    ({"finetune": {"warmup": 1.5}}, "finetune", "a share below 1, or a whole number of steps", "1.5"),
-    ({"finetune": {"accumulate": 9, "batch_size": 8}}, "finetune", "at most 8, the batch_size", "9"),
+    (
+        {"finetune": {"warmup": 1.5}},
+        "finetune",
+        "a share below 1, or a whole number of steps",
+        "1.5",
+    ),
+    (
+        {"finetune": {"accumulate": 9, "batch_size": 8}},
+        "finetune",
+        "at most 8, the batch_size",
+        "9",
+    ),
     ({"finetune": {"label_smoothing": 1.0}}, "finetune.label_smoothing", "less than 1", "1.0"),
-    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 1.5}}]}, "tasks[0].splits", "between 0 and 1", "1.5"),
-    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": 0.5, "test": 0.5}}]}, "tasks[0].splits", "nothing", ""),
-    ({"tasks": [{"name": "a", "data": "/a", "splits": {"val": "x", "test": "x"}}]}, "tasks[0].splits", "same", "x"),
-    ({"tasks": [{"name": "a", "data": "/a", "root": "/b"}]}, "tasks[0]", "only with `data: torchvision:NAME`", ""),
+    (
+        {"tasks": [{"name": "a", "data": "/a", "splits": {"val": 1.5}}]},
+        "tasks[0].splits",
+        "between 0 and 1",
+        "1.5",
+    ),
+    (
+        {"tasks": [{"name": "a", "data": "/a", "splits": {"val": 0.5, "test": 0.5}}]},
+        "tasks[0].splits",
+        "nothing",
+        "",
+    ),
+    (
+        {"tasks": [{"name": "a", "data": "/a", "splits": {"val": "x", "test": "x"}}]},
+        "tasks[0].splits",
+        "same",
+        "x",
+    ),
+    (
+        {"tasks": [{"name": "a", "data": "/a", "root": "/b"}]},
+        "tasks[0]",
+        "only with `data: torchvision:NAME`",
+        "",
+    ),
     ({"tasks": ["clip9"]}, "tasks[0]", "no preset (clip8, clip14, clip20, imagenet)", "clip9"),
     ({"tasks": {"preset": "clip9"}}, "tasks", "there are clip8, clip14, clip20, imagenet", "clip9"),
     ({"tasks": [{"preset": "clip8", "name": "a"}]}, "tasks", "names its tasks itself", "clip8"),
     ({"finetune": {"batch_size": 1.5}}, "finetune.batch_size", "integer", "1.5"),
     ({"search": {"sizes": [2, 0]}}, "search.sizes[1]", "greater than or equal to 1", "0"),
-    ({"search": {"objective": "best"}}, "search.objective", "'subsets', 'all' or 'single'", "'best'"),
-    ({"search": {"coefficients": {"low": 1.0, "high": 1.0}}}, "search.coefficients", "low (1.0) must be below", "1.0"),
-    ({"search": {"coefficients": {"low": 4.5}}}, "search.coefficients", "low (4.5) must be below high (4.0)", "4.5"),
-    ({"search": {"coefficients": {"points": 1}}}, "search.coefficients.points", "greater than or equal to 2", "1"),
-    ({"search": {"coefficients": {"strategy": "all"}}}, "search.coefficients.strategy", "'line' or 'grid'", "'all'"),
-    ({"search": {"coefficients": {"vector": "yes"}}}, "search.coefficients.vector", "'per-task' or 'per-basis'", "yes"),
-    ({"search": {"coefficients": {"trials": 0}}}, "search.coefficients.trials", "greater than or equal to 1", "0"),
+    (
+        {"search": {"objective": "best"}},
+        "search.objective",
+        "'subsets', 'all' or 'single'",
+        "'best'",
+    ),
+    (
+        {"search": {"coefficients": {"low": 1.0, "high": 1.0}}},
+        "search.coefficients",
+        "low (1.0) must be below",
+        "1.0",
+    ),
+    (
+        {"search": {"coefficients": {"low": 4.5}}},
+        "search.coefficients",
+        "low (4.5) must be below high (4.0)",
+        "4.5",
+    ),
+    (
+        {"search": {"coefficients": {"points": 1}}},
+        "search.coefficients.points",
+        "greater than or equal to 2",
+        "1",
+    ),
+    (
+        {"search": {"coefficients": {"strategy": "all"}}},
+        "search.coefficients.strategy",
+        "'line' or 'grid'",
+        "'all'",
+    ),
+    (
+        {"search": {"coefficients": {"vector": "yes"}}},
+        "search.coefficients.vector",
+        "'per-task' or 'per-basis'",
+        "yes",
+    ),
+    (
+        {"search": {"coefficients": {"trials": 0}}},
+        "search.coefficients.trials",
+        "greater than or equal to 1",
+        "0",
+    ),
     ({"search": {"tolerance": -0.01}}, "search.tolerance", "greater than or equal to 0", "-0.01"),
     ({"search": {"tolerance": 1.0}}, "search.tolerance", "less than 1", "1.0"),
-    ({"search": {"shares": [0.5, 0.25, 1.0]}}, "search", "shares must rise and end with 1.0", "[0.5, 0.25, 1.0]"),
-    ({"search": {"shares": [0.5, 0.5, 1.0]}}, "search", "shares must rise and end with 1.0", "[0.5, 0.5, 1.0]"),
-    ({"search": {"shares": [0.25, 0.5]}}, "search", "shares must rise and end with 1.0", "[0.25, 0.5]"),
+    (
+        {"search": {"shares": [0.5, 0.25, 1.0]}},
+        "search",
+        "shares must rise and end with 1.0",
+        "[0.5, 0.25, 1.0]",
+    ),
+    (
+        {"search": {"shares": [0.5, 0.5, 1.0]}},
+        "search",
+        "shares must rise and end with 1.0",
+        "[0.5, 0.5, 1.0]",
+    ),
+    (
+        {"search": {"shares": [0.25, 0.5]}},
+        "search",
+        "shares must rise and end with 1.0",
+        "[0.25, 0.5]",
+    ),
     ({"search": {"shares": []}}, "search", "shares must rise and end with 1.0", "[]"),
     ({"search": {"shares": [0.0, 1.0]}}, "search.shares[0]", "greater than 0", "0.0"),
     ({"search": {"shares": [0.5, 2.0]}}, "search.shares[1]", "less than or equal to 1", "2.0"),
@@ -191,35 +330,122 @@ WRONG = [
     ({"search": {"merges": ["ties", "ties"]}}, "search", "merges: a method is given twice", "ties"),
     ({"search": {"merges": ["sum"]}}, "search", "merges: sum; allowed: ", "ties"),
     ({"search": {"merges": ["fisher"]}}, "search", "merges: fisher; allowed: ", "ties"),
-    ({"basis": {"prepare": "trim"}}, "basis.prepare", "'none', 'trimmed', 'dropped' or 'sparsified'", "'trim'"),
-    ({"evaluate": {"precision": "fp16"}}, "evaluate.precision", "'auto', 'fp32' or 'bf16'", "'fp16'"),
-    ({"evaluate": {"control": "clip8"}}, "evaluate", "control: one task, not the tasks of a preset", ""),
-    ({"evaluate": {"control": {"preset": "clip9"}}}, "evaluate", "there are clip8, clip14, clip20, imagenet", "clip9"),
-    ({"evaluate": {"additions": [[]]}}, "evaluate.additions", "give different tasks of the experiment", "[]"),
-    ({"evaluate": {"additions": [TASKS[:2], ["a"]]}}, "evaluate.additions", "give different tasks", "a is none"),
-    ({"evaluate": {"additions": [[TASKS[0]] * 2]}}, "evaluate.additions", "give different tasks", TASKS[0]),
+    (
+        {"basis": {"prepare": "trim"}},
+        "basis.prepare",
+        "'none', 'trimmed', 'dropped' or 'sparsified'",
+        "'trim'",
+    ),
+    (
+        {"evaluate": {"precision": "fp16"}},
+        "evaluate.precision",
+        "'auto', 'fp32' or 'bf16'",
+        "'fp16'",
+    ),
+    (
+        {"evaluate": {"control": "clip8"}},
+        "evaluate",
+        "control: one task, not the tasks of a preset",
+        "",
+    ),
+    (
+        {"evaluate": {"control": {"preset": "clip9"}}},
+        "evaluate",
+        "there are clip8, clip14, clip20, imagenet",
+        "clip9",
+    ),
+    (
+        {"evaluate": {"additions": [[]]}},
+        "evaluate.additions",
+        "give different tasks of the experiment",
+        "[]",
+    ),
+    (
+        {"evaluate": {"additions": [TASKS[:2], ["a"]]}},
+        "evaluate.additions",
+        "give different tasks",
+        "a is none",
+    ),
+    (
+        {"evaluate": {"additions": [[TASKS[0]] * 2]}},
+        "evaluate.additions",
+        "give different tasks",
+        TASKS[0],
+    ),
     ({"evaluate": {"unseen": []}}, "evaluate.unseen.tasks", "at least 1 item", "[]"),
     ({"evaluate": {"unseen": ["nope"]}}, "evaluate.unseen.tasks[0]", "unknown task 'nope'", ""),
-    ({"evaluate": {"unseen": [TASKS[3]]}}, "evaluate.unseen.tasks", "these have task vectors", TASKS[3]),
-    ({"evaluate": {"unseen": ["glyphs/clean"] * 2}}, "evaluate.unseen.tasks", "a name is given twice", ""),
-    ({"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shots": 0}}}, "evaluate.unseen.shots", "greater than", "0"),
-    ({"evaluate": {"disentanglement": {"pairs": [[TASKS[0], "a"]]}}}, "evaluate.disentanglement.pairs",
-     "give different tasks", "a is none"),
-    ({"evaluate": {"disentanglement": {"pairs": [[TASKS[0]] * 2]}}}, "evaluate.disentanglement.pairs",
-     "give different tasks", TASKS[0]),
-    ({"evaluate": {"disentanglement": {"low": 2.0}}}, "evaluate.disentanglement", "low (2.0) must be below high", ""),
-    ({"evaluate": {"disentanglement": {"points": 1}}}, "evaluate.disentanglement.points", "greater than or", "1"),
+    (
+        {"evaluate": {"unseen": [TASKS[3]]}},
+        "evaluate.unseen.tasks",
+        "these have task vectors",
+        TASKS[3],
+    ),
+    (
+        {"evaluate": {"unseen": ["glyphs/clean"] * 2}},
+        "evaluate.unseen.tasks",
+        "a name is given twice",
+        "",
+    ),
+    (
+        {"evaluate": {"unseen": {"tasks": ["glyphs/clean"], "shots": 0}}},
+        "evaluate.unseen.shots",
+        "greater than",
+        "0",
+    ),
+    (
+        {"evaluate": {"disentanglement": {"pairs": [[TASKS[0], "a"]]}}},
+        "evaluate.disentanglement.pairs",
+        "give different tasks",
+        "a is none",
+    ),
+    (
+        {"evaluate": {"disentanglement": {"pairs": [[TASKS[0]] * 2]}}},
+        "evaluate.disentanglement.pairs",
+        "give different tasks",
+        TASKS[0],
+    ),
+    (
+        {"evaluate": {"disentanglement": {"low": 2.0}}},
+        "evaluate.disentanglement",
+        "low (2.0) must be below high",
+        "",
+    ),
+    (
+        {"evaluate": {"disentanglement": {"points": 1}}},
+        "evaluate.disentanglement.points",
+        "greater than or",
+        "1",
+    ),
     ({"evaluate": {"keep": 1.1}}, "evaluate.keep", "less than or equal to 1", "1.1"),
     ({"evaluate": {"control": "nope"}}, "evaluate.control", "unknown task 'nope'", "nope"),
-    ({"resources": {"gpus_per_task": 1.5}}, "resources", "fractions below 1 and whole numbers above", "1.5"),
-    ({"resources": {"max_retries": -1}}, "resources.max_retries", "greater than or equal to 0", "-1"),
+    (
+        {"resources": {"gpus_per_task": 1.5}},
+        "resources",
+        "fractions below 1 and whole numbers above",
+        "1.5",
+    ),
+    (
+        {"resources": {"max_retries": -1}},
+        "resources.max_retries",
+        "greater than or equal to 0",
+        "-1",
+    ),
     ({"tasks": [TASKS[0], TASKS[1], TASKS[0]]}, "tasks", "more than once", TASKS[0]),
     ({"tasks": []}, "tasks", "at least 1", "[]"),
     ({"tasks": [TASKS[0], {"data": "/a"}]}, "tasks[1].name", "required", ""),
     ({"tasks": [TASKS[0], {"name": "../a", "data": "/a"}]}, "tasks[1].name", "pattern", "'../a'"),
-    ({"tasks": [{"name": n, "data": "/a"} for n in ("a", "a/b")]}, "tasks", "folder of another", ""),
-    ({"tasks": [TASKS[0], {"name": "a", "data": "/a", "templates": ["a photo"]}]}, "tasks[1]", "exactly one {}",
-     "'a photo'"),
+    (
+        {"tasks": [{"name": n, "data": "/a"} for n in ("a", "a/b")]},
+        "tasks",
+        "folder of another",
+        "",
+    ),
+    (
+        {"tasks": [TASKS[0], {"name": "a", "data": "/a", "templates": ["a photo"]}]},
+        "tasks[1]",
+        "exactly one {}",
+        "'a photo'",
+    ),
     ({"store": ""}, "store", "at least 1 character", "''"),
     ({"seed": -1}, "seed", "greater than or equal to 0", "-1"),
     ({"name": "a b"}, "name", "pattern", "'a b'"),
@@ -227,33 +453,63 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "path", "rule", "given"), WRONG)
-def test_a_wrong_value_is_named_with_its_path_and_the_rule(fields: dict[str, Any], path: str, rule: str,
-                                                           given: str) -> None:
-    lines = [line for line in refusal(**fields).removeprefix("file.yaml: ").splitlines() if rule in line]
+def test_a_wrong_value_is_named_with_its_path_and_the_rule(
+    fields: dict[str, Any], path: str, rule: str, given: str
+) -> None:
+    lines = [
+        line for line in refusal(**fields).removeprefix("file.yaml: ").splitlines() if rule in line
+    ]
     assert lines and lines[0].strip().startswith(path) and given in lines[0]
 
 
-PAPER = {"Cars": 35, "DTD": 76, "EuroSAT": 12, "GTSRB": 11, "MNIST": 5, "RESISC45": 15, "SVHN": 4, "SUN397": 14}
+PAPER = {
+    "Cars": 35,
+    "DTD": 76,
+    "EuroSAT": 12,
+    "GTSRB": 11,
+    "MNIST": 5,
+    "RESISC45": 15,
+    "SVHN": 4,
+    "SUN397": 14,
+}
 
 
 @pytest.mark.parametrize("asked", ["clip8", ["clip8"], {"preset": "clip8"}, [{"preset": "clip8"}]])
 def test_a_preset_is_its_tasks_with_the_epochs_of_the_paper(asked: Any) -> None:
-    made = parse_experiment({"store": "/s", "tasks": asked, "model": {"name": "ViT-B-32", "pretrained": "openai"}})
+    made = parse_experiment(
+        {"store": "/s", "tasks": asked, "model": {"name": "ViT-B-32", "pretrained": "openai"}}
+    )
     assert {t.name: t.epochs for t in made.tasks} == PAPER
     assert all(t.data and t.data.startswith("hf://datasets/") and t.templates for t in made.tasks)
     assert made.tasks[3].classes and len(made.tasks[3].classes) == 43
 
 
 def test_presets_grow_mix_with_other_tasks_and_may_lie_elsewhere() -> None:
-    sizes = {n: parse_experiment({"store": "/s", "tasks": [f"clip{n}"]}).task_names for n in (8, 14, 20)}
+    sizes = {
+        n: parse_experiment({"store": "/s", "tasks": [f"clip{n}"]}).task_names for n in (8, 14, 20)
+    }
     assert {n: len(names) for n, names in sizes.items()} == {8: 8, 14: 14, 20: 20}
     assert sizes[20][:14] == sizes[14] and sizes[14][:8] == sizes[8] == tuple(PAPER)
-    made = parse_experiment({"store": "/s", "tasks": [
-        {"preset": "clip14", "data": "s3://b/clip/", "epochs": 2, "max_corrupt": 0}, TASKS[0]]})
-    assert [t.data for t in made.tasks[:2]] == ["s3://b/clip/Cars", "s3://b/clip/DTD"] and len(made.tasks) == 15
-    assert {t.epochs for t in made.tasks} == {2, None} and {t.max_corrupt for t in made.tasks} == {0, 10}
+    made = parse_experiment(
+        {
+            "store": "/s",
+            "tasks": [
+                {"preset": "clip14", "data": "s3://b/clip/", "epochs": 2, "max_corrupt": 0},
+                TASKS[0],
+            ],
+        }
+    )
+    assert [t.data for t in made.tasks[:2]] == ["s3://b/clip/Cars", "s3://b/clip/DTD"] and len(
+        made.tasks
+    ) == 15
+    assert {t.epochs for t in made.tasks} == {2, None} and {t.max_corrupt for t in made.tasks} == {
+        0,
+        10,
+    }
     with pytest.raises(UserError, match="given more than once: Cars"):
-        parse_experiment({"store": "/s", "tasks": [{"preset": "clip8"}, {"name": "Cars", "data": "/cars"}]})
+        parse_experiment(
+            {"store": "/s", "tasks": [{"preset": "clip8"}, {"name": "Cars", "data": "/cars"}]}
+        )
 
 
 def test_every_wrong_field_is_listed_at_once() -> None:
@@ -305,10 +561,19 @@ def test_an_experiment_cannot_be_changed() -> None:
 def test_the_identity_has_what_is_computed_and_not_where() -> None:
     base = experiment().identity()
     assert not {"store", "resources", "name"} & base.keys()
-    same = experiment(store="s3://bucket/else", name="other", resources={"gpus_per_task": 1.0, "max_retries": 0})
+    same = experiment(
+        store="s3://bucket/else", name="other", resources={"gpus_per_task": 1.0, "max_retries": 0}
+    )
     assert same.identity() == base
-    for change in ({"seed": 1}, {"tasks": TASKS[:7]}, {"talos": {"density": 0.2}}, {"finetune": {"epochs": 3}},
-                   {"basis": {"method": "svd"}}, {"search": {"sizes": [3]}}, {"evaluate": {"keep": 0.9}}):
+    for change in (
+        {"seed": 1},
+        {"tasks": TASKS[:7]},
+        {"talos": {"density": 0.2}},
+        {"finetune": {"epochs": 3}},
+        {"basis": {"method": "svd"}},
+        {"search": {"sizes": [3]}},
+        {"evaluate": {"keep": 0.9}},
+    ):
         assert experiment(**change).identity() != base, change
 
 
@@ -331,7 +596,9 @@ def test_the_differing_fields_of_two_identities_are_shown() -> None:
 
 def test_a_field_that_one_side_has_not_is_a_difference() -> None:
     assert records.differences({"a": {"b": 1}}, {"a": {}}) == ["a.b: stored 1, asked for None"]
-    assert records.differences({"a": [1, 2]}, {"a": {"b": 1}}) == ["a: stored [1, 2], asked for {'b': 1}"]
+    assert records.differences({"a": [1, 2]}, {"a": {"b": 1}}) == [
+        "a: stored [1, 2], asked for {'b': 1}"
+    ]
 
 
 def test_half_and_quarter_are_at_least_one() -> None:
@@ -342,18 +609,25 @@ def test_half_and_quarter_are_at_least_one() -> None:
 def test_differing_lists_of_tasks_are_compared_by_name() -> None:
     a, b, c = ({"name": n, "data": None} for n in "abc")
     assert records.differences({"tasks": [a, b]}, {"tasks": [a, c]}) == [
-        "tasks: b stored only", "tasks: c asked for only"]
+        "tasks: b stored only",
+        "tasks: c asked for only",
+    ]
     assert records.differences({"tasks": [a, b]}, {"tasks": [a, {**b, "data": "x"}]}) == [
-        "tasks[b].data: stored None, asked for 'x'"]
+        "tasks[b].data: stored None, asked for 'x'"
+    ]
     assert records.differences({"tasks": [a, b]}, {"tasks": [b, a]}) == [
-        "tasks: stored in the order a, b, asked for b, a"]
+        "tasks: stored in the order a, b, asked for b, a"
+    ]
 
 
 def test_negation_can_be_left_out_on_the_embedded_model() -> None:
-    assert experiment().control is not None and experiment().control.name == suite.CONTROL
+    assert experiment().control is not None and experiment().control.name == glyphs.CONTROL
     for evaluate in ({"control": "none"}, {"negation": False}):
         made = experiment(evaluate=evaluate)
-        assert made.control is None and parse_experiment({"store": "x", **made.identity()}).control is None
+        assert (
+            made.control is None
+            and parse_experiment({"store": "x", **made.identity()}).control is None
+        )
 
 
 def test_an_error_within_a_task_is_the_only_one_about_the_tasks() -> None:
@@ -362,12 +636,27 @@ def test_an_error_within_a_task_is_the_only_one_about_the_tasks() -> None:
     assert "at least 1 item" in refusal(tasks=[])
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"tasks": [{"name": "mine", "data": "/d", "classes": []}]}, "classes: give at least one name, and each once"),
-    ({"tasks": [{"name": "mine", "data": "/d", "classes": ["a", "a"]}]}, "classes: give at least one name"),
-    ({"model": {"name": "glyphs-tiny", "pretrained": "openai"}}, "glyphs-tiny brings its own weights"),
-    ({"finetune": {"epochs": float("inf")}}, "finetune.epochs: Input should be a finite number"),
-])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"tasks": [{"name": "mine", "data": "/d", "classes": []}]},
+            "classes: give at least one name, and each once",
+        ),
+        (
+            {"tasks": [{"name": "mine", "data": "/d", "classes": ["a", "a"]}]},
+            "classes: give at least one name",
+        ),
+        (
+            {"model": {"name": "glyphs-tiny", "pretrained": "openai"}},
+            "glyphs-tiny brings its own weights",
+        ),
+        (
+            {"finetune": {"epochs": float("inf")}},
+            "finetune.epochs: Input should be a finite number",
+        ),
+    ],
+)
 def test_values_that_make_no_sense(fields: dict[str, Any], words: str) -> None:
     assert words in refusal(**fields)
 
@@ -380,10 +669,23 @@ def test_the_defaults_of_search_and_evaluation() -> None:
     made = experiment()
     search, evaluate = made.search, made.evaluate
     assert (search.shares, search.keep, search.tolerance, search.random_subsets, search.merges) == (
-        (0.25, 1.0), 0.5, None, 1, ())
-    assert (search.coefficients.strategy, search.coefficients.vector, search.lengths) == ("line", "none", "auto")
+        (0.25, 1.0),
+        0.5,
+        None,
+        1,
+        (),
+    )
+    assert (search.coefficients.strategy, search.coefficients.vector, search.lengths) == (
+        "line",
+        "none",
+        "auto",
+    )
     assert (evaluate.precision, evaluate.additions, evaluate.unseen, evaluate.disentanglement) == (
-        "auto", (), None, None)
+        "auto",
+        (),
+        None,
+        None,
+    )
     assert made.basis.prepare == "none" and made.unseen == made.pairs == ()
 
 
@@ -391,32 +693,59 @@ def test_one_value_stands_for_a_list_of_it() -> None:
     search = experiment(search={"merges": "ties", "sizes": 3, "shares": 1}).search
     assert (search.merges, search.sizes, search.shares) == (("ties",), (3,), (1.0,))
     assert experiment(search={"merges": list(MERGES)}).search.merges == MERGES
-    assert {"ties", "dare", "mean", "tsv-m", "iso-c"} <= set(MERGES) and not {"sum", "fisher"} & set(MERGES)
+    assert {"ties", "dare", "mean", "tsv-m", "iso-c"} <= set(MERGES) and not {
+        "sum",
+        "fisher",
+    } & set(MERGES)
     evaluate = experiment(evaluate={"unseen": "glyphs/clean"}).evaluate
-    assert evaluate.unseen is not None and [t.name for t in evaluate.unseen.tasks] == ["glyphs/clean"]
+    assert evaluate.unseen is not None and [t.name for t in evaluate.unseen.tasks] == [
+        "glyphs/clean"
+    ]
 
 
 def test_all_that_can_be_asked_of_a_search_and_evaluation_reads_back() -> None:
     asked = {
         "basis": {"method": "svd", "prepare": "trimmed"},
-        "search": {"tolerance": 0.01, "shares": [0.1, 0.5, 1.0], "keep": 0.25, "random_subsets": 3, "merges": ["ties"],
-                   "coefficients": {"strategy": "grid", "points": 5, "vector": "per-task", "trials": 7}},
-        "evaluate": {"control": {"preset": "imagenet", "root": "/data/imagenet"}, "precision": "bf16",
-                     "additions": [TASKS[:2], TASKS[3:6]], "unseen": {"tasks": ["glyphs/clean"], "shots": 2},
-                     "disentanglement": {"pairs": [TASKS[:2], TASKS[2:4]], "points": 3}}}
+        "search": {
+            "tolerance": 0.01,
+            "shares": [0.1, 0.5, 1.0],
+            "keep": 0.25,
+            "random_subsets": 3,
+            "merges": ["ties"],
+            "coefficients": {"strategy": "grid", "points": 5, "vector": "per-task", "trials": 7},
+        },
+        "evaluate": {
+            "control": {"preset": "imagenet", "root": "/data/imagenet"},
+            "precision": "bf16",
+            "additions": [TASKS[:2], TASKS[3:6]],
+            "unseen": {"tasks": ["glyphs/clean"], "shots": 2},
+            "disentanglement": {"pairs": [TASKS[:2], TASKS[2:4]], "points": 3},
+        },
+    }
     made = experiment(**asked)
     identity = made.identity()
     again = parse_experiment({"store": "else", **identity})
-    assert again.identity() == identity and again.pairs == made.pairs == (tuple(TASKS[:2]), tuple(TASKS[2:4]))
+    assert again.identity() == identity and again.pairs == made.pairs == (
+        tuple(TASKS[:2]),
+        tuple(TASKS[2:4]),
+    )
     for field in ("basis", "search", "evaluate"):
         for name in asked[field]:
-            changed = experiment(**{**asked, field: {k: v for k, v in asked[field].items() if k != name}})
+            changed = experiment(
+                **{**asked, field: {k: v for k, v in asked[field].items() if k != name}}
+            )
             assert changed.identity() != identity, name
 
 
 def test_the_control_may_be_imagenet_with_its_archives() -> None:
-    for control in ("imagenet", {"preset": "imagenet"}, {"preset": "imagenet", "root": "/data/imagenet"}):
-        made = experiment(model={"name": "ViT-B-32", "pretrained": "openai"}, evaluate={"control": control}).control
+    for control in (
+        "imagenet",
+        {"preset": "imagenet"},
+        {"preset": "imagenet", "root": "/data/imagenet"},
+    ):
+        made = experiment(
+            model={"name": "ViT-B-32", "pretrained": "openai"}, evaluate={"control": control}
+        ).control
         assert made is not None and (made.name, made.data) == ("ImageNet", "torchvision:ImageNet")
         assert made.root == (control.get("root") if isinstance(control, dict) else None)
         assert len(made.prompts) == 7 and made.splits.val == 0.2 and made.splits.test == 0.7
@@ -425,7 +754,9 @@ def test_the_control_may_be_imagenet_with_its_archives() -> None:
 
 
 def test_unseen_tasks_may_be_a_preset() -> None:
-    made = experiment(evaluate={"unseen": {"tasks": [{"preset": "clip8", "data": "/clip"}, "glyphs/clean"]}})
+    made = experiment(
+        evaluate={"unseen": {"tasks": [{"preset": "clip8", "data": "/clip"}, "glyphs/clean"]}}
+    )
     assert [t.name for t in made.unseen] == [*PAPER, "glyphs/clean"]
     assert made.unseen[0].data == "/clip/Cars"
 
@@ -442,22 +773,29 @@ def test_pairs_are_the_first_two_tasks_unless_they_are_given() -> None:
     assert experiment(evaluate={"disentanglement": True}).pairs == ((TASKS[0], TASKS[1]),)
     assert experiment(evaluate={"disentanglement": {"points": 3}}).pairs == ((TASKS[0], TASKS[1]),)
     assert experiment(tasks=TASKS[:1], evaluate={"disentanglement": True}).pairs == ()
-    assert experiment(evaluate={"disentanglement": {"pairs": [TASKS[4:6]]}}).pairs == (tuple(TASKS[4:6]),)
+    assert experiment(evaluate={"disentanglement": {"pairs": [TASKS[4:6]]}}).pairs == (
+        tuple(TASKS[4:6]),
+    )
 
 
-CONTROL, UNSEEN = "glyphs/clean", [suite.task_names()[k] for k in (20, 21)]
+CONTROL, UNSEEN = "glyphs/clean", [glyphs.task_names()[k] for k in (20, 21)]
 
 
-@pytest.mark.parametrize(("evaluate", "val", "train", "test"), [
-    ({"control": "none"}, [], [], []),
-    ({"control": CONTROL}, [CONTROL], [], [CONTROL]),
-    ({"control": TASKS[1]}, [], [], []),
-    ({"control": CONTROL, "unseen": UNSEEN}, [CONTROL], UNSEEN, [CONTROL, *UNSEEN]),
-    ({"control": CONTROL, "negation": False, "unseen": UNSEEN}, [], UNSEEN, UNSEEN),
-    ({"control": UNSEEN[1], "unseen": UNSEEN}, [UNSEEN[1]], UNSEEN, [UNSEEN[1], UNSEEN[0]]),
-    ({"control": TASKS[0], "unseen": UNSEEN}, [], UNSEEN, UNSEEN)])
-def test_which_tasks_need_images_of_which_split(evaluate: dict[str, Any], val: list[str], train: list[str],
-                                                test: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("evaluate", "val", "train", "test"),
+    [
+        ({"control": "none"}, [], [], []),
+        ({"control": CONTROL}, [CONTROL], [], [CONTROL]),
+        ({"control": TASKS[1]}, [], [], []),
+        ({"control": CONTROL, "unseen": UNSEEN}, [CONTROL], UNSEEN, [CONTROL, *UNSEEN]),
+        ({"control": CONTROL, "negation": False, "unseen": UNSEEN}, [], UNSEEN, UNSEEN),
+        ({"control": UNSEEN[1], "unseen": UNSEEN}, [UNSEEN[1]], UNSEEN, [UNSEEN[1], UNSEEN[0]]),
+        ({"control": TASKS[0], "unseen": UNSEEN}, [], UNSEEN, UNSEEN),
+    ],
+)
+def test_which_tasks_need_images_of_which_split(
+    evaluate: dict[str, Any], val: list[str], train: list[str], test: list[str]
+) -> None:
     made = experiment(evaluate=evaluate)
     found = {s: [t.name for t in made.tasks_with(s)] for s in ("train", "val", "test")}
     assert found == {"train": [*TASKS, *train], "val": [*TASKS, *val], "test": [*TASKS, *test]}
@@ -466,7 +804,7 @@ def test_which_tasks_need_images_of_which_split(evaluate: dict[str, Any], val: l
         assert made.tasks_with(split)[:8] == made.tasks
 
 
-# What a store is made for ---------------------------------------------------------------------------------------------
+# What a store is made for -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -477,19 +815,29 @@ def store(tmp_path: Path) -> Store:
 def test_a_new_store_is_for_what_was_asked_and_the_same_changes_nothing(store: Store) -> None:
     made = experiment()
     freeze(store, made)
-    assert store.keys() == [EXPERIMENT] and yaml.safe_load(store.read(EXPERIMENT)) == made.identity()
+    assert (
+        store.keys() == [EXPERIMENT] and yaml.safe_load(store.read(EXPERIMENT)) == made.identity()
+    )
     written = store.read(EXPERIMENT)
     freeze(store, experiment(name="other", resources={"max_retries": 1}))
     assert store.read(EXPERIMENT) == written
 
 
-LATER = [{"search": {"sizes": [1, 3], "keep": 0.25}}, {"search": {"objective": "all"}}, {"basis": {"method": "svd"}},
-         {"evaluate": {"control": "none"}}, {"evaluate": {"unseen": "glyphs/clean", "precision": "bf16"}}]
-NEVER = [({"seed": 1}, "seed: stored 0, asked for 1"), ({"tasks": TASKS[:7]}, f"tasks: {TASKS[7]} stored only"),
-         ({"talos": {"density": 0.2}}, "talos.density: stored 0.1, asked for 0.2"),
-         ({"finetune": {"epochs": 3}}, "finetune.epochs: stored 10.0, asked for 3.0"),
-         ({"basis": {"prepare": "trimmed"}}, "basis.prepare: stored 'none', asked for 'trimmed'"),
-         ({"basis": {"online": True}}, "basis.online: stored False, asked for True")]
+LATER = [
+    {"search": {"sizes": [1, 3], "keep": 0.25}},
+    {"search": {"objective": "all"}},
+    {"basis": {"method": "svd"}},
+    {"evaluate": {"control": "none"}},
+    {"evaluate": {"unseen": "glyphs/clean", "precision": "bf16"}},
+]
+NEVER = [
+    ({"seed": 1}, "seed: stored 0, asked for 1"),
+    ({"tasks": TASKS[:7]}, f"tasks: {TASKS[7]} stored only"),
+    ({"talos": {"density": 0.2}}, "talos.density: stored 0.1, asked for 0.2"),
+    ({"finetune": {"epochs": 3}}, "finetune.epochs: stored 10.0, asked for 3.0"),
+    ({"basis": {"prepare": "trimmed"}}, "basis.prepare: stored 'none', asked for 'trimmed'"),
+    ({"basis": {"online": True}}, "basis.online: stored False, asked for True"),
+]
 
 
 def with_vectors(store: Store) -> list[str]:
@@ -504,24 +852,34 @@ def with_vectors(store: Store) -> list[str]:
 def test_what_is_asked_of_the_vectors_may_change(store: Store, fields: dict[str, Any]) -> None:
     keys = with_vectors(store)
     freeze(store, experiment(**fields))
-    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity() and store.keys() == keys
+    assert (
+        yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity()
+        and store.keys() == keys
+    )
     freeze(store, experiment())
-    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+    assert (
+        yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+    )
 
 
 @pytest.mark.parametrize(("fields", "line"), NEVER)
-def test_what_the_vectors_are_made_of_may_not(store: Store, fields: dict[str, Any], line: str) -> None:
+def test_what_the_vectors_are_made_of_may_not(
+    store: Store, fields: dict[str, Any], line: str
+) -> None:
     keys = with_vectors(store)
     with pytest.raises(UserError, match="belongs to another experiment") as caught:
         freeze(store, experiment(**fields, search={"sizes": [1]}))
     lines = str(caught.value).splitlines()
     assert f"  {line}" in lines and not any("search" in each for each in lines)
-    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+    assert (
+        yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
+    )
 
 
 @pytest.mark.parametrize(("fields", "line"), NEVER)
-def test_a_store_without_vectors_is_given_to_another_experiment(store: Store, fields: dict[str, Any],
-                                                                line: str) -> None:
+def test_a_store_without_vectors_is_given_to_another_experiment(
+    store: Store, fields: dict[str, Any], line: str
+) -> None:
     freeze(store, experiment())
     for prefix in ("base", f"splits/val/{TASKS[0]}"):
         records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
@@ -531,7 +889,9 @@ def test_a_store_without_vectors_is_given_to_another_experiment(store: Store, fi
     assert yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity()
 
 
-def test_a_store_of_before_vectors_were_prepared_is_one_of_vectors_as_they_are(store: Store) -> None:
+def test_a_store_of_before_vectors_were_prepared_is_one_of_vectors_as_they_are(
+    store: Store,
+) -> None:
     with_vectors(store)
     stored = experiment().identity()
     del stored["basis"]["prepare"]

@@ -18,13 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from raytvb.config import TaskConfig
-from raytvb.data import SPLITS, check_task, load_split, task_classes
-from raytvb.encoder import Preprocess
+from raytvb.data.loading import load_split
+from raytvb.data.preprocess import Preprocess
+from raytvb.data.source import SPLITS
+from raytvb.data.splits import check_task, task_classes
 from raytvb.errors import UserError
-from raytvb.store import Store
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.storage.store import Store
 
-SQUASH = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"})
+SQUASH = Preprocess(
+    32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"}
+)
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -39,8 +43,16 @@ def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
-def write_parquet(path: Path, images: list[Any], labels: list[Any], *, image: str = "image", label: str = "label",
-                  names: list[str] | None = None, group: int = 4) -> None:
+def write_parquet(
+    path: Path,
+    images: list[Any],
+    labels: list[Any],
+    *,
+    image: str = "image",
+    label: str = "label",
+    names: list[str] | None = None,
+    group: int = 4,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({image: images, label: labels, "extra": list(range(len(labels)))})
     if names is not None:
@@ -61,14 +73,23 @@ def test_jpegs_of_another_size_and_other_column_names_are_resized(tmp_path: Path
     pictures = [picture(s, (48, 40)) for s in range(10)]
     data = [encoded(p, "JPEG", quality=95) for p in pictures]
     for split in ("train", "validation", "test"):
-        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", data, [k % 3 for k in range(10)],
-                      image="img", label="digit", names=["zero", "one", "two"])
+        write_parquet(
+            tmp_path / "data" / f"{split}-00000-of-00001.parquet",
+            data,
+            [k % 3 for k in range(10)],
+            image="img",
+            label="digit",
+            names=["zero", "one", "two"],
+        )
     task = own_task(tmp_path, image_column="img", label_column="digit")
     for split in SPLITS:
         found = load_split(task, split, SQUASH)
         assert found.images.shape == (10, 3, 32, 32) and found.classes == ("zero", "one", "two")
         assert found.labels.tolist() == [k % 3 for k in range(10)]
-        expected = [np.asarray(Image.open(io.BytesIO(d)).resize((32, 32), Image.Resampling.BICUBIC)) for d in data]
+        expected = [
+            np.asarray(Image.open(io.BytesIO(d)).resize((32, 32), Image.Resampling.BICUBIC))
+            for d in data
+        ]
         assert np.array_equal(pixels(found), np.stack(expected))
 
 
@@ -76,7 +97,9 @@ def test_shortest_side_resizing_cuts_the_middle_out(tmp_path: Path) -> None:
     config = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
     image = picture(1, (64, 32))
     write_parquet(tmp_path / "test.parquet", [encoded(image)], [0])
-    found = load_split(own_task(tmp_path, classes=["a"]), "test", Preprocess(32, (0.5,) * 3, (0.5,) * 3, config))
+    found = load_split(
+        own_task(tmp_path, classes=["a"]), "test", Preprocess(32, (0.5,) * 3, (0.5,) * 3, config)
+    )
     assert np.array_equal(pixels(found)[0], np.asarray(image)[:, 16:48])
 
 
@@ -85,34 +108,52 @@ def test_structs_and_plain_bytes_and_other_image_modes_are_read(tmp_path: Path) 
     alpha, palette = colour.convert("RGBA"), colour.quantize(16)
     images = [{"bytes": encoded(i), "path": None} for i in (grey, colour, alpha, palette)]
     write_parquet(tmp_path / "test.parquet", images, [0, 0, 1, 1], names=["a", "b"])
-    write_parquet(tmp_path / "val.parquet", [i["bytes"] for i in images], [0, 0, 1, 1], names=["a", "b"])
+    write_parquet(
+        tmp_path / "val.parquet", [i["bytes"] for i in images], [0, 0, 1, 1], names=["a", "b"]
+    )
     expected = [np.asarray(i.convert("RGB")) for i in (grey, colour, alpha, palette)]
-    assert np.array_equal(pixels(load_split(own_task(tmp_path), "test", SQUASH)), np.stack(expected))
+    assert np.array_equal(
+        pixels(load_split(own_task(tmp_path), "test", SQUASH)), np.stack(expected)
+    )
     assert np.array_equal(pixels(load_split(own_task(tmp_path), "val", SQUASH)), np.stack(expected))
 
 
 def test_a_yes_or_no_label_is_a_class_number(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(3)], [True, False, True],
-                  names=["no", "yes"])
+    write_parquet(
+        tmp_path / "test.parquet",
+        [encoded(picture(k)) for k in range(3)],
+        [True, False, True],
+        names=["no", "yes"],
+    )
     labels = load_split(own_task(tmp_path), "test", SQUASH).labels
     assert labels.dtype == torch.int64 and labels.tolist() == [1, 0, 1]
 
 
 def test_grey_images_of_sixteen_bits_are_scaled_and_floats_are_unreadable(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(32) * 8, (32, 1))
-    images = [encoded(Image.fromarray((ramp * 257).astype(np.uint16)), form) for form in ("PNG", "TIFF")]
+    images = [
+        encoded(Image.fromarray((ramp * 257).astype(np.uint16)), form) for form in ("PNG", "TIFF")
+    ]
     images += [encoded(Image.fromarray((ramp / 255).astype(np.float32)), "TIFF")]
     write_parquet(tmp_path / "test.parquet", images, [0, 0, 0], names=["a"])
     found = load_split(own_task(tmp_path), "test", SQUASH)
-    assert found.skipped == 1 and np.array_equal(pixels(found), np.stack([ramp] * 2)[..., None].repeat(3, axis=3))
+    assert found.skipped == 1 and np.array_equal(
+        pixels(found), np.stack([ramp] * 2)[..., None].repeat(3, axis=3)
+    )
     with pytest.raises(UserError, match="row 2 is not a readable image: its pixels are floats"):
         load_split(own_task(tmp_path, max_corrupt=0), "test", SQUASH)
 
 
 def test_labels_may_be_names_of_classes(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(3)], ["dog", "cat", "dog"])
-    assert load_split(own_task(tmp_path, classes=["cat", "dog"]), "test", SQUASH).labels.tolist() == [1, 0, 1]
-    with pytest.raises(UserError, match=r"row 0 has label 'dog'; labels are integers, .* or names of `classes`"):
+    write_parquet(
+        tmp_path / "test.parquet", [encoded(picture(k)) for k in range(3)], ["dog", "cat", "dog"]
+    )
+    assert load_split(
+        own_task(tmp_path, classes=["cat", "dog"]), "test", SQUASH
+    ).labels.tolist() == [1, 0, 1]
+    with pytest.raises(
+        UserError, match=r"row 0 has label 'dog'; labels are integers, .* or names of `classes`"
+    ):
         load_split(own_task(tmp_path, classes=["cat", "horse"]), "test", SQUASH)
 
 
@@ -131,15 +172,23 @@ def test_a_column_of_paths_is_named(tmp_path: Path) -> None:
 def test_a_sample_reads_the_row_groups_that_it_is_in(tmp_path: Path) -> None:
     """The second row group is damaged; a sample of the others does not notice."""
     images = [encoded(picture(k)) for k in range(12)]
-    write_parquet(tmp_path / "test.parquet", images, list(range(12)), names=[f"c{k}" for k in range(12)])
+    write_parquet(
+        tmp_path / "test.parquet", images, list(range(12)), names=[f"c{k}" for k in range(12)]
+    )
     data = bytearray((tmp_path / "test.parquet").read_bytes())
     chunk = pq.ParquetFile(tmp_path / "test.parquet").metadata.row_group(1).column(0)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
-    data[start:start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    data[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
     (tmp_path / "test.parquet").write_bytes(bytes(data))
-    seed = next(s for s in range(999) if not {4, 5, 6, 7} & set(
-        torch.randperm(12, generator=torch.Generator().manual_seed(s))[:3].tolist()))
-    sampled = load_split(own_task(tmp_path), "test", SQUASH, sample=3, generator=torch.Generator().manual_seed(seed))
+    seed = next(
+        s
+        for s in range(999)
+        if not {4, 5, 6, 7}
+        & set(torch.randperm(12, generator=torch.Generator().manual_seed(s))[:3].tolist())
+    )
+    sampled = load_split(
+        own_task(tmp_path), "test", SQUASH, sample=3, generator=torch.Generator().manual_seed(seed)
+    )
     assert len(sampled) == 3
     with pytest.raises((OSError, UserError), match=r"test\.parquet"):
         load_split(own_task(tmp_path), "test", SQUASH)
@@ -148,7 +197,9 @@ def test_a_sample_reads_the_row_groups_that_it_is_in(tmp_path: Path) -> None:
 def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     for number in (1, 0):
         images = [encoded(picture(10 * number + k)) for k in range(6)]
-        write_parquet(tmp_path / f"test-0000{number}-of-00002.parquet", images, [number] * 6, names=["a", "b"])
+        write_parquet(
+            tmp_path / f"test-0000{number}-of-00002.parquet", images, [number] * 6, names=["a", "b"]
+        )
     found = load_split(own_task(tmp_path), "test", SQUASH)
     assert found.labels.tolist() == [0] * 6 + [1] * 6
     assert np.array_equal(pixels(found)[7], np.asarray(picture(11)))
@@ -165,7 +216,9 @@ def test_validation_is_carved_from_training_where_there_is_none(tmp_path: Path) 
     assert not parts["train"] & parts["val"] and 0.09 <= len(made["val"]) / count <= 0.11
     assert len(made["test"]) == 1
     again = load_split(own_task(tmp_path), "val", SQUASH)
-    assert torch.equal(again.images, made["val"].images) and torch.equal(again.labels, made["val"].labels)
+    assert torch.equal(again.images, made["val"].images) and torch.equal(
+        again.labels, made["val"].labels
+    )
 
 
 def test_given_class_names_come_before_those_in_the_file(tmp_path: Path) -> None:
@@ -174,77 +227,119 @@ def test_given_class_names_come_before_those_in_the_file(tmp_path: Path) -> None
     assert load_split(own_task(tmp_path, classes=["x", "y"]), "test", SQUASH).classes == ("x", "y")
 
 
-@pytest.mark.parametrize("metadata", [None, {"pandas": "{}"}, {"huggingface": "no JSON"}, {"huggingface": "{}"},
-                                      {"huggingface": '{"info": {"features": null}}'},
-                                      {"huggingface": '{"info": {"features": {"label": {"dtype": "int64"}}}}'}])
-def test_missing_class_names_are_an_error_that_says_how_to_give_them(tmp_path: Path,
-                                                                     metadata: dict[str, str] | None) -> None:
-    table = pa.table({"image": [encoded(picture(1))], "label": [0]}).replace_schema_metadata(metadata)
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"pandas": "{}"},
+        {"huggingface": "no JSON"},
+        {"huggingface": "{}"},
+        {"huggingface": '{"info": {"features": null}}'},
+        {"huggingface": '{"info": {"features": {"label": {"dtype": "int64"}}}}'},
+    ],
+)
+def test_missing_class_names_are_an_error_that_says_how_to_give_them(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    table = pa.table({"image": [encoded(picture(1))], "label": [0]}).replace_schema_metadata(
+        metadata
+    )
     pq.write_table(table, tmp_path / "test.parquet")
     with pytest.raises(UserError, match=r"task own: .* no class names .*classes:"):
         load_split(own_task(tmp_path), "test", SQUASH)
 
 
 def cut(data: bytes) -> bytes:
-    return data[:len(data) // 2]
+    return data[: len(data) // 2]
 
 
 def with_header(data: bytes, start: int, field: bytes, *, checksum: bool = True) -> bytes:
     """A PNG with another field in its header chunk, whose checksum is then made to fit."""
-    changed = data[:start] + field + data[start + len(field):]
-    return changed[:29] + struct.pack(">I", zlib.crc32(changed[12:29])) + changed[33:] if checksum else changed
+    changed = data[:start] + field + data[start + len(field) :]
+    return (
+        changed[:29] + struct.pack(">I", zlib.crc32(changed[12:29])) + changed[33:]
+        if checksum
+        else changed
+    )
 
 
 UNREADABLE = {
-    "empty": b"", "text": b"not an image", "null": None,
-    "half a PNG": cut(encoded(picture(3))), "half a JPEG": cut(encoded(picture(3), "JPEG")),
+    "empty": b"",
+    "text": b"not an image",
+    "null": None,
+    "half a PNG": cut(encoded(picture(3))),
+    "half a JPEG": cut(encoded(picture(3), "JPEG")),
     "no compressed data": encoded(picture(3)).replace(b"IDAT\x78", b"IDAT\x00"),
-    "a chunk too short": with_header(encoded(picture(3)), 33, struct.pack(">I", 100), checksum=False),
+    "a chunk too short": with_header(
+        encoded(picture(3)), 33, struct.pack(">I", 100), checksum=False
+    ),
     "a trillion pixels": with_header(encoded(picture(3)), 16, struct.pack(">II", 10**6, 10**6)),
 }
 
 
 @pytest.mark.parametrize("bad", UNREADABLE.values(), ids=UNREADABLE)
-def test_an_image_that_cannot_be_read_is_skipped_and_counted_or_named(tmp_path: Path, bad: bytes | None) -> None:
+def test_an_image_that_cannot_be_read_is_skipped_and_counted_or_named(
+    tmp_path: Path, bad: bytes | None
+) -> None:
     images: list[bytes | None] = [encoded(picture(k)) for k in range(8)]
     images[6] = bad
     write_parquet(tmp_path / "test.parquet", images, [k % 4 for k in range(8)], names=list("abcd"))
     found = load_split(own_task(tmp_path), "test", SQUASH)
     assert found.skipped == 1 and found.labels.tolist() == [0, 1, 2, 3, 0, 1, 3]
     assert np.array_equal(pixels(found)[6], np.asarray(picture(7)))
-    with pytest.raises(UserError, match=r"task own: test\.parquet row 6 is not a readable image.*`max_corrupt: 0`"):
+    with pytest.raises(
+        UserError, match=r"task own: test\.parquet row 6 is not a readable image.*`max_corrupt: 0`"
+    ):
         load_split(own_task(tmp_path, max_corrupt=0), "test", SQUASH)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_more_unreadable_images_than_allowed_are_an_error_that_names_the_first(tmp_path: Path, threads: int) -> None:
+def test_more_unreadable_images_than_allowed_are_an_error_that_names_the_first(
+    tmp_path: Path, threads: int
+) -> None:
     images = [encoded(picture(k)) if k % 5 else b"broken" for k in range(60)]
     write_parquet(tmp_path / "test.parquet", images, [0] * 60, names=["a"])
     found = load_split(own_task(tmp_path, max_corrupt=12), "test", SQUASH, threads=threads)
     assert found.skipped == 12 and len(found) == 48
-    with pytest.raises(UserError, match=r"test\.parquet row 0 is not .*, and 10 more of test; up to `max_corrupt: 10`"):
+    with pytest.raises(
+        UserError,
+        match=r"test\.parquet row 0 is not .*, and 10 more of test; up to `max_corrupt: 10`",
+    ):
         load_split(own_task(tmp_path), "test", SQUASH, threads=threads)
 
 
 def test_a_split_of_unreadable_images_only_is_empty(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [{"path": "elsewhere.png"}], [0], names=["a"])
-    with pytest.raises(UserError, match=r"the test split .* is empty: test\.parquet row 0 .*there is no image"):
+    with pytest.raises(
+        UserError, match=r"the test split .* is empty: test\.parquet row 0 .*there is no image"
+    ):
         load_split(own_task(tmp_path), "test", SQUASH)
 
 
 @pytest.mark.parametrize("bad", [3, -1, None])
 def test_a_label_outside_of_the_classes_is_named(tmp_path: Path, bad: int | None) -> None:
-    write_parquet(tmp_path / "test.parquet", [encoded(picture(k)) for k in range(8)], [0, 1, 2, 0, 1, bad, 0, 0],
-                  names=["a", "b", "c"])
+    write_parquet(
+        tmp_path / "test.parquet",
+        [encoded(picture(k)) for k in range(8)],
+        [0, 1, 2, 0, 1, bad, 0, 0],
+        names=["a", "b", "c"],
+    )
     rule = "; labels are integers" if bad is None else ", but there are 3 classes"
     with pytest.raises(UserError, match=rf"task own: test\.parquet row 5 has label {bad}{rule}"):
         load_split(own_task(tmp_path), "test", SQUASH)
 
 
-@pytest.mark.parametrize(("fields", "column"), [({"image_column": "img"}, "img"), ({"label_column": "digit"}, "digit")])
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, fields: dict[str, str], column: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "column"), [({"image_column": "img"}, "img"), ({"label_column": "digit"}, "digit")]
+)
+def test_a_missing_column_is_named_with_those_there_are(
+    tmp_path: Path, fields: dict[str, str], column: str
+) -> None:
     write_parquet(tmp_path / "test.parquet", [encoded(picture(1))], [0])
-    with pytest.raises(UserError, match=rf"task own: test\.parquet has no column {column}; it has image, label, extra"):
+    with pytest.raises(
+        UserError,
+        match=rf"task own: test\.parquet has no column {column}; it has image, label, extra",
+    ):
         load_split(own_task(tmp_path, classes=["a"], **fields), "test", SQUASH)
 
 
@@ -252,35 +347,72 @@ def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> 
     with pytest.raises(UserError, match=rf"task own: there is nothing under {tmp_path}"):
         load_split(own_task(tmp_path), "test", SQUASH)
     (tmp_path / "notes.txt").write_text("no data")
-    with pytest.raises(UserError, match=rf"task own: no Parquet files .* and no folders of images under {tmp_path}"):
+    with pytest.raises(
+        UserError, match=rf"task own: no Parquet files .* and no folders of images under {tmp_path}"
+    ):
         load_split(own_task(tmp_path), "test", SQUASH)
-    with pytest.raises(UserError, match=r"notes\.txt is a file; `data:` is the folder that it is in"):
+    with pytest.raises(
+        UserError, match=r"notes\.txt is a file; `data:` is the folder that it is in"
+    ):
         load_split(own_task(tmp_path / "notes.txt"), "test", SQUASH)
     empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
     pq.write_table(empty, tmp_path / "test.parquet")
     with pytest.raises(UserError, match=rf"task own: the test split under {tmp_path} is empty"):
         load_split(own_task(tmp_path, classes=["a"]), "test", SQUASH)
-    with pytest.raises(UserError, match=r"task own: no train split .* \(there is test \(taken for test\)\); `splits:"):
+    with pytest.raises(
+        UserError,
+        match=r"task own: no train split .* \(there is test \(taken for test\)\); `splits:",
+    ):
         load_split(own_task(tmp_path, classes=["a"]), "train", SQUASH)
 
 
-@pytest.mark.parametrize("names", [
-    ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"),
-    ("default/train/0000", "default/train/0001", "default/validation/0000", "default/test/0000"),
-    ("data/train-00000-of-00002-b42a775f407cee45", "data/train-00001-of-00002-0badcafe0badcafe", "data/valid",
-     "data/test"),
-    ("train_a", "train_b", "dev", "testing_1")])
-def test_files_of_a_split_are_found_by_the_names_in_use(tmp_path: Path, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        (
+            "train-00000-of-00002",
+            "train-00001-of-00002",
+            "validation-00000-of-00001",
+            "test-00000-of-00001",
+        ),
+        (
+            "default/train/0000",
+            "default/train/0001",
+            "default/validation/0000",
+            "default/test/0000",
+        ),
+        (
+            "data/train-00000-of-00002-b42a775f407cee45",
+            "data/train-00001-of-00002-0badcafe0badcafe",
+            "data/valid",
+            "data/test",
+        ),
+        ("train_a", "train_b", "dev", "testing_1"),
+    ],
+)
+def test_files_of_a_split_are_found_by_the_names_in_use(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     for number, name in enumerate(names):
-        write_parquet(tmp_path / f"{name}.parquet", [encoded(picture(number))], [number], names=list("abcd"))
+        write_parquet(
+            tmp_path / f"{name}.parquet", [encoded(picture(number))], [number], names=list("abcd")
+        )
     found = {s: load_split(own_task(tmp_path), s, SQUASH).labels.tolist() for s in SPLITS}
     assert found == {"train": [0, 1], "val": [2], "test": [3]}
 
 
 def test_files_of_a_split_in_several_folders_are_an_error_that_lists_them(tmp_path: Path) -> None:
     for folder in ("cropped_digits", "full_numbers"):
-        write_parquet(tmp_path / folder / "train-00000-of-00001.parquet", [encoded(picture(1))], [0], names=["a"])
-    with pytest.raises(UserError, match=r"train files in several folders \(cropped_digits, full_numbers\); name one"):
+        write_parquet(
+            tmp_path / folder / "train-00000-of-00001.parquet",
+            [encoded(picture(1))],
+            [0],
+            names=["a"],
+        )
+    with pytest.raises(
+        UserError,
+        match=r"train files in several folders \(cropped_digits, full_numbers\); name one",
+    ):
         load_split(own_task(tmp_path), "train", SQUASH)
     one = own_task(tmp_path / "full_numbers", splits={"val": "train"})
     assert len(load_split(one, "val", SQUASH)) == 1
@@ -294,21 +426,37 @@ def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
 
     def found(**splits: Any) -> dict[str, set[bytes]]:
         task = own_task(tmp_path, splits=splits)
-        return {s: {i.tobytes() for i in load_split(task, s, SQUASH).images.numpy()} for s in SPLITS}
+        return {
+            s: {i.tobytes() for i in load_split(task, s, SQUASH).images.numpy()} for s in SPLITS
+        }
 
     def sizes_of(made: dict[str, set[bytes]]) -> dict[str, int]:
-        assert not made["train"] & made["val"] and not made["train"] & made["test"] and not made["val"] & made["test"]
+        assert (
+            not made["train"] & made["val"]
+            and not made["train"] & made["test"]
+            and not made["val"] & made["test"]
+        )
         return {s: len(i) for s, i in made.items()}
 
-    with pytest.raises(UserError, match=r"no test split .*extra, train \(taken for train\).*`splits: {test"):
+    with pytest.raises(
+        UserError, match=r"no test split .*extra, train \(taken for train\).*`splits: {test"
+    ):
         found()
     assert sizes_of(found(test="extra")) == {"train": 50, "val": 7, "test": 4}
-    assert sizes_of(found(test="validation")) == {"train": 45, "val": 5, "test": 7}  # it cannot be val as well
+    assert sizes_of(found(test="validation")) == {
+        "train": 45,
+        "val": 5,
+        "test": 7,
+    }  # it cannot be val as well
     shares = found(test=0.2, val=0.3)
     assert sizes_of(shares) == {"train": 25, "val": 15, "test": 10}
     assert found(test=0.2, val=0.3) == shares
     assert found(test=0.2, val=0.3, seed=1) != shares
-    assert sizes_of(found(train="extra", test=0.25, val="train")) == {"train": 3, "val": 50, "test": 1}
+    assert sizes_of(found(train="extra", test=0.25, val="train")) == {
+        "train": 3,
+        "val": 50,
+        "test": 1,
+    }
     with pytest.raises(UserError, match=r"splits\.test: nope: .* has extra, train, validation"):
         found(test="nope")
 
@@ -317,14 +465,14 @@ def test_one_row_group_of_any_size_is_not_held_in_memory(tmp_path: Path) -> None
     """35 MB of images in a single row group; the reader may grow by half of that."""
     noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), "BMP")
-    rows = [data[:60 + k] + bytes([k % 256]) + data[61 + k:] for k in range(80)]
+    rows = [data[: 60 + k] + bytes([k % 256]) + data[61 + k :] for k in range(80)]
     write_parquet(tmp_path / "test.parquet", rows, [0] * 80, names=["a"], group=10**6)
     assert pq.ParquetFile(tmp_path / "test.parquet").num_row_groups == 1
     code = """
 import resource, sys
-from raytvb.config import TaskConfig
-from raytvb.data import load_split
-from raytvb.encoder import Preprocess
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.data.loading import load_split
+from raytvb.data.preprocess import Preprocess
 preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"})
 small, large = (TaskConfig(name="own", data=d) for d in sys.argv[1:])
 load_split(small, "test", preprocess)
@@ -335,16 +483,24 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     write_parquet(tmp_path / "small" / "test.parquet", rows[:2], [0] * 2, names=["a"])
     (tmp_path / "large").mkdir()
     (tmp_path / "test.parquet").rename(tmp_path / "large" / "test.parquet")
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "small"), str(tmp_path / "large")],
-                         capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "small"), str(tmp_path / "large")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     grown, whole = float(run.stdout), (tmp_path / "large" / "test.parquet").stat().st_size / 2**20
     assert whole > 30 and grown < whole / 2, f"{grown:.0f} of {whole:.0f} MB"
 
 
 def test_a_sample_is_drawn_in_the_order_of_the_generator(tmp_path: Path) -> None:
     images = [encoded(picture(k)) if k != 5 else b"broken" for k in range(20)]
-    write_parquet(tmp_path / "test.parquet", images, list(range(20)), names=[f"c{k}" for k in range(20)])
-    found = load_split(own_task(tmp_path), "test", SQUASH, sample=12, generator=torch.Generator().manual_seed(1))
+    write_parquet(
+        tmp_path / "test.parquet", images, list(range(20)), names=[f"c{k}" for k in range(20)]
+    )
+    found = load_split(
+        own_task(tmp_path), "test", SQUASH, sample=12, generator=torch.Generator().manual_seed(1)
+    )
     drawn = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:12].tolist()
     assert 5 in drawn and found.skipped == 1
     assert found.labels.tolist() == [k for k in drawn if k != 5]
@@ -361,28 +517,58 @@ def write_tree(root: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
-def test_a_folder_per_class_under_a_folder_per_split(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    root = str(tmp_path / "pets") if kind == "local" else f"{request.getfixturevalue('s3_environment')}/pets"
-    names = ["Train/cat/1.png", "Train/cat/2.png", "Train/grey_wolf/deep/er/1.PNG", "test/cat/9.png",
-             "test/owl/1.png", "valid/grey_wolf/3.png"]
+def test_a_folder_per_class_under_a_folder_per_split(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = (
+        str(tmp_path / "pets")
+        if kind == "local"
+        else f"{request.getfixturevalue('s3_environment')}/pets"
+    )
+    names = [
+        "Train/cat/1.png",
+        "Train/cat/2.png",
+        "Train/grey_wolf/deep/er/1.PNG",
+        "test/cat/9.png",
+        "test/owl/1.png",
+        "valid/grey_wolf/3.png",
+    ]
     write_tree(root, names)
-    for name in ("Train/cat/notes.txt", "Train/cat/._1.png", ".cache/x.png", "__MACOSX/Train/cat/1.png"):
+    for name in (
+        "Train/cat/notes.txt",
+        "Train/cat/._1.png",
+        ".cache/x.png",
+        "__MACOSX/Train/cat/1.png",
+    ):
         Store(root).write(name, b"no image")
     task = TaskConfig(name="pets", data=root)
     assert task_classes(task) == ("cat", "grey_wolf", "owl")
     found = {s: load_split(task, s, SQUASH) for s in SPLITS}
-    assert {s: f.labels.tolist() for s, f in found.items()} == {"train": [0, 0, 1], "val": [1], "test": [0, 2]}
+    assert {s: f.labels.tolist() for s, f in found.items()} == {
+        "train": [0, 0, 1],
+        "val": [1],
+        "test": [0, 2],
+    }
     assert np.array_equal(pixels(found["test"]), np.stack([np.asarray(picture(k)) for k in (3, 4)]))
-    asked = TaskConfig.model_validate({"name": "pets", "data": root, "splits": {"train": "Train", "val": "valid"}})
+    asked = TaskConfig.model_validate(
+        {"name": "pets", "data": root, "splits": {"train": "Train", "val": "valid"}}
+    )
     assert load_split(asked, "train", SQUASH).labels.tolist() == [0, 0, 1]
     named = TaskConfig(name="pets", data=root, classes=("a cat", "a wolf", "an owl"))
     assert load_split(named, "val", SQUASH).classes == ("a cat", "a wolf", "an owl")
-    with pytest.raises(UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf"):
+    with pytest.raises(
+        UserError, match=r"2 `classes` are given, but .* has 3 folders of classes \(cat, grey_wolf"
+    ):
         load_split(TaskConfig(name="pets", data=root, classes=("cat", "wolf")), "val", SQUASH)
 
 
 def test_file_names_of_any_characters_are_read(tmp_path: Path) -> None:
-    names = ["test/cat sat/a b.png", "test/cat sat/what?.png", "test/d\u00f6g/#1.png", "test/d\u00f6g/x[1]*%20.png"]
+    names = [
+        "test/cat sat/a b.png",
+        "test/cat sat/what?.png",
+        "test/d\u00f6g/#1.png",
+        "test/d\u00f6g/x[1]*%20.png",
+    ]
     for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encoded(picture(number)))
@@ -396,8 +582,14 @@ def test_a_folder_per_class_alone_is_split_by_shares(tmp_path: Path) -> None:
     parts = {s: load_split(own_task(tmp_path), s, SQUASH) for s in SPLITS}
     assert {s: len(p) for s, p in parts.items()} == {"train": 28, "val": 4, "test": 8}
     assert len({i.tobytes() for p in parts.values() for i in p.images.numpy()}) == 40
-    assert set(parts["test"].labels.tolist()) == {0, 1}  # a seeded permutation, not the first or last
-    other = {s: len(load_split(own_task(tmp_path, splits={"test": 0.5, "val": 0.25}), s, SQUASH)) for s in SPLITS}
+    assert set(parts["test"].labels.tolist()) == {
+        0,
+        1,
+    }  # a seeded permutation, not the first or last
+    other = {
+        s: len(load_split(own_task(tmp_path, splits={"test": 0.5, "val": 0.25}), s, SQUASH))
+        for s in SPLITS
+    }
     assert other == {"train": 10, "val": 10, "test": 20}
 
 
@@ -412,8 +604,13 @@ def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_too_high_or_too_low_is_an_error(tmp_path: Path) -> None:
-    write_tree(str(tmp_path), [f"pets/{s}/{c}/{k}.png" for s in ("train", "test") for c in ("a", "b") for k in (1, 2)])
-    with pytest.raises(UserError, match=r"are in one class, pets; `data:` is the folder above those of the classes"):
+    write_tree(
+        str(tmp_path),
+        [f"pets/{s}/{c}/{k}.png" for s in ("train", "test") for c in ("a", "b") for k in (1, 2)],
+    )
+    with pytest.raises(
+        UserError, match=r"are in one class, pets; `data:` is the folder above those of the classes"
+    ):
         task_classes(own_task(tmp_path))
     with pytest.raises(UserError, match="is in no folder of a class"):
         task_classes(own_task(tmp_path / "pets" / "train" / "a"))
@@ -421,20 +618,33 @@ def test_a_folder_too_high_or_too_low_is_an_error(tmp_path: Path) -> None:
 
 
 def test_folders_of_splits_with_other_names_have_to_be_named(tmp_path: Path) -> None:
-    write_tree(str(tmp_path), [f"{f}/{c}/{k}.png" for f in ("fold0", "fold1") for c in ("a", "b") for k in range(10)])
-    with pytest.raises(UserError, match=r"same folders \(a, b…\) in each of fold0, fold1: .*train: fold0"):
+    write_tree(
+        str(tmp_path),
+        [f"{f}/{c}/{k}.png" for f in ("fold0", "fold1") for c in ("a", "b") for k in range(10)],
+    )
+    with pytest.raises(
+        UserError, match=r"same folders \(a, b…\) in each of fold0, fold1: .*train: fold0"
+    ):
         task_classes(own_task(tmp_path))
     named = own_task(tmp_path, splits={"train": "fold0", "test": "fold1"})
     assert task_classes(named) == ("a", "b")
-    assert {s: len(load_split(named, s, SQUASH)) for s in SPLITS} == {"train": 18, "val": 2, "test": 20}
+    assert {s: len(load_split(named, s, SQUASH)) for s in SPLITS} == {
+        "train": 18,
+        "val": 2,
+        "test": 20,
+    }
 
 
 def test_what_a_split_lacks_is_told_without_reading_images(tmp_path: Path) -> None:
     write_tree(str(tmp_path), [f"train/{c}/{k}.png" for c in ("a", "b") for k in range(3)])
     assert check_task(own_task(tmp_path), ["train", "val"]) == ("a", "b")
-    with pytest.raises(UserError, match=r"no test split .* \(there is train \(taken for train\)\); .*such as 0\.1"):
+    with pytest.raises(
+        UserError, match=r"no test split .* \(there is train \(taken for train\)\); .*such as 0\.1"
+    ):
         check_task(own_task(tmp_path), SPLITS)
-    with pytest.raises(UserError, match=r"no train split .* \(taken for val\)\); `splits: {train: NAME}`"):
+    with pytest.raises(
+        UserError, match=r"no train split .* \(taken for val\)\); `splits: {train: NAME}`"
+    ):
         check_task(own_task(tmp_path, splits={"val": "train"}), SPLITS)
     with pytest.raises(UserError, match=r"splits\.val: 10%: .* a number, such as 0\.1"):
         check_task(own_task(tmp_path, splits={"val": "10%"}), SPLITS)
@@ -473,26 +683,55 @@ def test_a_torchvision_data_set_with_train_and_test(tmp_path: Path) -> None:
     task = TaskConfig(name="mnist", data="torchvision:MNIST", root=str(tmp_path))
     found = {s: load_split(task, s, SQUASH) for s in SPLITS}
     assert {s: len(f) for s, f in found.items()} == {"train": 27, "val": 3, "test": 6}
-    assert found["test"].labels.tolist() == made["test"][1] and found["test"].classes[3] == "3 - three"
-    expected = [np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC)) for i in made["test"][0]]
+    assert (
+        found["test"].labels.tolist() == made["test"][1] and found["test"].classes[3] == "3 - three"
+    )
+    expected = [
+        np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC))
+        for i in made["test"][0]
+    ]
     assert np.abs(pixels(found["test"]).astype(int) - np.stack(expected)[..., None]).max() <= 1
 
 
 def eurosat(root: Path) -> None:
-    write_tree(str(root / "eurosat" / "2750"), [f"{c}/{k}.jpg" for c in ("Forest", "River") for k in range(10)])
+    write_tree(
+        str(root / "eurosat" / "2750"),
+        [f"{c}/{k}.jpg" for c in ("Forest", "River") for k in range(10)],
+    )
 
 
 def rendered_sst2(root: Path) -> None:
-    write_tree(str(root / "rendered-sst2"), [f"{s}/{c}/{k}.png" for s in ("train", "valid", "test")
-                                             for c in ("negative", "positive") for k in range(5)])
+    write_tree(
+        str(root / "rendered-sst2"),
+        [
+            f"{s}/{c}/{k}.png"
+            for s in ("train", "valid", "test")
+            for c in ("negative", "positive")
+            for k in range(5)
+        ],
+    )
 
 
-@pytest.mark.parametrize(("name", "make", "sizes", "classes"), [
-    ("EuroSAT", eurosat, {"train": 14, "val": 2, "test": 4}, ("Forest", "River")),
-    ("RenderedSST2", rendered_sst2, {"train": 10, "val": 10, "test": 10}, ("negative", "positive"))])
-def test_torchvision_data_sets_with_and_without_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
-                                                       make: Callable[[Path], None], sizes: dict[str, int],
-                                                       classes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "make", "sizes", "classes"),
+    [
+        ("EuroSAT", eurosat, {"train": 14, "val": 2, "test": 4}, ("Forest", "River")),
+        (
+            "RenderedSST2",
+            rendered_sst2,
+            {"train": 10, "val": 10, "test": 10},
+            ("negative", "positive"),
+        ),
+    ],
+)
+def test_torchvision_data_sets_with_and_without_splits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    make: Callable[[Path], None],
+    sizes: dict[str, int],
+    classes: tuple[str, ...],
+) -> None:
     monkeypatch.setenv("RAYTVB_CACHE", str(tmp_path))
     make(tmp_path / "torchvision")
     task = TaskConfig(name="own", data=f"torchvision:{name}")
@@ -501,7 +740,9 @@ def test_torchvision_data_sets_with_and_without_splits(tmp_path: Path, monkeypat
 
 
 def test_a_torchvision_name_that_is_not_known_lists_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"torchvision data set 'CIFAR' is not known here; .*CIFAR10, CIFAR100"):
+    with pytest.raises(
+        UserError, match=r"torchvision data set 'CIFAR' is not known here; .*CIFAR10, CIFAR100"
+    ):
         task_classes(TaskConfig(name="own", data="torchvision:CIFAR", root=str(tmp_path)))
 
 

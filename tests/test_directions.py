@@ -7,19 +7,22 @@ import torch
 from torch import Tensor
 from vector_files import SHAPES, open_set, put_set, random_mask
 
-from raytvb.basis_files import StoredBasis, write_combinations
-from raytvb.config import MERGES
-from raytvb.directions import MATRIX_METHODS, UNSCALED, method_direction
-from raytvb.merge import METHODS
-from raytvb.methods import MERGE
-from raytvb.store import Store
+from raytvb.experiment.searching import MERGES
+from raytvb.maths.merge_methods import MATRIX_METHODS, MERGE, UNSCALED
+from raytvb.merging.merge import METHODS
+from raytvb.search.directions import method_direction
+from raytvb.storage.basis_writer import write_combinations
+from raytvb.storage.store import Store
+from raytvb.storage.stored_basis import StoredBasis
 
 COUNT = 4
 TOLERANCE = {"tsv-m": 1e-4, "iso-c": 1e-4}  # SVDs in float32
 
 
 def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Tensor:
-    """The method on whole vectors W (D, n) float64, `bits` (D,) those of a mask: the merged vector (D,)."""
+    """The method on whole vectors W (D, n) float64, `bits` (D,) those of a mask: the merged vector
+    (D,).
+    """
     seen = W if bits is None or method in MATRIX_METHODS else W[bits]
     options: dict = {"dare": {"generator": torch.Generator().manual_seed(seed)}}.get(method, {})
     if method == "ties":
@@ -40,20 +43,29 @@ def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Ten
 
 def mixing(count: int) -> Tensor:
     """Task vectors as mixes of all the stored ones (COUNT, count)."""
-    return torch.randn(COUNT, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    return torch.randn(
+        COUNT, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)
+    )
 
 
 def agree(found: Tensor, expected: Tensor, method: str) -> None:
     tolerance = TOLERANCE.get(method, 1e-6)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "shared", "per-task", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [1, 4])
-def test_every_method_is_that_of_whole_tensors(tmp_path: Path, kind: str, method: str, count: int) -> None:
+def test_every_method_is_that_of_whole_tensors(
+    tmp_path: Path, kind: str, method: str, count: int
+) -> None:
     keys, V = put_set(Store(str(tmp_path)), kind, count=COUNT)
-    vectors, bits = open_set(Store(str(tmp_path)), keys), random_mask(SHAPES, 99).bits if kind == "shared" else None
+    vectors, bits = (
+        open_set(Store(str(tmp_path)), keys),
+        random_mask(SHAPES, 99).bits if kind == "shared" else None,
+    )
     found = method_direction(vectors, mixing(count), method)
     expected = reference(V @ mixing(count), method, bits)
     assert found.dtype == torch.float32
@@ -69,7 +81,9 @@ def test_every_method_is_that_of_whole_tensors(tmp_path: Path, kind: str, method
 def test_zeros_of_sparse_vectors_stay_zeros(tmp_path: Path, method: str) -> None:
     """Of vectors with masks of their own: where none keeps an entry."""
     keys, V = put_set(Store(str(tmp_path)), "per-task", count=COUNT)
-    found = method_direction(open_set(Store(str(tmp_path)), keys), torch.eye(COUNT).double(), method)
+    found = method_direction(
+        open_set(Store(str(tmp_path)), keys), torch.eye(COUNT).double(), method
+    )
     assert not found[~V.any(dim=1)].any() and found.any()
 
 
@@ -79,7 +93,10 @@ def test_vectors_without_weight_are_not_read(tmp_path: Path, kind: str, method: 
     """The rest keeps its coordinates, also where it has more in common than all vectors have."""
     store = Store(str(tmp_path))
     keys, V = put_set(store, kind, count=COUNT)
-    vectors, bits = open_set(store, keys), random_mask(SHAPES, 99).bits if kind == "shared" else None
+    vectors, bits = (
+        open_set(store, keys),
+        random_mask(SHAPES, 99).bits if kind == "shared" else None,
+    )
     for key in keys[2:]:
         store.delete(key)
     found = method_direction(vectors, torch.eye(COUNT).double()[:, :2] * 0.5, method)
@@ -95,7 +112,11 @@ def test_vectors_that_a_basis_gives_back(tmp_path: Path, method: str) -> None:
     write_combinations([store.where(k) for k in keys], {"basis": B}, str(tmp_path / "out"))
     basis, bits = StoredBasis(str(tmp_path / "out"), "basis"), random_mask(SHAPES, 99).bits
     expected = reference(V @ B @ W, method, bits)
-    agree(method_direction(basis, W, method), expected if method in MATRIX_METHODS else expected[bits], method)
+    agree(
+        method_direction(basis, W, method),
+        expected if method in MATRIX_METHODS else expected[bits],
+        method,
+    )
 
 
 def test_draws_are_those_of_the_seed(tmp_path: Path) -> None:
@@ -104,7 +125,9 @@ def test_draws_are_those_of_the_seed(tmp_path: Path) -> None:
     first, again, other = (method_direction(vectors, tasks, "dare", seed) for seed in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     agree(other, reference(V, "dare", None, seed=4), "dare")
-    assert torch.equal(method_direction(vectors, tasks, "dare"), method_direction(vectors, tasks, "dare", 0))
+    assert torch.equal(
+        method_direction(vectors, tasks, "dare"), method_direction(vectors, tasks, "dare", 0)
+    )
 
 
 def test_vectors_of_zeros_merge_to_zeros(tmp_path: Path) -> None:

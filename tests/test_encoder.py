@@ -1,4 +1,6 @@
-"""Pretrained weights from files of the formats in use, made on the spot, and the errors for those that do not fit."""
+"""Pretrained weights from files of the formats in use, made on the spot, and the errors for those
+that do not fit.
+"""
 
 import json
 from pathlib import Path
@@ -10,14 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raytvb.config import ModelConfig
-from raytvb.encoder import ImageClassifier, load_encoder
 from raytvb.errors import UserError
+from raytvb.experiment.training import ModelConfig
+from raytvb.models.classifier import ImageClassifier
+from raytvb.models.open_clip_models import load_encoder
 
 NAME = "raytvb-test-vit"
-CONFIG = {"embed_dim": 12,
-          "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 24, "head_width": 12},
-          "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1}}
+CONFIG = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 24, "head_width": 12},
+    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,15 +46,32 @@ def written(path: Path, content: dict[str, Any]) -> ModelConfig:
     return ModelConfig(name=NAME, pretrained=str(path))
 
 
-@pytest.mark.parametrize(("file", "wrap"), [
-    ("weights.safetensors", lambda s: s), ("weights.pt", lambda s: s), ("weights.pt", lambda s: {"state_dict": s}),
-    ("weights.bin", lambda s: {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in s.items()}})])
-def test_a_checkpoint_file_of_any_common_form_is_loaded(tmp_path: Path, file: str, wrap: Any) -> None:
+@pytest.mark.parametrize(
+    ("file", "wrap"),
+    [
+        ("weights.safetensors", lambda s: s),
+        ("weights.pt", lambda s: s),
+        ("weights.pt", lambda s: {"state_dict": s}),
+        (
+            "weights.bin",
+            lambda s: {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in s.items()}},
+        ),
+    ],
+)
+def test_a_checkpoint_file_of_any_common_form_is_loaded(
+    tmp_path: Path, file: str, wrap: Any
+) -> None:
     expected = state(seed=5)
     encoder = load_encoder(written(tmp_path / file, wrap(expected)))
     found = encoder.model.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(t, found[n]) for n, t in expected.items())
-    assert not any(torch.equal(t, state(seed=6)[n]) for n, t in expected.items() if "weight" in n and t.dim() == 2)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(t, found[n]) for n, t in expected.items()
+    )
+    assert not any(
+        torch.equal(t, state(seed=6)[n])
+        for n, t in expected.items()
+        if "weight" in n and t.dim() == 2
+    )
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt"])
@@ -58,27 +80,38 @@ def test_every_tensor_that_differs_is_listed_at_once(tmp_path: Path, file: str) 
     wrong = state()
     for name in ("visual.proj", "visual.ln_post.weight"):
         del wrong[name]
-    wrong |= {"head.weight": torch.zeros(3), "text_projection": torch.zeros(8, 7),
-              "visual.positional_embedding": torch.zeros(10, 24)}
+    wrong |= {
+        "head.weight": torch.zeros(3),
+        "text_projection": torch.zeros(8, 7),
+        "visual.positional_embedding": torch.zeros(10, 24),
+    }
     with pytest.raises(UserError) as caught:
         load_encoder(written(tmp_path / file, wrong))
     assert str(caught.value).splitlines() == [
         f"model.pretrained: {tmp_path / file} is no checkpoint of {NAME}",
-        "  missing: visual.ln_post.weight, visual.proj", "  not in the model: head.weight",
+        "  missing: visual.ln_post.weight, visual.proj",
+        "  not in the model: head.weight",
         "  of another shape: text_projection (8, 7) instead of (8, 12), "
-        "visual.positional_embedding (10, 24) instead of (5, 24)"]
+        "visual.positional_embedding (10, 24) instead of (5, 24)",
+    ]
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    ("weights.safetensors", b"junk" * 10), ("weights.pt", b"junk" * 10), ("weights.pt", b"")])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("weights.safetensors", b"junk" * 10), ("weights.pt", b"junk" * 10), ("weights.pt", b"")],
+)
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{tmp_path / file} cannot be read as a checkpoint: .*state_dict alone"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path / file} cannot be read as a checkpoint: .*state_dict alone"
+    ):
         load_encoder(ModelConfig(name=NAME, pretrained=str(tmp_path / file)))
 
 
 def test_a_checkpoint_with_other_objects_is_not_unpickled(tmp_path: Path) -> None:
-    config = written(tmp_path / "weights.pt", {"state_dict": state(), "arguments": Path("anything")})
+    config = written(
+        tmp_path / "weights.pt", {"state_dict": state(), "arguments": Path("anything")}
+    )
     with pytest.raises(UserError, match="it holds other Python objects"):
         load_encoder(config)
 
@@ -94,9 +127,14 @@ def test_a_tower_that_gives_its_tokens_too_is_classified_by_its_features() -> No
 
 
 def test_an_unknown_model_and_an_unknown_tag_list_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"unknown model 'ViT-B32'; open_clip has .*ViT-B-32.*local-dir:PATH"):
+    with pytest.raises(
+        UserError, match=r"unknown model 'ViT-B32'; open_clip has .*ViT-B-32.*local-dir:PATH"
+    ):
         load_encoder(ModelConfig(name="ViT-B32", pretrained="openai"))
-    with pytest.raises(UserError, match=r"'opanai' is neither a file nor a tag of ViT-B-32; its tags: openai, laion"):
+    with pytest.raises(
+        UserError,
+        match=r"'opanai' is neither a file nor a tag of ViT-B-32; its tags: openai, laion",
+    ):
         load_encoder(ModelConfig(name="ViT-B-32", pretrained="opanai"))
     with pytest.raises(UserError, match=r"None is neither a file nor a tag of ViT-B-32"):
         load_encoder(ModelConfig(name="ViT-B-32"))

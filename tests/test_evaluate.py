@@ -1,4 +1,6 @@
-"""Which merges are measured and how: subsets, intervals, shares of images, and a tower that is merged without drift."""
+"""Which merges are measured and how: subsets, intervals, shares of images, and a tower that is
+merged without drift.
+"""
 
 import copy
 import itertools
@@ -9,28 +11,21 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from raytvb.data import Split
-from raytvb.encoder import Preprocess
-from raytvb.evaluate import (
-    BATCH,
-    SUBSETS_PER_SIZE,
-    Count,
-    Evaluator,
-    edge,
-    even_grid,
-    mean,
-    nested_order,
-    task_subsets,
-    wilson,
-)
-from raytvb.task_vector import TaskVector
+from raytvb.data.preprocess import Preprocess
+from raytvb.data.splits import Split
+from raytvb.maths.counts import Count, even_grid, mean, wilson
+from raytvb.maths.subsets import SUBSETS_PER_SIZE, edge, nested_order, task_subsets
+from raytvb.maths.task_vector import TaskVector
+from raytvb.models.evaluator import BATCH, Evaluator
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(4, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), {})
 
 
-@pytest.mark.parametrize(("count", "sizes"), [
-    (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (8, [1, 2, 4, 8]), (16, [1, 4, 8, 16])])
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (8, [1, 2, 4, 8]), (16, [1, 4, 8, 16])],
+)
 def test_subsets_have_the_sizes_one_quarter_half_and_all(count: int, sizes: list[int]) -> None:
     for seed in range(3):
         subsets = task_subsets(count, seed)
@@ -39,7 +34,10 @@ def test_subsets_have_the_sizes_one_quarter_half_and_all(count: int, sizes: list
         assert subsets[count] == [tuple(range(count))]
         for size, chosen in subsets.items():
             assert len(chosen) == len(set(chosen))
-            assert all(len(s) == size and list(s) == sorted(set(s)) and set(s) <= set(range(count)) for s in chosen)
+            assert all(
+                len(s) == size and list(s) == sorted(set(s)) and set(s) <= set(range(count))
+                for s in chosen
+            )
             if 1 < size < count:
                 assert len(chosen) == min(SUBSETS_PER_SIZE, math.comb(count, size))
 
@@ -55,12 +53,16 @@ def test_subsets_reach_every_task() -> None:
     assert seen == set(range(16))
 
 
-@pytest.mark.parametrize(("correct", "total"), [
-    (0, 1), (1, 1), (0, 300), (300, 300), (0, 11), (1, 300), (157, 300), (890, 960)])
+@pytest.mark.parametrize(
+    ("correct", "total"),
+    [(0, 1), (1, 1), (0, 300), (300, 300), (0, 11), (1, 300), (157, 300), (890, 960)],
+)
 def test_the_interval_is_wilsons(correct: int, total: int) -> None:
     expected = binomtest(correct, total).proportion_ci(method="wilson")
     z = 1.959963984540054
-    assert wilson(Count(correct, total), z) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson(Count(correct, total), z) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
     assert wilson(Count(correct, total)) == pytest.approx((expected.low, expected.high), abs=2e-5)
     low, high = wilson(Count(correct, total))
     assert 0.0 <= low <= correct / total <= high <= 1.0
@@ -84,13 +86,20 @@ def head(classes: int, seed: int) -> Tensor:
 def split(count: int, classes: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    return Split(images, torch.randint(classes, (count,), generator=generator), tuple(map(str, range(classes))))
+    return Split(
+        images,
+        torch.randint(classes, (count,), generator=generator),
+        tuple(map(str, range(classes))),
+    )
 
 
 def a_mask(density: float = 0.3) -> dict[str, Tensor]:
     """Of the tower's parameters by their open_clip names; nothing of the convolution's bias."""
     generator = torch.Generator().manual_seed(5)
-    mask = {f"visual.{n}": torch.rand(p.shape, generator=generator) < density for n, p in tower().named_parameters()}
+    mask = {
+        f"visual.{n}": torch.rand(p.shape, generator=generator) < density
+        for n, p in tower().named_parameters()
+    }
     mask["visual.0.bias"][:] = False
     return mask
 
@@ -100,7 +109,10 @@ def state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def evaluator(net: nn.Module, mask: dict[str, Tensor] | None, precision: str = "fp32") -> Evaluator:
-    heads, splits = {"a": head(4, 1), "b": head(3, 2)}, {"a": split(40, 4, 3), "b": split(BATCH + 30, 3, 4)}
+    heads, splits = (
+        {"a": head(4, 1), "b": head(3, 2)},
+        {"a": split(40, 4, 3), "b": split(BATCH + 30, 3, 4)},
+    )
     return Evaluator(net, heads, splits, PREPROCESS, mask=mask, device=CPU, precision=precision)
 
 
@@ -154,7 +166,8 @@ def test_counting_compares_the_most_similar_class_with_the_label() -> None:
         data, correct, expected, said = split(count, classes, seeds[1]), 0, 0.0, []
         for image, label in zip(data.images, data.labels, strict=True):
             pixels = (image / 255 - torch.tensor(PREPROCESS.mean)[:, None, None]) / torch.tensor(
-                PREPROCESS.std)[:, None, None]
+                PREPROCESS.std
+            )[:, None, None]
             feature = reference(pixels[None])[0]
             similar = [float(feature @ row / feature.norm()) for row in head(classes, seeds[0])]
             said.append(similar.index(max(similar)))
@@ -164,7 +177,11 @@ def test_counting_compares_the_most_similar_class_with_the_label() -> None:
         assert found == Count(correct, count) and 0 < correct < count
         assert found.expected == pytest.approx(expected, rel=1e-5)
         answers, labels = made.answers(task)
-        assert answers.tolist() == said and torch.equal(labels, data.labels) and labels.dtype == torch.int64
+        assert (
+            answers.tolist() == said
+            and torch.equal(labels, data.labels)
+            and labels.dtype == torch.int64
+        )
 
 
 def test_zero_shot_is_that_of_the_pretrained_tower_whatever_was_merged_before() -> None:
@@ -215,7 +232,9 @@ SHARES = [(0.25, 1.0), (0.1, 0.5, 1.0), (0.01, 0.011, 0.9, 1.0), (1.0,)]
 
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_parts_from_share_to_share_are_all_images_once(shares: tuple[float, ...], precision: str) -> None:
+def test_parts_from_share_to_share_are_all_images_once(
+    shares: tuple[float, ...], precision: str
+) -> None:
     made = evaluator(tower(), None, precision)
     for task, count in (("a", 40), ("b", BATCH + 30)):
         whole, labels = made.answers(task)
@@ -227,7 +246,11 @@ def test_parts_from_share_to_share_are_all_images_once(shares: tuple[float, ...]
         order = nested_order(task, count) if len(shares) > 1 else torch.arange(count)
         assert torch.equal(torch.cat([q for _, q in parts]), labels[order])
         assert torch.equal(torch.cat([p for p, _ in parts]), whole[order])
-        assert sum(counts, Count(0, 0)) == made.count(task) == Count(int((whole == labels).sum()), count)
+        assert (
+            sum(counts, Count(0, 0))
+            == made.count(task)
+            == Count(int((whole == labels).sum()), count)
+        )
         assert sum(c.expected for c in counts) == pytest.approx(made.count(task).expected, rel=1e-5)
 
 
@@ -235,12 +258,14 @@ def test_a_share_is_a_part_of_every_larger_one() -> None:
     made = evaluator(tower(), None)
     larger = made.answers("b", 0.0, 0.6)
     smaller = made.answers("b", 0.0, 0.2)
-    assert all(torch.equal(s, t[:len(s)]) for s, t in zip(smaller, larger, strict=True))
+    assert all(torch.equal(s, t[: len(s)]) for s, t in zip(smaller, larger, strict=True))
     assert len(smaller[0]) == round(0.2 * (BATCH + 30)) < len(larger[0])
 
 
 def test_an_empty_share_of_few_images_counts_nothing() -> None:
-    made = Evaluator(tower(), {"one": head(4, 1)}, {"one": split(1, 4, 3)}, PREPROCESS, mask=None, device=CPU)
+    made = Evaluator(
+        tower(), {"one": head(4, 1)}, {"one": split(1, 4, 3)}, PREPROCESS, mask=None, device=CPU
+    )
     assert made.count("one", 0.0, 0.25) == made.count("one")
     images = made.images
     empty = made.count("one", 0.25, 1.0)
@@ -284,10 +309,17 @@ def test_bf16_keeps_most_answers_and_the_weights_in_float32(masked: bool) -> Non
     nets = tower(), tower()
     exact, rough = (evaluator(n, mask, p) for n, p in zip(nets, ("fp32", "bf16"), strict=True))
     differ = 0
-    for direction, alpha in ((None, 0.0), (a_direction(mask)[0], 0.5), (a_direction(mask, 3)[0], -1.0)):
+    for direction, alpha in (
+        (None, 0.0),
+        (a_direction(mask)[0], 0.5),
+        (a_direction(mask, 3)[0], -1.0),
+    ):
         for each in (exact, rough):
             each.merge(direction, alpha)
-        assert all(torch.equal(t, state(nets[1])[n]) and t.dtype == torch.float32 for n, t in state(nets[0]).items())
+        assert all(
+            torch.equal(t, state(nets[1])[n]) and t.dtype == torch.float32
+            for n, t in state(nets[0]).items()
+        )
         for task in ("a", "b"):
             left, right = exact.answers(task)[0], rough.answers(task)[0]
             differ += int((left != right).sum())
@@ -297,7 +329,9 @@ def test_bf16_keeps_most_answers_and_the_weights_in_float32(masked: bool) -> Non
     assert differ < 0.05 * 3 * (70 + BATCH)
 
 
-def test_after_a_direction_over_all_parameters_a_masked_one_starts_from_the_pretrained_values() -> None:
+def test_after_a_direction_over_all_parameters_a_masked_one_starts_from_the_pretrained_values() -> (
+    None
+):
     mask, net, base = a_mask(), tower(), state(tower())
     merged = evaluator(net, mask)
     generator = torch.Generator().manual_seed(2)
@@ -339,7 +373,9 @@ def test_a_mask_that_keeps_all_is_as_no_mask() -> None:
     merged = evaluator(net, everything)
     for alpha in (0.5, -1.0):
         merged.merge(direction, alpha)
-        assert all(torch.equal(t, state(net)[n]) for n, t in vector.apply(state(tower()), alpha).items())
+        assert all(
+            torch.equal(t, state(net)[n]) for n, t in vector.apply(state(tower()), alpha).items()
+        )
         merged.merge(None)
         assert all(torch.equal(t, state(net)[n]) for n, t in state(tower()).items())
 

@@ -1,4 +1,6 @@
-"""Coefficients learned from a few images: against autograd through the coefficients, and what stays as it was."""
+"""Coefficients learned from a few images: against autograd through the coefficients, and what stays
+as it was.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from vector_files import open_set, put_vector
 
-from raytvb import fewshot
-from raytvb.encoder import ImageClassifier, Preprocess
-from raytvb.fewshot import Learned, few_shot_sample, learn_coefficients
-from raytvb.masks import Mask
-from raytvb.store import Store
-from raytvb.vectors import VectorSet
+from raytvb.data.preprocess import Preprocess
+from raytvb.models.classifier import ImageClassifier
+from raytvb.models.few_shot import Learned, few_shot_sample, learn_coefficients
+from raytvb.storage.masks import Mask
+from raytvb.storage.store import Store
+from raytvb.storage.vector_set import VectorSet
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(4, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), {})
@@ -40,14 +42,25 @@ def some_images(count: int = 30) -> tuple[Tensor, Tensor]:
 
 
 def some_vectors(folder: Path, masked: bool) -> tuple[VectorSet, list[dict[str, Tensor]]]:
-    """Vector files, and the same as whole tensors; the mask keeps nothing of the convolution's bias."""
-    generator, store, shapes = torch.Generator().manual_seed(8), Store(str(folder)), state(a_classifier())
-    kept = {n: torch.rand(t.shape, generator=generator) < (0.4 if masked else 1.0) for n, t in shapes.items()}
+    """Vector files, and the same as whole tensors; the mask keeps nothing of the convolution's
+    bias.
+    """
+    generator, store, shapes = (
+        torch.Generator().manual_seed(8),
+        Store(str(folder)),
+        state(a_classifier()),
+    )
+    kept = {
+        n: torch.rand(t.shape, generator=generator) < (0.4 if masked else 1.0)
+        for n, t in shapes.items()
+    }
     kept["visual.0.bias"][:] = not masked
     mask = Mask.of(kept) if masked else None
     keys, whole = [], []
     for number, length in enumerate(LENGTHS):
-        values = {n: length * torch.randn(t.shape, generator=generator) / 10 for n, t in shapes.items()}
+        values = {
+            n: length * torch.randn(t.shape, generator=generator) / 10 for n, t in shapes.items()
+        }
         keys.append(put_vector(store, f"suite/task-{number}", values, mask))
         whole.append({n: t * kept[n] for n, t in values.items()})
     return open_set(store, keys), whole
@@ -55,13 +68,25 @@ def some_vectors(folder: Path, masked: bool) -> tuple[VectorSet, list[dict[str, 
 
 def learned(vectors: VectorSet, classifier: nn.Module | None = None, **options: Any) -> Learned:
     images, labels = some_images()
-    given = {"images": images, "labels": labels, "scales": SCALES, "preprocess": PREPROCESS, "steps": 8, "lr": 0.1,
-             "batch_size": 8, "seed": 5, "device": CPU} | options
-    return learn_coefficients(a_classifier() if classifier is None else classifier, vectors, **given)
+    given = {
+        "images": images,
+        "labels": labels,
+        "scales": SCALES,
+        "preprocess": PREPROCESS,
+        "steps": 8,
+        "lr": 0.1,
+        "batch_size": 8,
+        "seed": 5,
+        "device": CPU,
+    } | options
+    return learn_coefficients(
+        a_classifier() if classifier is None else classifier, vectors, **given
+    )
 
 
-def reference(whole: list[dict[str, Tensor]], images: Tensor, labels: Tensor, batches: list[Tensor],
-              lr: float) -> tuple[Tensor, list[float]]:
+def reference(
+    whole: list[dict[str, Tensor]], images: Tensor, labels: Tensor, batches: list[Tensor], lr: float
+) -> tuple[Tensor, list[float]]:
     """Coefficients and losses in float64, by autograd through c into theta_0 + sum_f c_f v_f."""
     classifier = a_classifier().double()
     pixels = PREPROCESS.normalise(images).double()
@@ -69,8 +94,10 @@ def reference(whole: list[dict[str, Tensor]], images: Tensor, labels: Tensor, ba
     optimizer, losses = torch.optim.Adam([u], lr=lr), []
     for batch in batches:
         c = u * SCALES
-        theta = {n: p.detach() + sum(c[f] * v[n].double() for f, v in enumerate(whole))
-                 for n, p in classifier.named_parameters()}
+        theta = {
+            n: p.detach() + sum(c[f] * v[n].double() for f, v in enumerate(whole))
+            for n, p in classifier.named_parameters()
+        }
         logits = torch.func.functional_call(classifier, theta, (pixels[batch],))
         loss = nn.functional.cross_entropy(logits, labels[batch])
         optimizer.zero_grad()
@@ -82,7 +109,9 @@ def reference(whole: list[dict[str, Tensor]], images: Tensor, labels: Tensor, ba
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batch_size", [8, 30, 100])
-def test_learning_is_adam_through_the_coefficients(masked: bool, batch_size: int, tmp_path: Path) -> None:
+def test_learning_is_adam_through_the_coefficients(
+    masked: bool, batch_size: int, tmp_path: Path
+) -> None:
     vectors, whole = some_vectors(tmp_path, masked)
     images, labels = some_images()
     generator, batches = torch.Generator().manual_seed(5), list[Tensor]()
@@ -94,7 +123,10 @@ def test_learning_is_adam_through_the_coefficients(masked: bool, batch_size: int
     assert torch.allclose(found.coefficients, expected, atol=1e-4, rtol=1e-4)
     assert found.losses == pytest.approx(losses, abs=1e-5)
     assert found.coefficients.dtype == torch.float64 and found.seconds > 0.0
-    assert bool(found.coefficients[[0, 1, 3]].all()) and (found.coefficients / SCALES)[[0, 1, 3]].abs().max() > 0.3
+    assert (
+        bool(found.coefficients[[0, 1, 3]].all())
+        and (found.coefficients / SCALES)[[0, 1, 3]].abs().max() > 0.3
+    )
     if batch_size >= 30:
         assert found.losses == sorted(found.losses, reverse=True)
 
@@ -109,19 +141,22 @@ def test_the_direction_is_the_combination_of_the_vectors(masked: bool, tmp_path:
     kept = None if vectors.mask is None else vectors.mask.load().tensors()
     parts = []
     for name in sorted(whole[0]):
-        total = sum(float(c) * v[name].double() for c, v in zip(found.coefficients, whole, strict=True))
+        total = sum(
+            float(c) * v[name].double() for c, v in zip(found.coefficients, whole, strict=True)
+        )
         assert isinstance(total, Tensor)
         parts.append(total.reshape(-1) if kept is None else total[kept[name]])
     assert torch.allclose(found.direction.double(), torch.cat(parts), atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_vectors_that_do_not_fit_in_memory_are_read_in_blocks(masked: bool, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_that_do_not_fit_in_memory_are_read_in_blocks(
+    masked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vectors, _ = some_vectors(tmp_path, masked)
     held, reads = learned(vectors), list[tuple[int, int]]()
-    monkeypatch.setattr(fewshot, "COMBINED_BYTES", 4 * COUNT * vectors.count - 1)
-    monkeypatch.setattr(fewshot, "block_columns", lambda rows: 32)
+    monkeypatch.setattr("raytvb.models.few_shot.COMBINED_BYTES", 4 * COUNT * vectors.count - 1)
+    monkeypatch.setattr("raytvb.models.few_shot.block_columns", lambda rows: 32)
     read_all = VectorSet.read_all
 
     def counted(self: VectorSet, start: int, count: int) -> Tensor:
@@ -136,7 +171,7 @@ def test_vectors_that_do_not_fit_in_memory_are_read_in_blocks(masked: bool, tmp_
     blocks = -(-vectors.count // 32)
     assert blocks > 1 and all(count <= 32 for _, count in reads)
     assert len(reads) == 1 + blocks * (8 + 8)  # products of 8 steps, directions of 7 and at the end
-    monkeypatch.setattr(fewshot, "COMBINED_BYTES", 4 * COUNT * vectors.count)
+    monkeypatch.setattr("raytvb.models.few_shot.COMBINED_BYTES", 4 * COUNT * vectors.count)
     reads.clear()
     learned(vectors)
     assert len(reads) == 1 + blocks
@@ -157,8 +192,13 @@ def test_scales_make_vectors_of_different_length_alike(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     values = {n: torch.randn(t.shape, generator=generator) / 10 for n, t in shapes.items()}
     longer = {n: 10 * t for n, t in values.items()}
-    found = [learned(open_set(store, [put_vector(store, f"suite/{name}", vector)]), scales=torch.tensor([scale]))
-             for name, vector, scale in (("one", values, 1.0), ("ten", longer, 0.1))]
+    found = [
+        learned(
+            open_set(store, [put_vector(store, f"suite/{name}", vector)]),
+            scales=torch.tensor([scale]),
+        )
+        for name, vector, scale in (("one", values, 1.0), ("ten", longer, 0.1))
+    ]
     assert torch.allclose(found[0].coefficients, 10 * found[1].coefficients, atol=1e-5)
     assert torch.allclose(found[0].direction, found[1].direction, atol=1e-5)
 
@@ -169,7 +209,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_other_batches(tmp_pat
     first = learned(vectors)
     torch.manual_seed(2)
     again, other = learned(vectors), learned(vectors, seed=6)
-    assert torch.equal(first.coefficients, again.coefficients) and torch.equal(first.direction, again.direction)
+    assert torch.equal(first.coefficients, again.coefficients) and torch.equal(
+        first.direction, again.direction
+    )
     assert first.losses == again.losses
     assert not torch.equal(first.coefficients, other.coefficients)
 
@@ -184,8 +226,13 @@ def test_the_classifier_is_left_as_it_was(lr: float, tmp_path: Path) -> None:
     if lr > 1:
         with pytest.raises(ValueError, match=r"not finite at step \d of 8: lr 1e\+38 is too high"):
             learned(vectors, classifier, lr=lr)
-    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in classifier.named_parameters())
-    assert {n for n, p in classifier.named_parameters() if p.requires_grad} == {"visual.3.weight", "visual.3.bias"}
+    assert all(
+        torch.equal(p, before[n]) and p.grad is None for n, p in classifier.named_parameters()
+    )
+    assert {n for n, p in classifier.named_parameters() if p.requires_grad} == {
+        "visual.3.weight",
+        "visual.3.bias",
+    }
     with torch.no_grad():  # learning wants gradients wherever it is called
         assert torch.equal(learned(vectors, classifier).coefficients, first.coefficients)
 
@@ -198,17 +245,20 @@ def test_no_steps_learn_nothing(tmp_path: Path) -> None:
 IMAGES, LABELS = some_images()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no images"),
-    ({"labels": LABELS + 1}, r"labels must be 0 to 4, .* from 1 to 5"),
-    ({"labels": LABELS - 1}, r"labels must be 0 to 4, .* from -1 to 3"),
-    ({"labels": LABELS[:-1]}, r"labels must be \(30,\) int64, one an image, not \(29,\)"),
-    ({"labels": LABELS.float()}, r"not \(30,\) torch.float32"),
-    ({"images": IMAGES[..., 1:]}, r"images must be \(N, 3, 4, 4\) uint8, not \(30, 3, 4, 3\)"),
-    ({"images": IMAGES.float()}, r"not \(30, 3, 4, 4\) torch.float32"),
-    ({"scales": SCALES[1:]}, "scales must be 4 finite numbers"),
-    ({"scales": 1 / SCALES}, "scales must be 4 finite numbers, one a vector, not .*inf"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no images"),
+        ({"labels": LABELS + 1}, r"labels must be 0 to 4, .* from 1 to 5"),
+        ({"labels": LABELS - 1}, r"labels must be 0 to 4, .* from -1 to 3"),
+        ({"labels": LABELS[:-1]}, r"labels must be \(30,\) int64, one an image, not \(29,\)"),
+        ({"labels": LABELS.float()}, r"not \(30,\) torch.float32"),
+        ({"images": IMAGES[..., 1:]}, r"images must be \(N, 3, 4, 4\) uint8, not \(30, 3, 4, 3\)"),
+        ({"images": IMAGES.float()}, r"not \(30, 3, 4, 4\) torch.float32"),
+        ({"scales": SCALES[1:]}, "scales must be 4 finite numbers"),
+        ({"scales": 1 / SCALES}, "scales must be 4 finite numbers, one a vector, not .*inf"),
+    ],
+)
 def test_what_does_not_fit_is_told(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         learned(some_vectors(tmp_path, masked=True)[0], **options)
@@ -218,7 +268,9 @@ def test_vectors_of_another_model_are_told_by_their_parameters(tmp_path: Path) -
     vectors, _ = some_vectors(tmp_path, masked=False)
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.GELU(), nn.Flatten(), nn.Linear(20, 7))
-    with pytest.raises(ValueError, match=r"shapes of visual\.0\.bias, visual\.3\.bias, visual\.3\.weight differ"):
+    with pytest.raises(
+        ValueError, match=r"shapes of visual\.0\.bias, visual\.3\.bias, visual\.3\.weight differ"
+    ):
         learned(vectors, ImageClassifier(tower, torch.randn(CLASSES, 7)))
 
 
@@ -228,8 +280,9 @@ def test_a_sample_has_as_many_images_of_each_class_as_asked_for_where_there_are_
     for shots in (1, 2, 3, 4, 20):
         chosen = few_shot_sample(labels, shots, 1)
         assert chosen.dtype == torch.int64 and chosen.tolist() == sorted(set(chosen.tolist()))
-        assert {c: int((labels[chosen] == c).sum()) for c in (0, 2, 7)} == {c: min(shots, n) for c, n in
-                                                                          ((0, 3), (2, 13), (7, 1))}
+        assert {c: int((labels[chosen] == c).sum()) for c in (0, 2, 7)} == {
+            c: min(shots, n) for c, n in ((0, 3), (2, 13), (7, 1))
+        }
         assert set(few_shot_sample(labels, max(1, shots - 1), 1).tolist()) <= set(chosen.tolist())
     assert few_shot_sample(labels[:0], 3, 0).tolist() == []
     with pytest.raises(ValueError, match="shots must be at least 1, not 0"):

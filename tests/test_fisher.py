@@ -1,4 +1,6 @@
-"""Sensitivity scores against a plain loop of per-sample autograd, for the families of image towers."""
+"""Sensitivity scores against a plain loop of per-sample autograd, for the families of image
+towers.
+"""
 
 import copy
 import warnings
@@ -11,9 +13,9 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
-from raytvb.encoder import ImageClassifier
-from raytvb.fisher import _add_batch, _labels_and_weights, fisher_scores
-from raytvb.talos import flatten
+from raytvb.maths.fisher import _add_batch, _labels_and_weights, fisher_scores
+from raytvb.maths.mask_selection import flatten
+from raytvb.models.classifier import ImageClassifier
 
 CLASSES = 5
 
@@ -33,15 +35,22 @@ def tiny_vit(seed: int = 0) -> nn.Module:
 def tiny_conv_net(seed: int = 0) -> nn.Module:
     """A convolution with BatchNorm whose running statistics are not the trivial ones."""
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.GELU(), nn.Flatten(),
-                        nn.Linear(6 * 7 * 7, CLASSES))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(6 * 7 * 7, CLASSES),
+    )
     net[1].running_mean.normal_()
     net[1].running_var.uniform_(0.5, 2.0)
     return net.eval()
 
 
 def tower(visual: nn.Module, width: int, seed: int = 0) -> nn.Module:
-    """An image tower with a head, all its parameters away from the ones and zeros of their initialisation."""
+    """An image tower with a head, all its parameters away from the ones and zeros of their
+    initialisation.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in visual.parameters():
@@ -53,9 +62,19 @@ def layer_scale_vit() -> nn.Module:
     """Layer scale, average pooling, no norm before the blocks."""
     torch.manual_seed(0)
     clip = open_clip.CLIP(
-        embed_dim=12, text_cfg={"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
-        vision_cfg={"image_size": 32, "patch_size": 16, "layers": 2, "width": 24, "head_width": 12,
-                    "ls_init_value": 0.1, "pool_type": "avg", "no_ln_pre": True})
+        embed_dim=12,
+        text_cfg={"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
+        vision_cfg={
+            "image_size": 32,
+            "patch_size": 16,
+            "layers": 2,
+            "width": 24,
+            "head_width": 12,
+            "ls_init_value": 0.1,
+            "pool_type": "avg",
+            "no_ln_pre": True,
+        },
+    )
     return tower(clip.visual, 12)
 
 
@@ -63,9 +82,19 @@ def attention_pool_vit() -> nn.Module:
     """An attentional pooler: queries that are parameters, keys and values of another width."""
     torch.manual_seed(0)
     clip = open_clip.CLIP(
-        embed_dim=12, text_cfg={"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
-        vision_cfg={"image_size": 32, "patch_size": 16, "layers": 1, "width": 24, "head_width": 12,
-                    "attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2})
+        embed_dim=12,
+        text_cfg={"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
+        vision_cfg={
+            "image_size": 32,
+            "patch_size": 16,
+            "layers": 1,
+            "width": 24,
+            "head_width": 12,
+            "attentional_pool": True,
+            "attn_pooler_queries": 3,
+            "attn_pooler_heads": 2,
+        },
+    )
     return tower(clip.visual, 12)
 
 
@@ -81,30 +110,54 @@ def timm_tower(name: str, **options: object) -> nn.Module:
 
 
 class Tokens(nn.Module):
-    """A class token and positions whose gradients for one image are one piece of memory, as in timm's EVA."""
+    """A class token and positions whose gradients for one image are one piece of memory, as in
+    timm's EVA.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 12)), nn.Parameter(torch.randn(1, 5, 12))
+        self.token, self.positions = (
+            nn.Parameter(torch.randn(1, 1, 12)),
+            nn.Parameter(torch.randn(1, 5, 12)),
+        )
         self.patches, self.last = nn.Linear(192, 12), nn.Linear(12, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
+        x = self.patches(
+            images.unfold(2, 8, 8)
+            .unfold(3, 8, 8)
+            .permute(0, 2, 3, 1, 4, 5)
+            .flatten(3)
+            .flatten(1, 2)
+        )
         x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
         return self.last(torch.tanh(3 * x).square().mean(dim=1))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "conv": tiny_conv_net, "tokens": lambda: Tokens().eval()}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "vit": tiny_vit,
+    "conv": tiny_conv_net,
+    "tokens": lambda: Tokens().eval(),
+}
 TOWERS: dict[str, Callable[[], nn.Module]] = {
-    "layer-scale-vit": layer_scale_vit, "attention-pool-vit": attention_pool_vit, "resnet": resnet,
-    "timm-vit": lambda: timm_tower("test_vit", pool="avg"), "convnext": lambda: timm_tower("test_convnext", pool="avg"),
-    "efficientnet": lambda: timm_tower("test_efficientnet", pool="avg")}
+    "layer-scale-vit": layer_scale_vit,
+    "attention-pool-vit": attention_pool_vit,
+    "resnet": resnet,
+    "timm-vit": lambda: timm_tower("test_vit", pool="avg"),
+    "convnext": lambda: timm_tower("test_convnext", pool="avg"),
+    "efficientnet": lambda: timm_tower("test_efficientnet", pool="avg"),
+}
 SLOW = {  # the pools at the end, whose queries and biases meet the batch in ways that have no rule; interpolation
     "timm-vit": {"visual.trunk.pos_embed"},
-    "resnet": {f"visual.attnpool.{n}" for n in ("positional_embedding", "q_proj.bias", "v_proj.bias")},
-    "attention-pool-vit": {f"visual.attn_pool.{n}" for n in (
-        "query", "ln_q.weight", "ln_q.bias", "attn.in_proj_bias", "attn.q_proj_weight")}}
+    "resnet": {
+        f"visual.attnpool.{n}" for n in ("positional_embedding", "q_proj.bias", "v_proj.bias")
+    },
+    "attention-pool-vit": {
+        f"visual.attn_pool.{n}"
+        for n in ("query", "ln_q.weight", "ln_q.bias", "attn.in_proj_bias", "attn.q_proj_weight")
+    },
+}
 
 
 def some_images(count: int = 7, seed: int = 1, size: int = 16) -> Tensor:
@@ -114,7 +167,9 @@ def some_images(count: int = 7, seed: int = 1, size: int = 16) -> Tensor:
 def sampled(classifier: nn.Module, images: Tensor, draws: int, seed: int) -> Tensor:
     """The labels (N, draws) that `fisher_scores` draws with a generator of this seed."""
     with torch.no_grad():
-        return _labels_and_weights(classifier(images), draws, torch.Generator().manual_seed(seed))[0]
+        return _labels_and_weights(classifier(images), draws, torch.Generator().manual_seed(seed))[
+            0
+        ]
 
 
 def unsupported(classifier: nn.Module, images: Tensor) -> set[str]:
@@ -127,7 +182,9 @@ def unsupported(classifier: nn.Module, images: Tensor) -> set[str]:
 
 
 def loop_scores(classifier: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """The definition, one backward pass for each image and label; labels (N, R), None for the sum over classes."""
+    """The definition, one backward pass for each image and label; labels (N, R), None for the sum
+    over classes.
+    """
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
     scores = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for index, image in enumerate(images):
@@ -135,7 +192,9 @@ def loop_scores(classifier: nn.Module, images: Tensor, labels: Tensor | None) ->
         chosen = range(len(log_p)) if labels is None else labels[index].tolist()
         for label in chosen:
             weight = log_p[label].exp().item() if labels is None else 1 / labels.shape[1]
-            gradients = torch.autograd.grad(log_p[label], list(parameters.values()), retain_graph=True)
+            gradients = torch.autograd.grad(
+                log_p[label], list(parameters.values()), retain_graph=True
+            )
             for name, gradient in zip(parameters, gradients, strict=True):
                 scores[name] += weight * gradient.square() / len(images)
     return scores
@@ -157,7 +216,9 @@ def test_scores_are_those_of_a_plain_loop_in_double_precision(model: str, draws:
     classifier, images = MODELS[model](), some_images(5)
     labels = None if draws == "exact" else sampled(classifier, images, draws, seed=3)
     expected = loop_scores(copy.deepcopy(classifier).double(), images.double(), labels)
-    found = fisher_scores(classifier, images, draws=draws, batch_size=3, generator=torch.Generator().manual_seed(3))
+    found = fisher_scores(
+        classifier, images, draws=draws, batch_size=3, generator=torch.Generator().manual_seed(3)
+    )
     assert_same_scores(found, expected)
 
 
@@ -169,15 +230,22 @@ def test_scores_of_every_family_of_towers_are_those_of_a_plain_loop(name: str) -
     expected = loop_scores(copy.deepcopy(classifier).double(), images.double(), labels)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = fisher_scores(classifier, images, draws=draws, batch_size=3,
-                              generator=torch.Generator().manual_seed(3))
+        found = fisher_scores(
+            classifier,
+            images,
+            draws=draws,
+            batch_size=3,
+            generator=torch.Generator().manual_seed(3),
+        )
     assert_same_scores(found, expected)
     assert unsupported(classifier, images[:2]) == SLOW.get(name, set())
     assert any("scored image by image" in str(w.message) for w in caught) == (name in SLOW)
 
 
 class Odd(nn.Module):
-    """Ways to use a parameter that no rule knows: twice, in a power, and over the samples' own dimension."""
+    """Ways to use a parameter that no rule knows: twice, in a power, and over the samples' own
+    dimension.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,14 +264,18 @@ def test_what_has_no_rule_is_scored_image_by_image_and_a_warning_says_so() -> No
     labels = sampled(classifier, images, 2, seed=3)
     expected = loop_scores(copy.deepcopy(classifier).double(), images.double(), labels)
     with pytest.warns(UserWarning, match=r"3 of 7 parameters .* power, tied\.bias, tied\.weight"):
-        found = fisher_scores(classifier, images, draws=2, generator=torch.Generator().manual_seed(3))
+        found = fisher_scores(
+            classifier, images, draws=2, generator=torch.Generator().manual_seed(3)
+        )
     assert_same_scores(found, expected)
 
 
 def test_one_image_is_scored_too() -> None:
     classifier, images = tiny_vit(), some_images(1)
-    assert_same_scores(fisher_scores(classifier, images, draws="exact"),
-                       loop_scores(copy.deepcopy(classifier).double(), images.double(), None))
+    assert_same_scores(
+        fisher_scores(classifier, images, draws="exact"),
+        loop_scores(copy.deepcopy(classifier).double(), images.double(), None),
+    )
 
 
 def test_the_common_towers_have_a_rule_for_everything() -> None:
@@ -214,11 +286,15 @@ def test_the_common_towers_have_a_rule_for_everything() -> None:
 
 def test_a_double_precision_model_is_scored_too() -> None:
     classifier, images = tiny_conv_net().double(), some_images().double()
-    assert_same_scores(fisher_scores(classifier, images, draws="exact"), loop_scores(classifier, images, None))
+    assert_same_scores(
+        fisher_scores(classifier, images, draws="exact"), loop_scores(classifier, images, None)
+    )
 
 
 def test_many_draws_approach_the_exact_expectation() -> None:
-    """The labels come from the model's own distribution: 1,000 draws for each image leave an error of a few percent."""
+    """The labels come from the model's own distribution: 1,000 draws for each image leave an error
+    of a few percent.
+    """
     classifier, images = tiny_conv_net(), some_images(3)
     with torch.no_grad():
         classifier[-1].weight *= 4  # so that the distribution over classes is far from uniform
@@ -226,7 +302,9 @@ def test_many_draws_approach_the_exact_expectation() -> None:
     drawn = flatten(fisher_scores(classifier, images.repeat(250, 1, 1, 1), draws=4, batch_size=256))
     uniform = flatten(loop_scores(classifier, images, torch.arange(CLASSES).expand(3, -1)))
     assert (drawn - exact).norm() < 0.1 * exact.norm()
-    assert (uniform - exact).norm() > 0.3 * exact.norm()  # so the test can tell the distributions apart
+    assert (
+        uniform - exact
+    ).norm() > 0.3 * exact.norm()  # so the test can tell the distributions apart
 
 
 def test_frozen_parameters_are_left_out_and_change_nothing() -> None:
@@ -253,7 +331,9 @@ def test_scoring_is_seeded_and_leaves_the_model_alone() -> None:
     before = {n: t.clone() for n, t in classifier.state_dict().items()}
 
     def once(seed: int) -> Tensor:
-        return flatten(fisher_scores(classifier, images, generator=torch.Generator().manual_seed(seed)))
+        return flatten(
+            fisher_scores(classifier, images, generator=torch.Generator().manual_seed(seed))
+        )
 
     assert torch.equal(once(5), once(5))
     assert not torch.equal(once(5), once(6))
@@ -273,7 +353,7 @@ def test_nothing_to_score_is_an_error() -> None:
         with pytest.raises(ValueError, match=r"needed are normalised ones \(N, 3, H, W\)"):
             fisher_scores(classifier, images)
     for wrong in ({"draws": "all"}, {"batch_size": 0}, {"precision": "fp16"}):
-        (name, value), = wrong.items()
+        ((name, value),) = wrong.items()
         with pytest.raises(ValueError, match=f"{name} = {value!r}"):
             fisher_scores(classifier, some_images(2), **wrong)
     with pytest.raises(ValueError, match="0 parameters require grad"):
@@ -288,7 +368,9 @@ def test_bfloat16_scores_have_a_rule_for_everything_and_are_near_the_exact_ones(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is left to the path for what has no rule
         half = fisher_scores(classifier, images, draws="exact", precision="bf16")
-    assert not torch.equal(flatten(full), flatten(half)) and all(s.dtype == torch.float32 for s in half.values())
+    assert not torch.equal(flatten(full), flatten(half)) and all(
+        s.dtype == torch.float32 for s in half.values()
+    )
     difference = (flatten(full) - flatten(half)).norm() / flatten(full).norm()
     assert float(difference) < 0.05
     ranks = torch.stack([flatten(s).argsort().argsort().float() for s in (full, half)])

@@ -1,4 +1,6 @@
-"""The Gram matrix as it grows in a store: what is read is what was written last, whatever died in between."""
+"""The Gram matrix as it grows in a store: what is read is what was written last, whatever died in
+between.
+"""
 
 import copy
 import hashlib
@@ -11,8 +13,9 @@ import torch
 from vector_files import flip, truncate
 
 from raytvb.errors import UserError
-from raytvb.gram_state import GramState, GramWriter, grown
-from raytvb.store import Store
+from raytvb.maths.gram import grown
+from raytvb.storage.gram_state import GramState, GramWriter
+from raytvb.storage.store import Store
 
 COUNT = 40  # several snapshots: the first after 16 vectors
 V = torch.randn(60, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -36,26 +39,48 @@ def index_of(task: str) -> int:
 def append(writer: GramWriter, state: GramState, new: Sequence[int], version: int = 0) -> None:
     """Add vectors by their numbers, with a note in the history."""
     there = [index_of(t) for t in state.tasks] + list(new)
-    writer.append(state, [known(i, version) for i in new], G[list(new)][:, there],
-                  [{"vectors": len(there), "floor": {"2": 1 / len(there)}}])
+    writer.append(
+        state,
+        [known(i, version) for i in new],
+        G[list(new)][:, there],
+        [{"vectors": len(there), "floor": {"2": 1 / len(there)}}],
+    )
 
 
 def same(found: GramState, expected: GramState) -> bool:
-    return (found.tasks == expected.tasks and found.checksums == expected.checksums
-            and torch.equal(found.gram, expected.gram) and found.history == expected.history)
+    return (
+        found.tasks == expected.tasks
+        and found.checksums == expected.checksums
+        and torch.equal(found.gram, expected.gram)
+        and found.history == expected.history
+    )
 
 
 def consistent(state: GramState) -> bool:
     """The numbers are those of the tasks it names, and so is the history."""
     order = [index_of(t) for t in state.tasks]
-    return (torch.equal(state.gram, G[order][:, order]) and set(state.tasks) == set(state.checksums)
-            and all(n["vectors"] <= len(order) for n in state.history))
+    return (
+        torch.equal(state.gram, G[order][:, order])
+        and set(state.tasks) == set(state.checksums)
+        and all(n["vectors"] <= len(order) for n in state.history)
+    )
 
 
-ORDERS = {"one by one": [[i] for i in range(COUNT)],
-          "backwards": [[i] for i in reversed(range(COUNT))],
-          "batches": [[0, 1, 2], [7], [3, 4, 5, 6], list(range(8, 23)), [23], [24], [30, 28], list(range(31, 40))],
-          "all": [list(range(COUNT))]}
+ORDERS = {
+    "one by one": [[i] for i in range(COUNT)],
+    "backwards": [[i] for i in reversed(range(COUNT))],
+    "batches": [
+        [0, 1, 2],
+        [7],
+        [3, 4, 5, 6],
+        list(range(8, 23)),
+        [23],
+        [24],
+        [30, 28],
+        list(range(31, 40)),
+    ],
+    "all": [list(range(COUNT))],
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -70,7 +95,9 @@ def test_what_was_appended_is_read(store: Store, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_writer_that_starts_anew_at_every_step_writes_the_same(tmp_path: Path, order: str) -> None:
+def test_a_writer_that_starts_anew_at_every_step_writes_the_same(
+    tmp_path: Path, order: str
+) -> None:
     stores = [Store(str(tmp_path / name)) for name in ("through", "anew")]
     state, writer = GramState(), GramWriter(stores[0])
     for batch in ORDERS[order]:
@@ -102,19 +129,23 @@ def test_a_snapshot_leaves_no_row_files_behind(store: Store) -> None:
         append(writer, state, [count - 1])
         assert len(store.keys("gram/rows")) == count - 16
         assert [k for k in store.keys("gram") if "/rows/" not in k and "000016-" not in k] == [
-            "gram/owner.json", "gram/record.json"]
+            "gram/owner.json",
+            "gram/record.json",
+        ]
     writer.save(state)
     assert store.keys("gram/rows") == [] and len(store.keys("gram")) == 3
-    assert state.snapshot == GramState.read(store).snapshot == 17 and same(GramState.read(store), state)
+    assert state.snapshot == GramState.read(store).snapshot == 17 and same(
+        GramState.read(store), state
+    )
 
 
 def assert_goes_on_from(store: Store, state: GramState) -> None:
     """The store has that, and perhaps more, where row files of before a loss fit again."""
     found = GramState.read(store)
-    assert consistent(found) and found.known[:len(state.tasks)] == state.known
+    assert consistent(found) and found.known[: len(state.tasks)] == state.known
 
 
-# Writers that die ----------------------------------------------------------------------------------------------------
+# Writers that die ---------------------------------------------------------------------------------
 
 
 class KilledError(Exception):
@@ -138,7 +169,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield left
 
 
-def test_a_writer_that_dies_at_any_write_leaves_a_whole_prefix(tmp_path: Path, limited: list[int]) -> None:
+def test_a_writer_that_dies_at_any_write_leaves_a_whole_prefix(
+    tmp_path: Path, limited: list[int]
+) -> None:
     """Another goes on from there; all that was appended before the death is there."""
     batches, deaths = [[0], [1], list(range(2, 17)), [17], [18, 19], list(range(20, 37)), [37]], 0
     while True:
@@ -167,14 +200,23 @@ def test_a_writer_that_dies_at_any_write_leaves_a_whole_prefix(tmp_path: Path, l
     assert deaths >= 10
 
 
-@pytest.mark.parametrize(("lost", "how"), [("record", "deleted"), *itertools.product(
-    ["snapshot", "row"], ["deleted", "truncated", "emptied", "flipped"])])
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [
+        ("record", "deleted"),
+        *itertools.product(["snapshot", "row"], ["deleted", "truncated", "emptied", "flipped"]),
+    ],
+)
 def test_what_is_read_is_a_prefix_where_a_file_is_lost(store: Store, lost: str, how: str) -> None:
     state, writer = GramState(), GramWriter(store)
     for index in range(20):
         append(writer, state, [index])
-    snapshot, = (k for k in store.keys("gram") if "000016-" in k)
-    key = {"record": "gram/record.json", "snapshot": snapshot, "row": "gram/rows/000018.safetensors"}[lost]
+    (snapshot,) = (k for k in store.keys("gram") if "000016-" in k)
+    key = {
+        "record": "gram/record.json",
+        "snapshot": snapshot,
+        "row": "gram/rows/000018.safetensors",
+    }[lost]
     if how == "deleted":
         store.delete(key)
     elif how == "flipped":
@@ -183,7 +225,7 @@ def test_what_is_read_is_a_prefix_where_a_file_is_lost(store: Store, lost: str, 
         truncate(store, key, -8 if how == "truncated" else 0)
     found = GramState.read(store)
     assert consistent(found)
-    assert found.tasks == state.tasks[:18 if lost == "row" else 0]
+    assert found.tasks == state.tasks[: 18 if lost == "row" else 0]
     for index in range(len(found.tasks), 25):
         append(writer, found, [index])
         assert_goes_on_from(store, found)
@@ -207,9 +249,14 @@ def test_a_changed_row_file_is_left_out(store: Store) -> None:
 def test_rows_of_another_chain_are_left_out(tmp_path: Path, change: str) -> None:
     """Of other vectors before them, or of the same ones in another order."""
     stores = [Store(str(tmp_path / name)) for name in ("ours", "theirs")]
-    for store, batches, version in ((stores[0], [[0], [1]], 0),
-                                    (stores[1], [[1], [0], [2]] if change == "order" else [[0], [1], [2]],
-                                     int(change == "version"))):
+    for store, batches, version in (
+        (stores[0], [[0], [1]], 0),
+        (
+            stores[1],
+            [[1], [0], [2]] if change == "order" else [[0], [1], [2]],
+            int(change == "version"),
+        ),
+    ):
         state, writer = GramState(), GramWriter(store)
         for batch in batches:
             append(writer, state, batch, version)
@@ -230,7 +277,7 @@ def test_rows_without_vectors_are_no_rows(store: Store) -> None:
     assert same(GramState.read(store), state) and len(state.tasks) == 2
 
 
-# Several writers -----------------------------------------------------------------------------------------------------
+# Several writers ----------------------------------------------------------------------------------
 
 
 def test_a_writer_is_fenced_by_a_later_one(store: Store) -> None:
@@ -255,10 +302,12 @@ def test_the_latest_of_many_writers_may_write(store: Store) -> None:
             writer.check()
 
 
-# Costs ---------------------------------------------------------------------------------------------------------------
+# Costs --------------------------------------------------------------------------------------------
 
 
-def test_what_an_arrival_writes_grows_linearly(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_arrival_writes_grows_linearly(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """200 arrivals: each writes its row, and all snapshots together a few times the last one."""
     count, written, write = 200, dict[str, list[int]](), Store.write
 
@@ -279,7 +328,7 @@ def test_what_an_arrival_writes_grows_linearly(store: Store, monkeypatch: pytest
     assert same(GramState.read(store), state)
 
 
-# Matrices ------------------------------------------------------------------------------------------------------------
+# Matrices -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("before", "new"), [(0, 1), (0, 5), (3, 1), (3, 4)])

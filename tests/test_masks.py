@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from vector_files import BIG, SHAPES, metadata, put_mask, put_vector, random_mask, truncate, values_of
+from vector_files import (
+    BIG,
+    SHAPES,
+    metadata,
+    put_mask,
+    put_vector,
+    random_mask,
+    truncate,
+    values_of,
+)
 
 from raytvb.errors import VectorError
-from raytvb.masks import BLOCK, Mask, MaskFile, mask_intersections
-from raytvb.store import Store
+from raytvb.maths.gram import BLOCK
+from raytvb.storage.masks import Mask, MaskFile, mask_intersections
+from raytvb.storage.store import Store
 
 
 @pytest.fixture
@@ -22,10 +32,21 @@ def test_a_mask_comes_back_whole_and_from_the_middle(store: Store) -> None:
     mask = random_mask(BIG, seed=4, density=0.1)
     total = 300 * 701 + 13
     file = MaskFile(store, put_mask(store, "big", mask))
-    assert total > 3 * BLOCK and file.total == total and file.kept == mask.kept == int(mask.bits.sum())
+    assert (
+        total > 3 * BLOCK and file.total == total and file.kept == mask.kept == int(mask.bits.sum())
+    )
     assert torch.equal(file.load().bits, mask.bits)
     rng = np.random.default_rng(0)
-    starts = [0, 8, BLOCK - 8, BLOCK, BLOCK + 8, 3 * BLOCK, total - total % 8, *(8 * rng.integers(0, total // 8, 25))]
+    starts = [
+        0,
+        8,
+        BLOCK - 8,
+        BLOCK,
+        BLOCK + 8,
+        3 * BLOCK,
+        total - total % 8,
+        *(8 * rng.integers(0, total // 8, 25)),
+    ]
     for start in map(int, starts):
         assert file.kept_before(start) == int(mask.bits[:start].sum())
         for stop in (start, min(start + 1, total), min(start + 70_001, total), total):
@@ -40,17 +61,31 @@ def test_a_mask_comes_back_whole_and_from_the_middle(store: Store) -> None:
 def test_masks_of_any_length(store: Store, total: int) -> None:
     bits = torch.rand(total, generator=torch.Generator().manual_seed(total)) < 0.5
     file = MaskFile(store, put_mask(store, "one", Mask({"a": (total,)}, bits)))
-    assert torch.equal(file.load().bits, bits) and file.kept_before(total) == file.kept == int(bits.sum())
+    assert torch.equal(file.load().bits, bits) and file.kept_before(total) == file.kept == int(
+        bits.sum()
+    )
 
 
 def test_a_mask_knows_its_tensors_and_its_fingerprint(store: Store) -> None:
     mask = random_mask(SHAPES, seed=4)
     file = MaskFile(store, put_mask(store, "one", mask))
     loaded = file.load()
-    assert list(loaded.shapes) == sorted(SHAPES) and loaded.shapes == SHAPES and torch.equal(loaded.bits, mask.bits)
+    assert (
+        list(loaded.shapes) == sorted(SHAPES)
+        and loaded.shapes == SHAPES
+        and torch.equal(loaded.bits, mask.bits)
+    )
     assert torch.equal(torch.cat([t.reshape(-1) for t in mask.tensors().values()]), mask.bits)
-    assert all(torch.equal(t, loaded.tensors()[n]) and t.shape == SHAPES[n] for n, t in mask.tensors().items())
-    assert file.fingerprint == loaded.fingerprint == mask.fingerprint == random_mask(SHAPES, seed=4).fingerprint
+    assert all(
+        torch.equal(t, loaded.tensors()[n]) and t.shape == SHAPES[n]
+        for n, t in mask.tensors().items()
+    )
+    assert (
+        file.fingerprint
+        == loaded.fingerprint
+        == mask.fingerprint
+        == random_mask(SHAPES, seed=4).fingerprint
+    )
     other = Mask(mask.shapes, mask.bits.clone())
     other.bits[0] = ~other.bits[0]
     renamed = Mask({n + "x": s for n, s in mask.shapes.items()}, mask.bits)

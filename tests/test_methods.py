@@ -8,16 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytvb.methods import (
-    MERGE,
-    PREPARE,
-    Thresholds,
-    global_thresholds,
-    iso_c,
-    tall_masks,
-    ties,
-    tsv_m,
-)
+from raytvb.maths.merge_methods import MERGE, iso_c, ties, tsv_m
+from raytvb.maths.thresholds import Thresholds, global_thresholds
+from raytvb.maths.trimming import PREPARE
 
 SHAPES = {"bias": (7,), "conv": (4, 3, 2, 2), "scale": (), "tall": (9, 5), "wide": (6, 11)}
 SIZES = [int(np.prod(s)) for s in SHAPES.values()]
@@ -29,7 +22,9 @@ Reference = Callable[[np.ndarray], np.ndarray]
 
 
 def some_vectors(kind: str, seed: int) -> Model:
-    """T vectors by parameter: few distinct values (many ties), a task of zeros, one task, more tasks than rows."""
+    """T vectors by parameter: few distinct values (many ties), a task of zeros, one task, more
+    tasks than rows.
+    """
     rng = np.random.default_rng(seed)
     tasks = {"single": 1, "many": 8}.get(kind, 3)
     flat = rng.normal(size=(tasks, D)) * 10.0 ** rng.integers(-4, 2, size=(tasks, 1))
@@ -44,7 +39,9 @@ def some_vectors(kind: str, seed: int) -> Model:
 
 def by_name(flat: Tensor) -> Model:
     parts = flat.split(SIZES, dim=-1)
-    return {n: p.reshape(*flat.shape[:-1], *s) for (n, s), p in zip(SHAPES.items(), parts, strict=True)}
+    return {
+        n: p.reshape(*flat.shape[:-1], *s) for (n, s), p in zip(SHAPES.items(), parts, strict=True)
+    }
 
 
 def dense(model: Model) -> np.ndarray:
@@ -79,7 +76,9 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-
 
 def slices() -> Iterator[tuple[str, slice]]:
     stops = np.cumsum(SIZES)
-    yield from ((n, slice(stop - size, stop)) for n, size, stop in zip(SHAPES, SIZES, stops, strict=True))
+    yield from (
+        (n, slice(stop - size, stop)) for n, size, stop in zip(SHAPES, SIZES, stops, strict=True)
+    )
 
 
 # References
@@ -111,7 +110,7 @@ def reference_breadcrumbs(flat: np.ndarray, beta: float, gamma: float) -> np.nda
         for t in range(len(flat)):
             layer = flat[t, where]
             ordered = np.sort(np.abs(layer))
-            middle = ordered[int(beta * len(layer)):len(layer) - int((1 - gamma) * len(layer))]
+            middle = ordered[int(beta * len(layer)) : len(layer) - int((1 - gamma) * len(layer))]
             if len(middle):
                 out[t, where] = np.where(np.isin(np.abs(layer), middle), layer, 0)
     return out
@@ -119,8 +118,12 @@ def reference_breadcrumbs(flat: np.ndarray, beta: float, gamma: float) -> np.nda
 
 def reference_masks(flat: np.ndarray, strength: np.ndarray) -> np.ndarray:
     whole = flat.sum(axis=0)
-    return np.array([[abs(x) > lam * abs(s - x) for x, s in zip(row, whole, strict=True)]
-                     for row, lam in zip(flat, strength, strict=True)])
+    return np.array(
+        [
+            [abs(x) > lam * abs(s - x) for x, s in zip(row, whole, strict=True)]
+            for row, lam in zip(flat, strength, strict=True)
+        ]
+    )
 
 
 def inverse_root(gram: np.ndarray) -> np.ndarray:
@@ -140,7 +143,7 @@ def reference_tsv(flat: np.ndarray) -> np.ndarray:
         for vector in flat[:, where]:
             matrix = vector.reshape(SHAPES[name])
             values, vectors = np.linalg.eigh(matrix.T @ matrix)
-            for i in np.argsort(-values)[:max(1, min(matrix.shape) // len(flat))]:
+            for i in np.argsort(-values)[: max(1, min(matrix.shape) // len(flat))]:
                 if values[i] > 1e-10 * values.max():
                     sizes.append(np.sqrt(values[i]))
                     right.append(vectors[:, i])
@@ -152,7 +155,9 @@ def reference_tsv(flat: np.ndarray) -> np.ndarray:
 
 
 def reference_iso(flat: np.ndarray) -> np.ndarray:
-    """U V' = A (A'A)^(-1/2), with A'A or AA' whichever is smaller; the mean singular value is their trace norm / r."""
+    """U V' = A (A'A)^(-1/2), with A'A or AA' whichever is smaller; the mean singular value is their
+    trace norm / r.
+    """
     out = flat.mean(axis=0)
     for name, where in slices():
         if len(SHAPES[name]) == 2:
@@ -168,8 +173,12 @@ REFERENCES: dict[str, Reference] = {
     "sum": lambda flat: flat.sum(axis=0),
     "mean": lambda flat: flat.sum(axis=0) / len(flat),
     "breadcrumbs": lambda flat: reference_breadcrumbs(flat, 0.85, 0.994).sum(axis=0),
-    "tall": lambda flat: flat.sum(axis=0) * (reference_masks(flat, np.full(len(flat), 0.4)).sum(axis=0) >= 1),
-    "consensus": lambda flat: flat.sum(axis=0) * (reference_masks(flat, np.full(len(flat), 0.4)).sum(axis=0) >= 2),
+    "tall": lambda flat: (
+        flat.sum(axis=0) * (reference_masks(flat, np.full(len(flat), 0.4)).sum(axis=0) >= 1)
+    ),
+    "consensus": lambda flat: (
+        flat.sum(axis=0) * (reference_masks(flat, np.full(len(flat), 0.4)).sum(axis=0) >= 2)
+    ),
     "tsv-m": reference_tsv,
     "iso-c": reference_iso,
 }
@@ -181,7 +190,9 @@ SPECTRAL = {"tsv-m": 2e-4, "iso-c": 2e-4}
 def test_a_method_is_its_dense_reference(name: str, kind: str) -> None:
     for seed in range(3):
         model = some_vectors(kind, seed)
-        assert_close(merged(model, MERGE[name]), REFERENCES[name](dense(model)), SPECTRAL.get(name, 1e-6))
+        assert_close(
+            merged(model, MERGE[name]), REFERENCES[name](dense(model)), SPECTRAL.get(name, 1e-6)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,25 +207,16 @@ def test_ties_trims_over_whole_vectors(kind: str, density: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("beta", "gamma"), [(0.85, 0.994), (0.3, 0.7), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("beta", "gamma"), [(0.85, 0.994), (0.3, 0.7), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0)]
+)
 def test_breadcrumbs_masks_both_tails_layer_by_layer(kind: str, beta: float, gamma: float) -> None:
     for seed in range(3):
         model = some_vectors(kind, seed)
         expected = reference_breadcrumbs(dense(model), beta, gamma)
-        assert np.array_equal(dense(prepared(model, "sparsified", beta=beta, gamma=gamma)), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tall_masks_recover_each_task_from_the_sum(kind: str) -> None:
-    for seed in range(3):
-        model = some_vectors(kind, seed)
-        flat = dense(model)
-        strength = np.random.default_rng(seed).choice([0.2, 0.4, 0.6], size=len(flat))
-        masks = reference_masks(flat, strength)
-        found = {n: tall_masks(v, strength=torch.tensor(strength)) for n, v in model.items()}
-        assert all(m.dtype == torch.bool for m in found.values())
-        assert np.array_equal(dense(found), masks)
-        assert_close(dense(prepared(model, "localized", strength=torch.tensor(strength))), masks * flat.sum(axis=0))
+        assert np.array_equal(
+            dense(prepared(model, "sparsified", beta=beta, gamma=gamma)), expected
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,10 +224,15 @@ def test_fisher_is_the_weighted_average_of_every_entry(kind: str) -> None:
     for seed in range(3):
         model = some_vectors(kind, seed)
         flat, rng = dense(model), np.random.default_rng(seed)
-        information = rng.random(flat.shape).astype(np.float32) * 1e-20 * (rng.random(flat.shape) < 0.6)
+        information = (
+            rng.random(flat.shape).astype(np.float32) * 1e-20 * (rng.random(flat.shape) < 0.6)
+        )
         scales = rng.random(len(flat)) + 0.1
         fishers = by_name(torch.tensor(information, dtype=torch.float32))
-        parts = [MERGE["fisher"](v, fishers=fishers[n], weights=torch.tensor(scales)) for n, v in model.items()]
+        parts = [
+            MERGE["fisher"](v, fishers=fishers[n], weights=torch.tensor(scales))
+            for n, v in model.items()
+        ]
         expected = np.zeros(D)
         for j in range(D):
             used = scales * information[:, j]
@@ -246,8 +253,15 @@ def test_thresholds_are_exact_for_magnitudes_of_all_sizes(dtype: torch.dtype) ->
         vectors[2, :4500] = 0
         vectors = vectors.to(dtype)
         for density in (1e-6, 0.01, 0.2, 0.5, 0.99, 1.0):
-            expected = vectors.float().abs().sort(dim=1, descending=True).values[:, max(1, round(5000 * density)) - 1]
-            assert torch.equal(global_thresholds(lambda v=vectors: v.split(777, dim=1), density), expected)
+            expected = (
+                vectors.float()
+                .abs()
+                .sort(dim=1, descending=True)
+                .values[:, max(1, round(5000 * density)) - 1]
+            )
+            assert torch.equal(
+                global_thresholds(lambda v=vectors: v.split(777, dim=1), density), expected
+            )
 
 
 def test_bf16_needs_one_pass_and_float32_two() -> None:
@@ -286,8 +300,10 @@ def test_the_order_of_the_tasks_does_not_matter(name: str, kind: str) -> None:
         model = some_vectors(kind, seed)
         order = torch.randperm(len(model["bias"]), generator=torch.Generator().manual_seed(seed))
         other = {n: v[order] for n, v in model.items()}
-        found, expected = (merged(m, MERGE[name], **({"thresholds": thresholds_of(m)} if name == "ties" else {}))
-                           for m in (other, model))
+        found, expected = (
+            merged(m, MERGE[name], **({"thresholds": thresholds_of(m)} if name == "ties" else {}))
+            for m in (other, model)
+        )
         assert_close(found, expected, SPECTRAL.get(name, 1e-6))
 
 
@@ -296,8 +312,11 @@ def test_inputs_stay_as_they_are() -> None:
     before = {n: v.clone() for n, v in model.items()}
     given = {"thresholds": thresholds_of(model), "generator": torch.Generator(), "fishers": None}
     for method in (*MERGE.values(), *PREPARE.values()):
-        needed = [p.name for p in inspect.signature(method).parameters.values() if p.kind == p.KEYWORD_ONLY and
-                  p.default is p.empty]
+        needed = [
+            p.name
+            for p in inspect.signature(method).parameters.values()
+            if p.kind == p.KEYWORD_ONLY and p.default is p.empty
+        ]
         assert set(needed) <= set(given)
         for vectors in model.values():
             method(vectors, **{n: vectors.abs() if n == "fishers" else given[n] for n in needed})
@@ -332,17 +351,10 @@ def test_consensus_needs_as_many_masks_as_asked() -> None:
 def test_consensus_takes_another_merge_such_as_ties() -> None:
     model = some_vectors("dense", 1)
     limits = thresholds_of(model, 0.5)
-    for name, vectors in model.items():
+    for vectors in model.values():
         multi = ties(vectors, thresholds=limits)
-        masks = tall_masks(vectors, merged=multi)
-        assert torch.equal(masks, vectors.double().abs() > 0.4 * (multi.double() - vectors.double()).abs()), name
+        masks = vectors.double().abs() > 0.4 * (multi.double() - vectors.double()).abs()
         assert torch.equal(MERGE["consensus"](vectors, merged=multi), multi * (masks.sum(0) >= 2))
-
-
-def test_the_tall_mask_of_a_single_task_is_where_it_changed() -> None:
-    vectors = torch.tensor([[1.0, 0.0, -2.0]])
-    assert tall_masks(vectors).tolist() == [[True, False, True]]
-    assert torch.equal(PREPARE["localized"](vectors), vectors)
 
 
 def test_dare_depends_on_its_generator_only() -> None:
@@ -354,21 +366,35 @@ def test_dare_depends_on_its_generator_only() -> None:
 
     assert np.array_equal(drawn(1), drawn(1)) and not np.array_equal(drawn(1), drawn(2))
     generator = torch.Generator().manual_seed(1)
-    assert_close(drawn(1), dense(prepared(model, "dropped", rate=0.5, generator=generator)).sum(axis=0))
+    assert_close(
+        drawn(1), dense(prepared(model, "dropped", rate=0.5, generator=generator)).sum(axis=0)
+    )
 
 
 def test_dare_drops_and_rescales_without_bias() -> None:
     vectors = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, 0.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([PREPARE["dropped"](vectors, rate=0.75, generator=generator) for _ in range(4000)])
-    assert all(set(draws[:, t, i].tolist()) == {0.0, 4 * float(vectors[t, i])} for t in range(2) for i in range(3))
-    # A kept entry is 4 times its value: the standard deviation of the mean is sqrt(3 / 4000) = 2.7 % of it.
+    draws = torch.stack(
+        [PREPARE["dropped"](vectors, rate=0.75, generator=generator) for _ in range(4000)]
+    )
+    assert all(
+        set(draws[:, t, i].tolist()) == {0.0, 4 * float(vectors[t, i])}
+        for t in range(2)
+        for i in range(3)
+    )
+    # A kept entry is 4 times its value: the standard deviation of the mean is sqrt(3 / 4000) = 2.7
+    # % of it.
     assert torch.allclose(draws.mean(0), vectors, rtol=0.1)
     assert torch.equal(MERGE["dare"](vectors, rate=0.0, generator=generator), vectors.sum(0))
 
 
 def test_dare_drops_the_entries_of_each_task_independently() -> None:
-    kept = PREPARE["dropped"](torch.ones(2, 20000), rate=0.9, generator=torch.Generator().manual_seed(0)) != 0
+    kept = (
+        PREPARE["dropped"](
+            torch.ones(2, 20000), rate=0.9, generator=torch.Generator().manual_seed(0)
+        )
+        != 0
+    )
     assert abs(float(kept.double().mean()) - 0.1) < 0.01
     assert abs(float((kept[0] & kept[1]).double().mean()) - 0.01) < 0.005
 
@@ -377,14 +403,19 @@ def test_dare_drops_the_entries_of_each_task_independently() -> None:
 def test_iso_c_makes_all_singular_values_equal(shape: tuple[int, int]) -> None:
     vectors = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     found = torch.linalg.svdvals(iso_c(vectors))
-    assert torch.allclose(found, torch.linalg.svdvals(vectors.sum(0)).mean().expand(len(found)), rtol=1e-5)
+    assert torch.allclose(
+        found, torch.linalg.svdvals(vectors.sum(0)).mean().expand(len(found)), rtol=1e-5
+    )
 
 
 def test_tsv_m_keeps_orthogonal_low_rank_tasks() -> None:
     rng = np.random.default_rng(0)
     P, _ = np.linalg.qr(rng.normal(size=(12, 12)))
     Q, _ = np.linalg.qr(rng.normal(size=(15, 15)))
-    tasks = [P[:, 2 * t:2 * t + 2] @ np.diag([3.0, 1.0 + t]) @ Q[:, 2 * t:2 * t + 2].T for t in range(4)]
+    tasks = [
+        P[:, 2 * t : 2 * t + 2] @ np.diag([3.0, 1.0 + t]) @ Q[:, 2 * t : 2 * t + 2].T
+        for t in range(4)
+    ]
     vectors = torch.tensor(np.array(tasks), dtype=torch.float32)
     assert_close(tsv_m(vectors).double().numpy(), sum(tasks), 1e-5)
 
@@ -405,7 +436,10 @@ def test_a_task_of_zeros_disturbs_no_other_one_in_tsv_m() -> None:
 
 def test_vectors_of_zeros_merge_to_zero() -> None:
     model = by_name(torch.zeros(3, D))
-    needed = {"ties": {"thresholds": thresholds_of(model)}, "dare": {"generator": torch.Generator()}}
+    needed = {
+        "ties": {"thresholds": thresholds_of(model)},
+        "dare": {"generator": torch.Generator()},
+    }
     for name in sorted(set(MERGE) - {"fisher"}):
         assert not merged(model, MERGE[name], **needed.get(name, {})).any(), name
     for vectors in model.values():
@@ -415,33 +449,43 @@ def test_vectors_of_zeros_merge_to_zero() -> None:
 def test_fisher_with_equal_information_is_the_mean() -> None:
     model = some_vectors("dense", 0)
     for vectors in model.values():
-        equal = torch.rand(vectors.shape[1:], generator=torch.Generator().manual_seed(0)).expand(vectors.shape)
-        assert torch.allclose(MERGE["fisher"](vectors, fishers=equal), MERGE["mean"](vectors), atol=1e-7)
+        equal = torch.rand(vectors.shape[1:], generator=torch.Generator().manual_seed(0)).expand(
+            vectors.shape
+        )
+        assert torch.allclose(
+            MERGE["fisher"](vectors, fishers=equal), MERGE["mean"](vectors), atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", sorted(MERGE))
 def test_what_is_no_stack_of_vectors_is_an_error(name: str) -> None:
-    needed = {"ties": {"thresholds": torch.zeros(0)}, "dare": {"generator": torch.Generator()},
-              "fisher": {"fishers": torch.zeros(0)}}
+    needed = {
+        "ties": {"thresholds": torch.zeros(0)},
+        "dare": {"generator": torch.Generator()},
+        "fisher": {"fishers": torch.zeros(0)},
+    }
     for bad in (torch.tensor(1.0), torch.zeros(0, 3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="T >= 1 vectors"):
             MERGE[name](bad, **needed.get(name, {}))
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("ties", {"thresholds": torch.zeros(3)}, "as many thresholds"),
-    ("dare", {"rate": 1.0, "generator": torch.Generator()}, "drop rate"),
-    ("dare", {"rate": -0.1, "generator": torch.Generator()}, "drop rate"),
-    ("breadcrumbs", {"beta": 0.9, "gamma": 0.8}, "beta"),
-    ("tall", {"strength": -1.0}, "strength"),
-    ("consensus", {"strength": torch.ones(3)}, "strength"),
-    ("consensus", {"merged": torch.ones(3)}, "merged vector"),
-    ("fisher", {"fishers": torch.ones(2, 3)}, "Fishers"),
-    ("fisher", {"fishers": -torch.ones(2, 4)}, "Fishers"),
-    ("fisher", {"fishers": torch.full((2, 4), torch.nan)}, "Fishers"),
-    ("fisher", {"fishers": torch.ones(2, 4), "weights": torch.zeros(2)}, "weights"),
-    ("fisher", {"fishers": torch.ones(2, 4), "weights": torch.ones(3)}, "weights"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ties", {"thresholds": torch.zeros(3)}, "as many thresholds"),
+        ("dare", {"rate": 1.0, "generator": torch.Generator()}, "drop rate"),
+        ("dare", {"rate": -0.1, "generator": torch.Generator()}, "drop rate"),
+        ("breadcrumbs", {"beta": 0.9, "gamma": 0.8}, "beta"),
+        ("tall", {"strength": -1.0}, "strength"),
+        ("consensus", {"strength": torch.ones(3)}, "strength"),
+        ("consensus", {"merged": torch.ones(3)}, "merged vector"),
+        ("fisher", {"fishers": torch.ones(2, 3)}, "Fishers"),
+        ("fisher", {"fishers": -torch.ones(2, 4)}, "Fishers"),
+        ("fisher", {"fishers": torch.full((2, 4), torch.nan)}, "Fishers"),
+        ("fisher", {"fishers": torch.ones(2, 4), "weights": torch.zeros(2)}, "weights"),
+        ("fisher", {"fishers": torch.ones(2, 4), "weights": torch.ones(3)}, "weights"),
+    ],
+)
 def test_wrong_options_are_errors(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MERGE[name](torch.ones(2, 4), **options)

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytvb.basis import fit_basis
-from raytvb.online import ONLINE_METHODS, OnlineState, advance, arrivals, forgetting, relative_bounds, start, watched
+from raytvb.maths.basis_fit import fit_basis
+from raytvb.maths.online_basis import (
+    ONLINE_METHODS,
+    OnlineState,
+    advance,
+    arrivals,
+    forgetting,
+    relative_bounds,
+    start,
+    watched,
+)
 
 CONVEX = ["ae", "ae-anchored"]
 BATCHES = [1, 3]
@@ -34,7 +43,9 @@ class Arrival:
 
 
 def vectors(kind: str, tasks: int, seed: int = 0) -> Tensor:
-    """V (200, T): unit noise, plus a common mean, plus cluster centres, of mixed sign, or with uneven norms."""
+    """V (200, T): unit noise, plus a common mean, plus cluster centres, of mixed sign, or with
+    uneven norms.
+    """
     rng = np.random.default_rng(seed)
     noise, mean = rng.standard_normal((200, tasks)), rng.standard_normal((200, 1))
     centres = rng.standard_normal((200, 5))[:, rng.integers(5, size=tasks)]
@@ -86,14 +97,18 @@ def stream(method: str, size: int, V: Tensor, batch: int) -> list[Arrival]:
         arrivals.append(Arrival(S, V[:, : first + batch], state))
         assert S.shape[1] == len(state.W) == state.H.shape[1]
         assert 1 <= S.shape[1] <= size
-        assert state.W.shape[1] == len(state.H) == len(state.error) == len(state.norm) == state.tasks
+        assert (
+            state.W.shape[1] == len(state.H) == len(state.error) == len(state.norm) == state.tasks
+        )
         for part in (B, state.W, state.H, state.error, state.norm):
             assert part.dtype == torch.float64 and part.isfinite().all()
     return arrivals
 
 
 def check(arrivals: list[Arrival], batch: int) -> None:
-    """What always holds: S = V H, the norms, and bounds that never fall, above the errors and equal at arrival."""
+    """What always holds: S = V H, the norms, and bounds that never fall, above the errors and equal
+    at arrival.
+    """
     scale = float(arrivals[-1].V.norm(dim=0).max())
     before = torch.zeros(0, dtype=torch.float64)
     for a in arrivals:
@@ -117,7 +132,9 @@ def condition(S: Tensor) -> float:
 
 
 def incremental_svd(V: Tensor, size: int, batch: int) -> list[Tensor]:
-    """Brand's update by dense SVDs of explicit (D, M + b) matrices: the reconstructions (D, n) after each arrival."""
+    """Brand's update by dense SVDs of explicit (D, M + b) matrices: the reconstructions (D, n)
+    after each arrival.
+    """
     U_S, R = V[:, :0], torch.zeros(0, 0, dtype=torch.float64)
     rebuilt = []
     for first in range(0, V.shape[1], batch):
@@ -132,7 +149,9 @@ def incremental_svd(V: Tensor, size: int, batch: int) -> list[Tensor]:
 @pytest.mark.parametrize("method", ONLINE_METHODS)
 @pytest.mark.parametrize("kind", ["clustered", "signed", "uneven"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_bounds_and_coefficients_are_those_of_the_explicit_vectors(method: str, kind: str, batch: int) -> None:
+def test_bounds_and_coefficients_are_those_of_the_explicit_vectors(
+    method: str, kind: str, batch: int
+) -> None:
     arrivals = stream(method, 5, vectors(kind, 15), batch)
     check(arrivals, batch)
     for a in arrivals[5 // batch :]:
@@ -158,30 +177,43 @@ def test_as_many_vectors_as_the_size_are_kept_exactly(method: str, batch: int) -
 @pytest.mark.parametrize(("size", "batch"), [(1, 1), (6, 1), (6, 3), (4, 7)])
 def test_svd_is_incremental_svd(kind: str, size: int, batch: int) -> None:
     V = vectors(kind, 21)
-    for a, rebuilt in zip(stream("svd", size, V, batch), incremental_svd(V, size, batch), strict=True):
+    for a, rebuilt in zip(
+        stream("svd", size, V, batch), incremental_svd(V, size, batch), strict=True
+    ):
         torch.testing.assert_close(a.rebuilt, rebuilt, rtol=0, atol=1e-8)
-        Q, U = torch.linalg.qr(a.S)[0], torch.linalg.svd(rebuilt, full_matrices=False)[0][:, : a.S.shape[1]]
+        Q, U = (
+            torch.linalg.qr(a.S)[0],
+            torch.linalg.svd(rebuilt, full_matrices=False)[0][:, : a.S.shape[1]],
+        )
         torch.testing.assert_close(Q @ (Q.T @ U), U, rtol=0, atol=1e-8)
 
 
 def test_svd_of_one_batch_is_the_offline_svd() -> None:
     V = vectors("clustered", 12)
-    assert stream("svd", 4, V, 12)[0].loss == pytest.approx(fit_basis(V.T @ V, 4, method="svd").floor, rel=1e-9)
+    assert stream("svd", 4, V, 12)[0].loss == pytest.approx(
+        fit_basis(V.T @ V, 4, method="svd").floor, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", CONVEX)
 @pytest.mark.parametrize("kind", ["clustered", "positive", "signed"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_basis_vectors_stay_convex_combinations_of_all_vectors(method: str, kind: str, batch: int) -> None:
+def test_basis_vectors_stay_convex_combinations_of_all_vectors(
+    method: str, kind: str, batch: int
+) -> None:
     for a in stream(method, 4, vectors(kind, 15), batch):
         assert (a.state.H >= 0).all()
-        torch.testing.assert_close(a.state.H.sum(0), torch.ones(a.S.shape[1], dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            a.state.H.sum(0), torch.ones(a.S.shape[1], dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", ["clustered", "positive", "signed", "uneven", *DEGENERATE])
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_ae_anchored_keeps_the_mean_and_decodes_the_sum_exactly(kind: str, size: int, batch: int) -> None:
+def test_ae_anchored_keeps_the_mean_and_decodes_the_sum_exactly(
+    kind: str, size: int, batch: int
+) -> None:
     V = degenerate(kind) if kind in DEGENERATE else vectors(kind, 15)
     V = V / V.norm().clamp(min=1)
     for a in stream("ae-anchored", size, V, batch):
@@ -220,7 +252,9 @@ def test_loss_on_clustered_vectors_comes_near_the_offline_floor(method: str) -> 
 
 @pytest.mark.parametrize("kind", ["clustered", "positive"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_ae_is_as_good_as_incremental_svd_on_vectors_with_a_common_mean(kind: str, batch: int) -> None:
+def test_ae_is_as_good_as_incremental_svd_on_vectors_with_a_common_mean(
+    kind: str, batch: int
+) -> None:
     V = vectors(kind, 30)
     reference = incremental_svd(V, 6, batch)
     for a, rebuilt in zip(stream("ae", 6, V, batch), reference, strict=True):
@@ -246,7 +280,9 @@ def test_ae_anchored_of_one_batch_is_the_offline_fit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clustered", "uneven"])
 def test_ae_anchored_gives_each_refit_its_least_weighted_loss(kind: str) -> None:
-    """Of all bases of the decoded and new vectors with the mean in their span, by an explicit SVD."""
+    """Of all bases of the decoded and new vectors with the mean in their span, by an explicit
+    SVD.
+    """
     V = vectors(kind, 20)
     arrivals = stream("ae-anchored", 5, V, 1)
     for a, after in pairwise(arrivals[5:]):
@@ -263,12 +299,22 @@ def test_scale_of_the_vectors_does_not_matter(method: str, scale: float) -> None
     V = vectors("clustered", 9)
     plain, scaled = stream(method, 3, V, 3)[-1], stream(method, 3, V * scale, 3)[-1]
     assert scaled.loss == pytest.approx(plain.loss, rel=1e-5)
-    torch.testing.assert_close(relative_bounds(scaled.state), relative_bounds(plain.state), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        relative_bounds(scaled.state), relative_bounds(plain.state), rtol=1e-3, atol=0
+    )
 
 
-@pytest.mark.parametrize(("count", "buffer", "looks"), [
-    (3, 1, [1, 2, 3]), (5, 2, [2, 4, 5]), (1, 4, [1]), (6, 6, [6]), (32, 1, list(range(2, 33, 2))),
-    (64, 2, list(range(4, 65, 4)))])
+@pytest.mark.parametrize(
+    ("count", "buffer", "looks"),
+    [
+        (3, 1, [1, 2, 3]),
+        (5, 2, [2, 4, 5]),
+        (1, 4, [1]),
+        (6, 6, [6]),
+        (32, 1, list(range(2, 33, 2))),
+        (64, 2, list(range(4, 65, 4))),
+    ],
+)
 def test_looks_are_after_arrivals(count: int, buffer: int, looks: list[int]) -> None:
     assert arrivals(count, buffer) == looks
     assert watched(5) == [0, 1, 2, 3, 4] and len(watched(100)) == 16 and watched(100)[-1] == 99
@@ -319,5 +365,9 @@ def test_errors_name_what_is_wrong() -> None:
 def test_forgetting_is_the_fall_from_the_best_earlier_accuracy() -> None:
     nan = math.nan
     accuracy = torch.tensor([[0.9, nan, nan, nan], [0.8, 0.5, nan, nan], [0.7, 0.6, 0.4, nan]])
-    torch.testing.assert_close(forgetting(accuracy), torch.tensor([0.2, -0.1, 0.0, nan]), equal_nan=True)
-    torch.testing.assert_close(forgetting(accuracy[:1]), torch.tensor([0.0, nan, nan, nan]), equal_nan=True)
+    torch.testing.assert_close(
+        forgetting(accuracy), torch.tensor([0.2, -0.1, 0.0, nan]), equal_nan=True
+    )
+    torch.testing.assert_close(
+        forgetting(accuracy[:1]), torch.tensor([0.0, nan, nan, nan]), equal_nan=True
+    )

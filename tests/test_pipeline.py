@@ -1,4 +1,6 @@
-"""The system as a user meets it: the command line, real images, real Ray, a local and an S3 store."""
+"""The system as a user meets it: the command line, real images, real Ray, a local and an S3
+store.
+"""
 
 import io
 import json
@@ -21,11 +23,15 @@ from experiments import TASKS, vector_bytes, write_experiment
 from PIL import Image
 from safetensors.torch import load_file
 
-from raytvb import artifacts, workers
-from raytvb.cli import main, print_summary
-from raytvb.config import load_experiment
-from raytvb.evaluate import task_subsets
-from raytvb.store import Store
+from raytvb.cli.main import main
+from raytvb.cli.tables import print_summary
+from raytvb.experiment.parsing import load_experiment
+from raytvb.finetuning.checkpoints import write_checkpoint
+from raytvb.finetuning.masks import load_mask, score_task, select_round
+from raytvb.finetuning.task import finetune_task
+from raytvb.maths.subsets import task_subsets
+from raytvb.models.base import base_encoder
+from raytvb.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -39,11 +45,18 @@ def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
     _, store = finished
     summary = store.read_json("report/summary.json")
     assert summary["tasks"] == list(TASKS)
-    assert set(summary["zero_shot"]) == set(summary["fine_tuned"]) == set(summary["negation"]) == set(TASKS)
+    assert (
+        set(summary["zero_shot"])
+        == set(summary["fine_tuned"])
+        == set(summary["negation"])
+        == set(TASKS)
+    )
     names = {f"{m}-m{s}" for m in ("ae-anchored", "svd") for s in (1, 2)}
     sums = {f"{n}-sum" for n in names if not n.startswith("svd")}
     assert names | sums | {"full"} <= set(summary["addition"])
-    assert set(summary["random_subset"]) == {f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2)}
+    assert set(summary["random_subset"]) == {
+        f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2)
+    }
     sizes = {str(s) for s in task_subsets(len(TASKS), 0)}
     for name, entry in summary["addition"].items():
         assert set(entry["per_task"]) == set(TASKS)
@@ -61,13 +74,21 @@ def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
 def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Path, Store]):
     addition = finished[1].read_json("report/summary.json")["addition"]
     full, anchored = (addition[n]["per_task"] for n in ("full", "ae-anchored-m1"))
-    assert anchored == pytest.approx(full, abs=0.011)  # at most three of 300 images at a rounding edge
+    assert anchored == pytest.approx(
+        full, abs=0.011
+    )  # at most three of 300 images at a rounding edge
 
 
-def test_equal_directions_get_equal_coefficients_whatever_they_are_called(finished: tuple[Path, Store]):
-    """With M = 1 the plain sum of the basis and the decoded sum of all tasks differ by a factor only."""
-    searched = {n: finished[1].read_json(f"search/{n}/record.json")["metrics"] for n in (
-        "ae-anchored-m1", "ae-anchored-m1-sum")}
+def test_equal_directions_get_equal_coefficients_whatever_they_are_called(
+    finished: tuple[Path, Store],
+):
+    """With M = 1 the plain sum of the basis and the decoded sum of all tasks differ by a factor
+    only.
+    """
+    searched = {
+        n: finished[1].read_json(f"search/{n}/record.json")["metrics"]
+        for n in ("ae-anchored-m1", "ae-anchored-m1-sum")
+    }
     accuracy = [m["accuracy"][str(len(TASKS))] for m in searched.values()]
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.015)
     decoded, plain = (m["coefficient"][str(len(TASKS))] for m in searched.values())
@@ -91,21 +112,33 @@ def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]):
 
 def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store]):
     _, store = finished
-    from raytvb.artifacts import load_mask
+    from raytvb.finetuning.masks import load_mask
 
     mask = load_mask(store, "shared")
     for task in TASKS:
         values = load_file(store.path(f"vectors/{task}/vector.safetensors"))
-        assert {n: len(v) for n, v in values.items()} == {n: int(m.sum()) for n, m in mask.tensors().items()}
+        assert {n: len(v) for n, v in values.items()} == {
+            n: int(m.sum()) for n, m in mask.tensors().items()
+        }
         assert any(bool(v.any()) for v in values.values())
 
 
-def test_running_again_does_nothing_twice(finished: tuple[Path, Store], capsys: pytest.CaptureFixture[str]):
+def test_running_again_does_nothing_twice(
+    finished: tuple[Path, Store], capsys: pytest.CaptureFixture[str]
+):
     file, store = finished
-    before = {k: Path(store.path(k)).stat().st_mtime_ns for k in store.keys() if not k.startswith("report/")}
+    before = {
+        k: Path(store.path(k)).stat().st_mtime_ns
+        for k in store.keys()
+        if not k.startswith("report/")
+    }
     summary = store.read_json("report/summary.json")
     assert main(["run", str(file)]) == 0
-    assert {k: Path(store.path(k)).stat().st_mtime_ns for k in store.keys() if not k.startswith("report/")} == before
+    assert {
+        k: Path(store.path(k)).stat().st_mtime_ns
+        for k in store.keys()
+        if not k.startswith("report/")
+    } == before
     assert store.read_json("report/summary.json") == summary
     assert "tasks added from" in capsys.readouterr().out
 
@@ -113,8 +146,9 @@ def test_running_again_does_nothing_twice(finished: tuple[Path, Store], capsys: 
 def test_the_page_is_self_contained(finished: tuple[Path, Store]):
     page = finished[1].read("report/index.html").decode()
     assert page.count("<svg") == 7
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
     assert all(task in page for task in TASKS)
 
 
@@ -122,14 +156,21 @@ def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]):
     _, store = finished
     rows = pq.read_table(store.path("evals/full.parquet")).to_pylist()
     assert {r["split"] for r in rows} == {"test"} and {r["total"] for r in rows} == {300}
-    assert len(rows) == sum(size * len(subsets) for size, subsets in task_subsets(len(TASKS), 0).items())
+    assert len(rows) == sum(
+        size * len(subsets) for size, subsets in task_subsets(len(TASKS), 0).items()
+    )
 
 
-def test_ls_and_verify(finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_ls_and_verify(
+    finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     _, store = finished
     assert main(["ls", store.url]) == 0
     listed = capsys.readouterr().out
-    assert all(what in listed for what in (*(f"vectors/{t}" for t in TASKS), "masks/shared", "basis/svd-m2"))
+    assert all(
+        what in listed
+        for what in (*(f"vectors/{t}" for t in TASKS), "masks/shared", "basis/svd-m2")
+    )
     assert main(["verify", store.url]) == 0
     copy = tmp_path / "copy"
     for key in store.keys():
@@ -143,24 +184,34 @@ def test_ls_and_verify(finished: tuple[Path, Store], tmp_path: Path, capsys: pyt
     assert f"vectors/{TASKS[0]}/vector.safetensors" in capsys.readouterr().err
 
 
-def test_another_experiment_is_refused_with_the_fields_that_differ(finished: tuple[Path, Store], tmp_path: Path,
-                                                                   capsys: pytest.CaptureFixture[str]):
+def test_another_experiment_is_refused_with_the_fields_that_differ(
+    finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     _, store = finished
     file = write_experiment(tmp_path, store.url, finetune={"epochs": 2, "batch_size": 64}, seed=3)
     assert main(["run", str(file)]) == 1
     message = capsys.readouterr().err
-    assert "finetune.epochs: stored 1.0, asked for 2.0" in message and "seed: stored 0, asked for 3" in message
+    assert (
+        "finetune.epochs: stored 1.0, asked for 2.0" in message
+        and "seed: stored 0, asked for 3" in message
+    )
     assert "talos" not in message
 
 
 @pytest.mark.slow
-def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tmp_path: Path,
-                                                           capsys: pytest.CaptureFixture[str]):
+def test_own_masks_fractional_gpus_and_one_stage_at_a_time(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     store = Store(str(tmp_path / "store"))
-    file = write_experiment(tmp_path, store.url, tasks=list(TASKS[:2]), talos={
-        "mask": "per-task", "images": 32, "rounds": 2}, basis={"method": "svd", "online": True},
-        evaluate={"control": TASKS[2]}, resources={"gpus_per_task": 0.5, "max_retries": 1, "shards": 2,
-                                                   "cache": "disk"})
+    file = write_experiment(
+        tmp_path,
+        store.url,
+        tasks=list(TASKS[:2]),
+        talos={"mask": "per-task", "images": 32, "rounds": 2},
+        basis={"method": "svd", "online": True},
+        evaluate={"control": TASKS[2]},
+        resources={"gpus_per_task": 0.5, "max_retries": 1, "shards": 2, "cache": "disk"},
+    )
     assert main(["basis", str(file)]) == 1
     assert "run `raytvb finetune` first" in capsys.readouterr().err
     for stage in ("finetune", "basis", "search", "evaluate", "report"):
@@ -168,9 +219,11 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
     masks = [store.read_json(f"masks/{t}/record.json")["parents"]["mask"] for t in TASKS[:2]]
     assert len(set(masks)) == 2
     summary = store.read_json("report/summary.json")
-    left, right = (artifacts.load_mask(store, t).bits for t in TASKS[:2])
+    left, right = (load_mask(store, t).bits for t in TASKS[:2])
     overlap = int((left & right).sum()) / int((left | right).sum())
-    assert 0 < overlap < 1 and list(summary["mask_overlap"].values()) == pytest.approx([overlap] * 3)
+    assert 0 < overlap < 1 and list(summary["mask_overlap"].values()) == pytest.approx(
+        [overlap] * 3
+    )
     assert f"(Jaccard index): {overlap:.2f} on average" in capsys.readouterr().out
     assert f"(Jaccard index): {overlap:.2f}" in store.read("report/index.html").decode()
     assert set(summary["negation"]) == set(TASKS[:2])
@@ -180,22 +233,31 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(ray_cluster: None, tm
         (first, none), (left, right) = online[kind]["accuracy"]
         assert none is None and online[kind]["mean"] == pytest.approx([first, (left + right) / 2])
         assert online[kind]["forgetting"] == pytest.approx({TASKS[0]: first - left, TASKS[1]: 0.0})
-        assert first == pytest.approx(summary["fine_tuned"][TASKS[0]], abs=0.1)  # M = 1 is exact for one task
-    entry = summary["addition"]["svd-m1-online"]  # after the last arrival it is the basis of all tasks
+        assert first == pytest.approx(
+            summary["fine_tuned"][TASKS[0]], abs=0.1
+        )  # M = 1 is exact for one task
+    entry = summary["addition"][
+        "svd-m1-online"
+    ]  # after the last arrival it is the basis of all tasks
     assert online["online"]["mean"][-1] == pytest.approx(entry["subsets"]["1"], abs=0.004)
     assert online["online"]["added"][-1] == pytest.approx(entry["mean"], abs=0.004)
     assert summary["addition"]["svd-m1-online"]["relative_error"] == pytest.approx(
-        summary["addition"]["svd-m1"]["relative_error"], rel=1e-3)  # two vectors: one refit sees all of both
+        summary["addition"]["svd-m1"]["relative_error"], rel=1e-3
+    )  # two vectors: one refit sees all of both
     assert "Tasks arriving over time" in store.read("report/index.html").decode()
     stored = load_file(store.path("basis/svd-m1/basis-00001-of-00001.safetensors"))
     base = load_file(store.path("base/model.safetensors"))
-    assert all(stored[n].shape == (1, *base[n].shape) for n in stored)  # no common mask: bases are dense
+    assert all(
+        stored[n].shape == (1, *base[n].shape) for n in stored
+    )  # no common mask: bases are dense
 
 
 @pytest.mark.slow
 def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
     store = Store(str(tmp_path / "store"))
-    file = write_experiment(tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"})
+    file = write_experiment(
+        tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"}
+    )
     assert main(["run", str(file)]) == 0
     summary = store.read_json("report/summary.json")
     assert summary["stored_bytes"]["masks"] == 0
@@ -203,8 +265,11 @@ def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
 
 
 def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
-        ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file may use the store."""
+    ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file
+    may use the store.
+    """
     store = Store(str(tmp_path / "store"))
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(picture, format="PNG")
@@ -224,22 +289,35 @@ def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
     assert "tasks: x, y stored only" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("resources", "words"), [
-    ({"gpus_per_task": 8}, ("8 GPUs per task", "no node", "resources.gpus_per_task")),
-    ({"cpus_per_task": 64}, ("64 CPUs", "no node", "resources.cpus_per_task"))])
-def test_resources_that_are_not_there(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                      resources: dict[str, float], words: tuple[str, ...]):
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"gpus_per_task": 8}, ("8 GPUs per task", "no node", "resources.gpus_per_task")),
+        ({"cpus_per_task": 64}, ("64 CPUs", "no node", "resources.cpus_per_task")),
+    ],
+)
+def test_resources_that_are_not_there(
+    ray_cluster: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    resources: dict[str, float],
+    words: tuple[str, ...],
+):
     file = write_experiment(tmp_path, str(tmp_path / "store"), resources=resources)
     assert main(["run", str(file)]) == 1
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 
 
-def test_resources_that_are_taken(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                  monkeypatch: pytest.MonkeyPatch):
+def test_resources_that_are_taken(
+    ray_cluster: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     import ray
 
-    monkeypatch.setattr("raytvb.connect.FREE_PATIENCE_S", 1.0)
+    monkeypatch.setattr("raytvb.orchestration.connect.FREE_PATIENCE_S", 1.0)
 
     class Holder:
         def ready(self) -> bool:
@@ -253,22 +331,28 @@ def test_resources_that_are_taken(ray_cluster: None, tmp_path: Path, capsys: pyt
     ray.kill(holder)
 
 
-def test_a_failing_task_is_named_and_the_rest_is_kept(ray_cluster: None, tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]):
+def test_a_failing_task_is_named_and_the_rest_is_kept(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     bad = tmp_path / "data"
     bad.mkdir()
     (bad / "train.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
     store = Store(str(tmp_path / "store"))
-    file = write_experiment(tmp_path, store.url, talos={"density": 1.0}, tasks=[
-        TASKS[0], {"name": "broken", "data": str(bad), "classes": ["a", "b"]}])
+    file = write_experiment(
+        tmp_path,
+        store.url,
+        talos={"density": 1.0},
+        tasks=[TASKS[0], {"name": "broken", "data": str(bad), "classes": ["a", "b"]}],
+    )
     assert main(["finetune", str(file)]) == 1
     message = capsys.readouterr().err
     assert "broken" in message and "Traceback" not in message
     assert store.exists(f"vectors/{TASKS[0]}/record.json")
 
 
-def test_a_fine_tune_goes_on_from_its_checkpoint(finished: tuple[Path, Store], tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch, suite_cache: str):
+def test_a_fine_tune_goes_on_from_its_checkpoint(
+    finished: tuple[Path, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite_cache: str
+):
     file, reference = finished
     store = Store(str(tmp_path / "store"))
     for key in reference.keys():
@@ -277,7 +361,7 @@ def test_a_fine_tune_goes_on_from_its_checkpoint(finished: tuple[Path, Store], t
     experiment = load_experiment(file, {"store": store.url, "resources": {"checkpoint_s": 1e-9}})
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
     steps: list[int] = []
-    write = artifacts.write_checkpoint
+    write = write_checkpoint
 
     def stops_at_twelve(*arguments: Any) -> None:
         write(*arguments)
@@ -286,18 +370,20 @@ def test_a_fine_tune_goes_on_from_its_checkpoint(finished: tuple[Path, Store], t
             raise RuntimeError("the machine went away")
 
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
-    monkeypatch.setattr(artifacts, "write_checkpoint", stops_at_twelve)
+    monkeypatch.setattr("raytvb.finetuning.task.write_checkpoint", stops_at_twelve)
     with pytest.raises(RuntimeError, match="went away"):
-        workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+        finetune_task(experiment, fingerprint, experiment.tasks[0])
     assert len(store.keys(f"vectors/{TASKS[0]}/checkpoint")) == 2  # the latest and its record
-    record = workers.finetune_task(experiment, fingerprint, experiment.tasks[0])
+    record = finetune_task(experiment, fingerprint, experiment.tasks[0])
     assert steps == list(range(1, record["metrics"]["steps"] + 1))
     assert vector_bytes(store.url) == vector_bytes(reference.url)
     assert store.keys(f"vectors/{TASKS[0]}/checkpoint") == []
 
 
 def kill_one_worker(title: str, patience_s: float = 60) -> None:
-    """SIGKILL the first process of this test's own Ray that shows the title (`ray::` and the name of its task)."""
+    """SIGKILL the first process of this test's own Ray that shows the title (`ray::` and the name
+    of its task).
+    """
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         for child in psutil.Process().children(recursive=True):
@@ -310,29 +396,43 @@ def kill_one_worker(title: str, patience_s: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced_as_often_as_allowed(finished: tuple[Path, Store], tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]):
+def test_a_worker_that_dies_is_replaced_as_often_as_allowed(
+    finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     for retries, code in ((0, 1), (1, 0)):
-        file = write_experiment(tmp_path, store.url, resources={"max_retries": retries, "checkpoint_s": 0.1})
+        file = write_experiment(
+            tmp_path, store.url, resources={"max_retries": retries, "checkpoint_s": 0.1}
+        )
         with ThreadPoolExecutor() as threads:
             killed = threads.submit(kill_one_worker, "ray::finetune_task")
             assert main(["finetune", str(file)]) == code
             killed.result()
         message = capsys.readouterr().err
-        assert ("finetune failed for 1 of its parts, the rest is done and kept" in message) == (retries == 0)
+        assert ("finetune failed for 1 of its parts, the rest is done and kept" in message) == (
+            retries == 0
+        )
     assert not any("checkpoint" in key for key in store.keys("vectors"))
     assert vector_bytes(store.url) == vector_bytes(reference.url)
 
 
 def start(file: Path, cache: str) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": cache}
-    return subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"], env=environment,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAYTVB_CACHE": cache
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
-def kill_when(process: subprocess.Popen[bytes], store: Store, key: str, patience_s: float = 240) -> None:
+def kill_when(
+    process: subprocess.Popen[bytes], store: Store, key: str, patience_s: float = 240
+) -> None:
     """SIGKILL the run as soon as a key appears; fails if it ends or nothing appears."""
     deadline = time.monotonic() + patience_s
     while not store.exists(key):
@@ -350,7 +450,8 @@ def same_results(ours: Store, theirs: Store) -> bool:
 @pytest.mark.slow
 @pytest.mark.s3
 def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
-        finished: tuple[Path, Store], s3_environment: str, tmp_path: Path, suite_cache: str):
+    finished: tuple[Path, Store], s3_environment: str, tmp_path: Path, suite_cache: str
+):
     _, local = finished
     remote = Store(f"{s3_environment}/runs/tiny")
     file = write_experiment(tmp_path, remote.url)
@@ -375,8 +476,9 @@ def test_s3_gives_the_same_results(finished: tuple[Path, Store], s3_environment:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[Path, Store], tmp_path: Path,
-                                                               suite_cache: str):
+def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(
+    finished: tuple[Path, Store], tmp_path: Path, suite_cache: str
+):
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     for key in reference.keys():
@@ -384,7 +486,9 @@ def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[P
             reference.download(key, store.path(key))
     process = start(write_experiment(tmp_path, store.url), suite_cache)
     deadline = time.monotonic() + 240
-    while not any(key.startswith("search/") and key.endswith("/record.json") for key in store.keys()):
+    while not any(
+        key.startswith("search/") and key.endswith("/record.json") for key in store.keys()
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -394,9 +498,16 @@ def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(finished: tuple[P
 
 @pytest.mark.slow
 def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
-    """The whole quickstart in a process of its own; the bounds leave room for other floating point units."""
-    run = subprocess.run([sys.executable, "-m", "raytvb", "quickstart", "--store", "here"], cwd=tmp_path,
-                         capture_output=True, text=True, timeout=900)
+    """The whole quickstart in a process of its own; the bounds leave room for other floating point
+    units.
+    """
+    run = subprocess.run(
+        [sys.executable, "-m", "raytvb", "quickstart", "--store", "here"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert run.returncode == 0, run.stderr
     summary = json.loads((tmp_path / "here/report/summary.json").read_text())
     addition = summary["addition"]
@@ -407,51 +518,95 @@ def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
     assert len(summary["tasks"]) == 8
     assert addition["full"]["mean"] >= mean(summary["zero_shot"].values()) + 0.10
     assert addition["ae-m4"]["mean"] >= addition["full"]["mean"] - 0.03
-    on_subsets = {n: mean(addition[n]["subsets"].values()) for n in ("full", "ae-m4", "ae-anchored-m4", "svd-m4")}
+    on_subsets = {
+        n: mean(addition[n]["subsets"].values())
+        for n in ("full", "ae-m4", "ae-anchored-m4", "svd-m4")
+    }
     assert max(v for n, v in on_subsets.items() if n != "full") >= on_subsets["full"] - 0.06
     for method in ("ae", "ae-anchored", "svd"):
-        errors = [json.loads((tmp_path / f"here/basis/{method}-m{s}/record.json").read_text())["metrics"][
-            "relative_error"] for s in (2, 4)]
+        errors = [
+            json.loads((tmp_path / f"here/basis/{method}-m{s}/record.json").read_text())["metrics"][
+                "relative_error"
+            ]
+            for s in (2, 4)
+        ]
         assert errors[1] < errors[0]
     negation = summary["negation"].values()
     assert sum(n["after"] < n["before"] for n in negation) >= 7
     assert mean([n["after"] for n in negation]) <= 0.8 * mean([n["before"] for n in negation])
-    assert all(n["control_validation_after"] >= 0.95 * n["control_validation_before"] for n in negation)
-    assert summary["stored_bytes"]["vectors"] + summary["stored_bytes"]["masks"] <= 0.12 * summary["stored_bytes"][
-        "dense_fp32"]
+    assert all(
+        n["control_validation_after"] >= 0.95 * n["control_validation_before"] for n in negation
+    )
+    assert (
+        summary["stored_bytes"]["vectors"] + summary["stored_bytes"]["masks"]
+        <= 0.12 * summary["stored_bytes"]["dense_fp32"]
+    )
 
 
-def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(capsys: pytest.CaptureFixture[str]):
+def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(
+    capsys: pytest.CaptureFixture[str],
+):
     subsets = {"1": 0.8, "16": 0.5, "4": 0.7, "8": 0.6}  # as JSON with sorted keys gives them back
-    entry = {"merge": "decoded", "relative_error": 0.0, "stored_bytes": 1, "mean": 0.5, "subsets": subsets}
+    entry = {
+        "merge": "decoded",
+        "relative_error": 0.0,
+        "stored_bytes": 1,
+        "mean": 0.5,
+        "subsets": subsets,
+    }
     tasks = {f"t{i}": 0.4 for i in range(16)}
-    print_summary({"tasks": list(tasks), "zero_shot": tasks, "fine_tuned": tasks, "addition": {"full": entry},
-                   "random_subset": {}, "negation": {}, "chosen": {"name": "full"},
-                   "stored_bytes": {"vectors": 1, "masks": 1, "dense_fp32": 100}})
-    head, row = (line for line in capsys.readouterr().out.splitlines() if "vectors" in line[:12] or "full" in line[:12])
-    assert [c.strip() for c in head.split("┃")[3:-2]] == ["all 16", "1 added", "4 added", "8 added", "subsets"]
+    print_summary(
+        {
+            "tasks": list(tasks),
+            "zero_shot": tasks,
+            "fine_tuned": tasks,
+            "addition": {"full": entry},
+            "random_subset": {},
+            "negation": {},
+            "chosen": {"name": "full"},
+            "stored_bytes": {"vectors": 1, "masks": 1, "dense_fp32": 100},
+        }
+    )
+    head, row = (
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "vectors" in line[:12] or "full" in line[:12]
+    )
+    assert [c.strip() for c in head.split("┃")[3:-2]] == [
+        "all 16",
+        "1 added",
+        "4 added",
+        "8 added",
+        "subsets",
+    ]
     assert [c.strip() for c in row.split("│")[3:-2]] == ["50.0", "80.0", "70.0", "60.0", "65.0"]
 
 
-def test_every_selection_keeps_what_it_says(finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch,
-                                            suite_cache: str):
-    """On the finished run's model, in this process: one task's own mask of each kind, against its scores."""
+def test_every_selection_keeps_what_it_says(
+    finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
+):
+    """On the finished run's model, in this process: one task's own mask of each kind, against its
+    scores.
+    """
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
-    weights = artifacts.base_encoder(store.url, fingerprint).visual_state()
+    weights = base_encoder(store.url, fingerprint).visual_state()
 
     def mask_and_scores(select: str) -> tuple[torch.Tensor, torch.Tensor]:
         experiment = load_experiment(file, {"talos": {"images": 16, "rounds": 1, "select": select}})
         assert experiment.talos.stages == 1
-        scores = workers.score_task(experiment, fingerprint, experiment.tasks[0], 1, None)
-        kept = workers.select_round(experiment, scores, None, 1)
+        scores = score_task(experiment, fingerprint, experiment.tasks[0], 1, None)
+        kept = select_round(experiment, scores, None, 1)
         assert kept.sum() == round(0.1 * len(kept))
         return torch.from_numpy(kept), torch.from_numpy(scores)
 
     (lowest, fisher), (highest, negative) = mask_and_scores("lowest"), mask_and_scores("highest")
     assert torch.equal(negative, -fisher) and not bool((lowest & highest).any())
-    assert fisher[lowest].max() <= fisher[~lowest].min() and fisher[highest].min() >= fisher[~highest].max()
+    assert (
+        fisher[lowest].max() <= fisher[~lowest].min()
+        and fisher[highest].min() >= fisher[~highest].max()
+    )
     largest, _ = mask_and_scores("magnitude")
     flat = torch.cat([weights[n].reshape(-1) for n in sorted(weights)]).abs()
     assert flat[largest].min() >= flat[~largest].max()

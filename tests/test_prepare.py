@@ -1,4 +1,6 @@
-"""Bases that are made of prepared vectors: trimmed, dropped or sparsified, beside the task vectors themselves."""
+"""Bases that are made of prepared vectors: trimmed, dropped or sparsified, beside the task vectors
+themselves.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,26 @@ import torch
 from torch import Tensor
 from vector_files import dense, flat, flip, glued, random_mask, values_of, vector_data
 
-from raytvb import artifacts, records, workers
-from raytvb.basis_actor import BasisBuilder
-from raytvb.config import Experiment, parse_experiment
+from raytvb.bases.builder import BasisBuilder
 from raytvb.errors import UserError, VectorError
-from raytvb.finetune import task_seed
-from raytvb.gram_state import GramState
-from raytvb.masks import Mask
-from raytvb.methods import PREPARE
-from raytvb.store import Store
-from raytvb.suite import task_names
-from raytvb.vectors import VectorFile
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.identities import base_identity, vector_identity
+from raytvb.experiment.layout import BASE, basis_vector_prefix, vector_key, vector_prefix
+from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.stored import basis_vector_set, load_coefficients, vector_set
+from raytvb.finetuning.masks import load_mask, write_mask
+from raytvb.finetuning.prepared import prepare_vector
+from raytvb.finetuning.task import finetune_task
+from raytvb.maths.seeds import task_seed
+from raytvb.maths.trimming import PREPARE
+from raytvb.models.base import prepare_base
+from raytvb.storage import records
+from raytvb.storage.gram_state import GramState
+from raytvb.storage.masks import Mask
+from raytvb.storage.store import Store
+from raytvb.storage.vectors import VectorFile
+from raytvb.storage.verify import verify
+from raytvb.suite.glyphs import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7), "visual.d": (1,)}
 KINDS = ("dense", "shared", "per-task")
@@ -26,10 +37,23 @@ NAMES = ("trimmed", "dropped", "sparsified")
 METHODS = ["ae-anchored", "svd"]
 
 
-def experiment_in(folder: Path | str, kind: str, prepare: str, count: int = 4, **basis: Any) -> Experiment:
-    talos = {"density": 1.0 if kind == "dense" else 0.5, "mask": "per-task" if kind == "per-task" else "shared"}
-    return parse_experiment({"store": str(folder), "tasks": list(task_names()[:count]), "talos": talos, "seed": 7,
-                             "basis": {"method": METHODS, "prepare": prepare, **basis}, "search": {"sizes": [2]}})
+def experiment_in(
+    folder: Path | str, kind: str, prepare: str, count: int = 4, **basis: Any
+) -> Experiment:
+    talos = {
+        "density": 1.0 if kind == "dense" else 0.5,
+        "mask": "per-task" if kind == "per-task" else "shared",
+    }
+    return parse_experiment(
+        {
+            "store": str(folder),
+            "tasks": list(task_names()[:count]),
+            "talos": talos,
+            "seed": 7,
+            "basis": {"method": METHODS, "prepare": prepare, **basis},
+            "search": {"sizes": [2]},
+        }
+    )
 
 
 def mask_of(kind: str, index: int) -> Mask | None:
@@ -37,30 +61,43 @@ def mask_of(kind: str, index: int) -> Mask | None:
         return None
     mask = random_mask(SHAPES, 99 if kind == "shared" else index, 0.5).tensors()
     generator = torch.Generator().manual_seed(index if kind == "per-task" else 99)
-    mask["visual.a"] = torch.rand(SHAPES["visual.a"], generator=generator) < 0.5  # of visual.b nothing is kept
+    mask["visual.a"] = (
+        torch.rand(SHAPES["visual.a"], generator=generator) < 0.5
+    )  # of visual.b nothing is kept
     return Mask.of(mask)
 
 
-def commit(asked: Experiment, kind: str, index: int, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def commit(
+    asked: Experiment, kind: str, index: int, values: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Store a vector as a fine-tune does; its tensors before the mask."""
     store, task, mask = Store(asked.store), asked.tasks[index], mask_of(kind, index)
     mask_id = "shared" if kind == "shared" else task.name
     if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
-        artifacts.write_mask(store, asked, mask_id, [task], mask)
+        write_mask(store, asked, mask_id, [task], mask)
     values = values_of(SHAPES, seed=index) if values is None else values
-    records.commit(store, artifacts.vector_prefix(task.name), identity=artifacts.vector_identity(asked, task),
-                   files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, "base-1")})
+    records.commit(
+        store,
+        vector_prefix(task.name),
+        identity=vector_identity(asked, task),
+        files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, "base-1")},
+    )
     return values
 
 
 def reference(asked: Experiment, kind: str, index: int, values: dict[str, Tensor]) -> Tensor:
     """The prepared vector (D,) float64, made of whole tensors in memory."""
     name, mask = asked.basis.prepare, mask_of(kind, index)
-    seen = {n: values[n].reshape(-1) if mask is None else values[n][mask.tensors()[n]] for n in sorted(values)}
+    seen = {
+        n: values[n].reshape(-1) if mask is None else values[n][mask.tensors()[n]]
+        for n in sorted(values)
+    }
     sizes = torch.cat(list(seen.values())).abs().sort(descending=True).values
     seed = task_seed(asked.seed, f"{asked.tasks[index].name}/prepare")
-    options: dict[str, Any] = {"trimmed": {"thresholds": sizes[None, round(0.2 * len(sizes)) - 1]},
-                               "dropped": {"generator": torch.Generator().manual_seed(seed)}}.get(name, {})
+    options: dict[str, Any] = {
+        "trimmed": {"thresholds": sizes[None, round(0.2 * len(sizes)) - 1]},
+        "dropped": {"generator": torch.Generator().manual_seed(seed)},
+    }.get(name, {})
     made = {n: PREPARE[name](v[None], **options)[0] for n, v in seen.items()}
     if mask is None:
         return torch.cat(list(made.values())).double()
@@ -76,7 +113,7 @@ def filled(folder: Path, kind: str, prepare: str, **basis: Any) -> tuple[Experim
     columns = []
     for index, task in enumerate(asked.tasks):
         columns.append(reference(asked, kind, index, commit(asked, kind, index)))
-        workers.prepare_vector(asked, task)
+        prepare_vector(asked, task)
     return asked, torch.stack(columns, dim=1)
 
 
@@ -91,9 +128,10 @@ def test_twins_are_the_method_on_the_kept_entries(tmp_path: Path, kind: str, nam
     store = Store(asked.store)
     for index, task in enumerate(asked.tasks):
         found = dense(store, twin(asked, index))
-        assert torch.equal(found, V[:, index]) and not torch.equal(found, dense(store, f"vectors/{task.name}/"
-                                                                                       f"vector.safetensors"))
-        one, other = (VectorFile(store, k) for k in (twin(asked, index), artifacts.vector_key(task.name)))
+        assert torch.equal(found, V[:, index]) and not torch.equal(
+            found, dense(store, f"vectors/{task.name}/vector.safetensors")
+        )
+        one, other = (VectorFile(store, k) for k in (twin(asked, index), vector_key(task.name)))
         assert {**one.info, "mask": ""} == {**other.info, "mask": ""} and one.shapes == other.shapes
         record = store.read_json(f"prepared/{task.name}/record.json")
         raw = store.read_json(f"vectors/{task.name}/record.json")
@@ -101,7 +139,7 @@ def test_twins_are_the_method_on_the_kept_entries(tmp_path: Path, kind: str, nam
         assert record["parents"]["vector"] == raw["files"]["vector.safetensors"]["sha256"]
         assert record["metrics"]["nonzero"] == int(found.count_nonzero()) > 0
         assert record["metrics"]["norm"] == pytest.approx(float(found.norm()), rel=1e-5)
-    assert artifacts.verify(store)[1] == []
+    assert verify(store)[1] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,35 +150,37 @@ def test_bases_are_made_of_the_twins(tmp_path: Path, kind: str, name: str) -> No
     assert builder.add(asked.task_names)["failed"] == {}
     torch.testing.assert_close(builder.gram(), V.T @ V, rtol=1e-5, atol=1e-4)
     builder.write_bases()
-    mask, raw = mask_of(kind, 0), artifacts.vector_set(asked.store, asked.task_names)
+    mask, raw = mask_of(kind, 0), vector_set(asked.store, asked.task_names)
     rows = V[mask.bits] if kind == "shared" and mask is not None else V
-    torch.testing.assert_close(artifacts.basis_vector_set(asked).read_all(0, len(rows)).T.double(), rows)
+    torch.testing.assert_close(basis_vector_set(asked).read_all(0, len(rows)).T.double(), rows)
     assert not torch.equal(raw.read_all(0, len(rows)).T.double(), rows)
     for basis in ("ae-anchored-m2", "svd-m2", "ae-anchored-m2-online", "svd-m2-online"):
-        B, W = artifacts.load_coefficients(store, basis)
+        B, W = load_coefficients(store, basis)
         torch.testing.assert_close(glued(store, f"basis/{basis}"), rows @ B, rtol=1e-4, atol=1e-4)
         record = store.read_json(f"basis/{basis}/record.json")
         loss = float(((V @ B @ W - V) ** 2).sum() / (V**2).sum())
         assert record["metrics"]["relative_error"] == pytest.approx(loss, rel=1e-3)
         assert record["identity"]["prepare"] == name
         assert set(record["parents"]) == {f"prepared/{t}" for t in asked.task_names}
-    assert builder.write_bases()["written"] == [] and artifacts.verify(store)[1] == []
+    assert builder.write_bases()["written"] == [] and verify(store)[1] == []
 
 
 def test_nothing_is_prepared_unless_it_is_asked_for(tmp_path: Path) -> None:
     asked = experiment_in(tmp_path, "shared", "none")
     for index, task in enumerate(asked.tasks):
         commit(asked, "shared", index)
-        workers.prepare_vector(asked, task)
+        prepare_vector(asked, task)
     builder = BasisBuilder(asked)
     builder.add(asked.task_names)
     builder.write_bases()
     store = Store(asked.store)
     assert store.keys("prepared") == []
     record = store.read_json("basis/svd-m2/record.json")
-    assert "prepare" not in record["identity"] and set(record["parents"]) == {f"vectors/{t}" for t in asked.task_names}
+    assert "prepare" not in record["identity"] and set(record["parents"]) == {
+        f"vectors/{t}" for t in asked.task_names
+    }
     task = asked.task_names[0]
-    assert artifacts.basis_vector_prefix(asked, task) == artifacts.vector_prefix(task)
+    assert basis_vector_prefix(asked, task) == vector_prefix(task)
 
 
 def test_a_twin_is_made_once_and_again_when_its_vector_changes(tmp_path: Path) -> None:
@@ -149,15 +189,17 @@ def test_a_twin_is_made_once_and_again_when_its_vector_changes(tmp_path: Path) -
     builder.add(asked.task_names)
     file = tmp_path / twin(asked, 1)
     before, written = file.read_bytes(), file.stat().st_mtime_ns
-    workers.prepare_vector(asked, asked.tasks[1])
+    prepare_vector(asked, asked.tasks[1])
     assert file.stat().st_mtime_ns == written
     store.delete(f"prepared/{asked.task_names[1]}")
-    workers.prepare_vector(asked, asked.tasks[1])
+    prepare_vector(asked, asked.tasks[1])
     assert file.read_bytes() == before
     V[:, 1] = reference(asked, "shared", 1, commit(asked, "shared", 1, values_of(SHAPES, seed=55)))
-    failed = builder.add(asked.task_names)["failed"]  # the twin of the vector that was there before is none
+    failed = builder.add(asked.task_names)[
+        "failed"
+    ]  # the twin of the vector that was there before is none
     assert list(failed) == [asked.task_names[1]] and twin(asked, 1) in failed[asked.task_names[1]]
-    workers.prepare_vector(asked, asked.tasks[1])
+    prepare_vector(asked, asked.tasks[1])
     assert torch.equal(dense(store, twin(asked, 1)), V[:, 1])
     assert builder.add(asked.task_names)["failed"] == {}
     torch.testing.assert_close(builder.gram(), V.T @ V, rtol=1e-5, atol=1e-3)
@@ -169,9 +211,9 @@ def test_any_store_has_the_twin_of_the_present_vector(store_url: str, kind: str)
     store, task = Store(asked.store), asked.tasks[1]
     for seed in (1, 2):
         expected = reference(asked, kind, 1, commit(asked, kind, 1, values_of(SHAPES, seed=seed)))
-        workers.prepare_vector(asked, task)
+        prepare_vector(asked, task)
         assert torch.equal(dense(store, twin(asked, 1)), expected)
-    assert artifacts.verify(store)[1] == []
+    assert verify(store)[1] == []
 
 
 @pytest.mark.filterwarnings("ignore:the vectors have rank 1")
@@ -184,18 +226,20 @@ def test_twins_of_zeros(tmp_path: Path, name: str) -> None:
     assert mask is not None
     for index in range(3):
         commit(asked, "shared", index, zeros)
-        workers.prepare_vector(asked, asked.tasks[index])
+        prepare_vector(asked, asked.tasks[index])
         V[:, index] = 0
         builder = BasisBuilder(asked)
         builder.add(asked.task_names)
         assert set(builder.errors("svd", 2)) == set(asked.task_names)
         builder.write_bases()
-        B = artifacts.load_coefficients(store, "svd-m2")[0]
-        torch.testing.assert_close(glued(store, "basis/svd-m2"), V[mask.bits] @ B, rtol=1e-4, atol=1e-4)
+        B = load_coefficients(store, "svd-m2")[0]
+        torch.testing.assert_close(
+            glued(store, "basis/svd-m2"), V[mask.bits] @ B, rtol=1e-4, atol=1e-4
+        )
         assert store.exists("basis/ae-anchored-m2-online/record.json")
         store.delete("basis")
     commit(asked, "shared", 3, zeros)
-    workers.prepare_vector(asked, asked.tasks[3])
+    prepare_vector(asked, asked.tasks[3])
     assert not dense(store, twin(asked, 3)).any()
     builder.add(asked.task_names)
     with pytest.raises(ValueError, match="all zero: there is nothing to fit"):
@@ -207,47 +251,63 @@ def test_damaged_and_missing_vectors_are_named(tmp_path: Path) -> None:
     store, task = Store(asked.store), asked.tasks[2]
     flip(store, twin(asked, 2), -3)
     failed = BasisBuilder(asked).add(asked.task_names)["failed"]
-    assert list(failed) == [task.name] and f"delete the folder prepared/{task.name}" in failed[task.name]
+    assert (
+        list(failed) == [task.name]
+        and f"delete the folder prepared/{task.name}" in failed[task.name]
+    )
     store.delete(f"prepared/{task.name}")
-    flip(store, artifacts.vector_key(task.name), -3)
+    flip(store, vector_key(task.name), -3)
     with pytest.raises(VectorError, match=f"delete the folder vectors/{task.name}"):
-        workers.prepare_vector(asked, task)
+        prepare_vector(asked, task)
     store.delete(f"vectors/{task.name}")
     with pytest.raises(UserError, match="run `raytvb finetune` first"):
-        workers.prepare_vector(asked, task)
+        prepare_vector(asked, task)
     assert store.keys(f"prepared/{task.name}") == []
 
 
-def test_a_fine_tune_leaves_the_twin(tmp_path: Path, suite_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fine_tune_leaves_the_twin(
+    tmp_path: Path, suite_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that trains, and one that finds its vector."""
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
-    asked = parse_experiment({
-        "store": str(tmp_path), "tasks": ["glyphs/greek-blur"], "basis": {"prepare": "trimmed"},
-        "talos": {"mask": "per-task", "images": 16, "rounds": 1}, "finetune": {"epochs": 1, "batch_size": 256}})
-    fingerprint, task = workers.prepare_base(asked)["parents"]["fingerprint"], asked.tasks[0]
+    asked = parse_experiment(
+        {
+            "store": str(tmp_path),
+            "tasks": ["glyphs/greek-blur"],
+            "basis": {"prepare": "trimmed"},
+            "talos": {"mask": "per-task", "images": 16, "rounds": 1},
+            "finetune": {"epochs": 1, "batch_size": 256},
+        }
+    )
+    fingerprint, task = prepare_base(asked)["parents"]["fingerprint"], asked.tasks[0]
     store = Store(asked.store)
-    record = workers.finetune_task(asked, fingerprint, task)
+    record = finetune_task(asked, fingerprint, task)
     made = dense(store, twin(asked, 0))
-    whole = dense(store, artifacts.vector_key(task.name))
-    assert 0 < made.count_nonzero() < whole.count_nonzero() and torch.equal(made[made != 0], whole[made != 0])
-    assert made.count_nonzero() == pytest.approx(0.2 * artifacts.load_mask(store, task.name).kept, abs=2)
+    whole = dense(store, vector_key(task.name))
+    assert 0 < made.count_nonzero() < whole.count_nonzero() and torch.equal(
+        made[made != 0], whole[made != 0]
+    )
+    assert made.count_nonzero() == pytest.approx(0.2 * load_mask(store, task.name).kept, abs=2)
     store.delete(f"prepared/{task.name}")
-    assert workers.finetune_task(asked, fingerprint, task) == record
+    assert finetune_task(asked, fingerprint, task) == record
     assert torch.equal(dense(store, twin(asked, 0)), made)
 
 
 @pytest.mark.ray
 def test_stages_prepare_what_is_missing(ray_cluster: None, tmp_path: Path) -> None:
     """Fine-tuning that feeds the basis, and the basis stage by itself."""
-    from raytvb.pipeline import Pipeline
-    from raytvb.progress import Reporter
+    from raytvb.orchestration.pipeline import Pipeline
+    from raytvb.orchestration.progress import Reporter
 
     asked = experiment_in(tmp_path, "shared", "sparsified")
     store, names = Store(asked.store), asked.task_names
     columns = [reference(asked, "shared", i, commit(asked, "shared", i)) for i in range(4)]
-    records.commit(store, artifacts.BASE, identity=artifacts.base_identity(asked), parents={"fingerprint": "base-1"})
-    flip(store, artifacts.vector_key(names[2]), -3)
-    with pytest.raises(UserError, match=f"finetune failed for 1 of its parts.*\n *{names[2]}: .*from those recorded"):
+    records.commit(store, BASE, identity=base_identity(asked), parents={"fingerprint": "base-1"})
+    flip(store, vector_key(names[2]), -3)
+    with pytest.raises(
+        UserError,
+        match=f"finetune failed for 1 of its parts.*\n *{names[2]}: .*from those recorded",
+    ):
         Pipeline(asked, Reporter(quiet=True)).run(["finetune", "basis"])
     assert GramState.read(store).tasks == [names[i] for i in (0, 1, 3)]
     commit(asked, "shared", 2)
@@ -255,6 +315,6 @@ def test_stages_prepare_what_is_missing(ray_cluster: None, tmp_path: Path) -> No
     assert all(torch.equal(dense(store, twin(asked, i)), columns[i]) for i in range(4))
     mask = mask_of("shared", 0)
     assert mask is not None
-    B = artifacts.load_coefficients(store, "svd-m2")[0]
+    B = load_coefficients(store, "svd-m2")[0]
     V = torch.stack(columns, dim=1)[mask.bits]
     torch.testing.assert_close(glued(store, "basis/svd-m2"), V @ B, rtol=1e-4, atol=1e-4)

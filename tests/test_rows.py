@@ -1,4 +1,6 @@
-"""Evaluations in a store: counts read back as they were written, and made again where they are of something else."""
+"""Evaluations in a store: counts read back as they were written, and made again where they are of
+something else.
+"""
 
 import io
 import math
@@ -8,18 +10,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytvb.evaluate import Count
-from raytvb.rows import SCHEMA, has_rows, key, parquet_bytes, read_rows, row, write_rows
-from raytvb.store import Store, StoreKeyError
+from raytvb.evaluation.rows import SCHEMA, has_rows, key, read_rows, row, write_rows
+from raytvb.maths.counts import Count
+from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
+from raytvb.storage.tables import parquet_bytes
 
 IDENTITY = {"coefficient": {"1": 0.5, "8": 0.125}, "vector": None, "precision": "fp32"}
-ROWS = [row("ae-m4", "test", 8, 0, "glyphs/greek-blur", 0.1 + 0.2, Count(7, 11, 6.5)),
-        row("ae-m4", "test", 1, 2, "é", 0.0, Count(0, 2**40))]
+ROWS = [
+    row("ae-m4", "test", 8, 0, "glyphs/greek-blur", 0.1 + 0.2, Count(7, 11, 6.5)),
+    row("ae-m4", "test", 1, 2, "é", 0.0, Count(0, 2**40)),
+]
 
 
 def test_a_row_has_the_counts_and_what_they_are_of() -> None:
-    assert ROWS[0] == {"model": "ae-m4", "split": "test", "size": 8, "subset": 0, "task": "glyphs/greek-blur",
-                       "coefficient": 0.1 + 0.2, "correct": 7, "total": 11}
+    assert ROWS[0] == {
+        "model": "ae-m4",
+        "split": "test",
+        "size": 8,
+        "subset": 0,
+        "task": "glyphs/greek-blur",
+        "coefficient": 0.1 + 0.2,
+        "correct": 7,
+        "total": 11,
+    }
     assert list(ROWS[0]) == SCHEMA.names
 
 
@@ -35,7 +49,10 @@ def test_rows_come_back_as_they_were_written(store_url: str) -> None:
     assert store.keys() == ["evals/ae-m4.parquet", "evals/negation-full/glyphs/greek-blur.parquet"]
     assert [key(n) for n in ("ae-m4", "negation-full/glyphs/greek-blur")] == store.keys()
     write_rows(store, "ae-m4", ROWS[:1], {})
-    assert read_rows(store, "ae-m4") == ROWS[:1] and read_rows(store, "negation-full/glyphs/greek-blur") == ROWS
+    assert (
+        read_rows(store, "ae-m4") == ROWS[:1]
+        and read_rows(store, "negation-full/glyphs/greek-blur") == ROWS
+    )
 
 
 @pytest.fixture
@@ -43,8 +60,14 @@ def store(tmp_path: Any) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-OTHERS = [{}, {**IDENTITY, "precision": "bf16"}, {**IDENTITY, "coefficient": {"1": 0.5}}, {**IDENTITY, "more": 1},
-          {**IDENTITY, "coefficient": {"1": 0.5, "8": 0.1250001}}, {**IDENTITY, "vector": [0.1]}]
+OTHERS = [
+    {},
+    {**IDENTITY, "precision": "bf16"},
+    {**IDENTITY, "coefficient": {"1": 0.5}},
+    {**IDENTITY, "more": 1},
+    {**IDENTITY, "coefficient": {"1": 0.5, "8": 0.1250001}},
+    {**IDENTITY, "vector": [0.1]},
+]
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -79,9 +102,13 @@ def test_columns_have_their_types_also_without_rows(store: Store) -> None:
 def test_other_columns_and_no_coefficient(store: Store) -> None:
     schema = pa.schema([("first", pa.string()), ("error", pa.float64())])
     write_rows(store, "pairs", [{"first": "a", "error": 0.25}], IDENTITY, schema)
-    assert read_rows(store, "pairs") == [{"first": "a", "error": 0.25}] and has_rows(store, "pairs", IDENTITY)
-    write_rows(store, "vector", [row("per-task", "test", 4, 0, "a", math.nan, Count(1, 2))], IDENTITY)
-    found, = read_rows(store, "vector")
+    assert read_rows(store, "pairs") == [{"first": "a", "error": 0.25}] and has_rows(
+        store, "pairs", IDENTITY
+    )
+    write_rows(
+        store, "vector", [row("per-task", "test", 4, 0, "a", math.nan, Count(1, 2))], IDENTITY
+    )
+    (found,) = read_rows(store, "vector")
     assert math.isnan(found["coefficient"]) and (found["correct"], found["total"]) == (1, 2)
 
 

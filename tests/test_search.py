@@ -1,4 +1,6 @@
-"""The search as a user meets it: what it leaves in the store, what it chooses, and that a kill changes nothing."""
+"""The search as a user meets it: what it leaves in the store, what it chooses, and that a kill
+changes nothing.
+"""
 
 import io
 import itertools
@@ -17,17 +19,24 @@ import pyarrow.parquet as pq
 import pytest
 from experiments import TASKS, write_experiment
 
-from raytvb import workers
-from raytvb.cli import main
-from raytvb.config import load_experiment
-from raytvb.evaluate import Count, task_subsets, wilson
-from raytvb.store import Store
+from raytvb.cli.main import main
+from raytvb.evaluation.images import evaluation_split
+from raytvb.evaluation.precision import compare_precisions
+from raytvb.experiment.parsing import load_experiment
+from raytvb.maths.counts import Count, wilson
+from raytvb.maths.subsets import task_subsets
+from raytvb.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
 BASES = {f"{m}-m{s}" for m in ("ae-anchored", "svd") for s in (1, 2)}
-REST = {"zero-shot", "full", "ae-anchored-m1-sum", "ae-anchored-m2-sum",
-        *(f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2))}
+REST = {
+    "zero-shot",
+    "full",
+    "ae-anchored-m1-sum",
+    "ae-anchored-m2-sum",
+    *(f"random-{k}-m{s}" for k in ("own", "lstsq") for s in (1, 2)),
+}
 
 
 def table(store: Store, key: str) -> list[dict[str, Any]]:
@@ -56,37 +65,52 @@ def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path,
     assert [n for n, r in results.items() if r["chosen"]] == [choice["name"]]
     assert {n for n, r in results.items() if r["front"]} == set(choice["front"])
     assert results[choice["name"]]["objective"] == max(results[n]["objective"] for n in BASES)
-    assert not any(r["stopped"] for r in results.values())  # two methods of a size: too few to end one
+    assert not any(
+        r["stopped"] for r in results.values()
+    )  # two methods of a size: too few to end one
     tried = table(store, "search/tried.parquet")
     assert sum(r["images"] for r in results.values()) == choice["images"]
     assert len(tried) == choice["evaluations"]
     for row in tried:
-        assert (row["low"], row["high"]) == pytest.approx(wilson(Count(row["correct"], row["total"])))
+        assert (row["low"], row["high"]) == pytest.approx(
+            wilson(Count(row["correct"], row["total"]))
+        )
         assert row["low"] <= row["correct"] / row["total"] <= row["high"]
     # 96 images a task and split; every subset of a size on the images of its tasks
     passes = {s: s * len(subsets) for s, subsets in task_subsets(len(TASKS), 0).items()}
-    assert {(r["share"], r["total"] / passes[r["size"]]) for r in tried} <= {(0.25, 24.0), (1.0, 96.0)}
+    assert {(r["share"], r["total"] / passes[r["size"]]) for r in tried} <= {
+        (0.25, 24.0),
+        (1.0, 96.0),
+    }
     for name, row in results.items():
         last = [t for t in tried if t["candidate"] == name and t["share"] == row["share"] == 1.0]
         for size in {t["size"] for t in last}:
             alpha = row[f"coefficient_{size}"]
             assert row[f"accuracy_{size}"] == next(
-                t["accuracy"] for t in last if t["size"] == size and t["coefficient"] == alpha)
+                t["accuracy"] for t in last if t["size"] == size and t["coefficient"] == alpha
+            )
 
 
 def test_the_front_is_what_nothing_smaller_beats(finished: tuple[Path, Store]):
     _, store = finished
     names = store.read_json("search/record.json")["metrics"]["front"]
     rows = [outcome(store, n) for n in names]
-    assert "full" in names or any(outcome(store, n)["objective"] >= outcome(store, "full")["objective"] for n in names)
+    assert "full" in names or any(
+        outcome(store, n)["objective"] >= outcome(store, "full")["objective"] for n in names
+    )
     sizes = [r["stored_bytes"] for r in rows]
     assert sizes == sorted(sizes)
-    assert all(a["objective"] < b["objective"] for a, b in itertools.pairwise(rows)
-               if a["stored_bytes"] < b["stored_bytes"])
+    assert all(
+        a["objective"] < b["objective"]
+        for a, b in itertools.pairwise(rows)
+        if a["stored_bytes"] < b["stored_bytes"]
+    )
 
 
 def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]):
-    """Event files as TensorBoard reads them: records of length, checksum, protocol buffer, checksum."""
+    """Event files as TensorBoard reads them: records of length, checksum, protocol buffer,
+    checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     _, store = finished
@@ -96,10 +120,10 @@ def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]):
     for key in events:
         data = store.read(key)
         while data:
-            length, = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12:12 + length])
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
             tags |= {value.tag for value in event.summary.value}
-            data = data[16 + length:]
+            data = data[16 + length :]
     assert {"ray/tune/objective", "ray/tune/accuracy_1", "ray/tune/share"} <= tags
     assert any(k.endswith("/result.json") for k in store.keys("search"))
 
@@ -109,13 +133,15 @@ def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, S
     summary = store.read_json("report/summary.json")
     tested = set(summary["addition"]) | set(summary["random_subset"])
     assert tested == (BASES | REST) - {"zero-shot"}
-    assert {k.split("/")[1].removesuffix(".parquet") for k in store.keys("evals") if k.count("/") == 1} == tested | {
-        "models"}
+    assert {
+        k.split("/")[1].removesuffix(".parquet") for k in store.keys("evals") if k.count("/") == 1
+    } == tested | {"models"}
     assert "after this choice" in summary["provenance"]["test"]
 
 
-def test_bf16_is_used_where_it_keeps_the_answers(finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch,
-                                                 suite_cache: str):
+def test_bf16_is_used_where_it_keeps_the_answers(
+    finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
+):
     """In this process, on the images that the finished run left in its store."""
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
@@ -123,44 +149,76 @@ def test_bf16_is_used_where_it_keeps_the_answers(finished: tuple[Path, Store], m
 
     def compared(precision: str) -> dict[str, Any]:
         experiment = load_experiment(file, {"evaluate": {"precision": precision}})
-        arrays = {t.name: workers.evaluation_split(experiment, fingerprint, t, "val")[1] for t in experiment.tasks}
-        return workers.compare_precisions(experiment, fingerprint, arrays)
+        arrays = {
+            t.name: evaluation_split(experiment, fingerprint, t, "val")[1] for t in experiment.tasks
+        }
+        return compare_precisions(experiment, fingerprint, arrays)
 
     assert compared("fp32") == compared("auto") == {"use": "fp32", "device": "cpu"}
     found = compared("bf16")
-    assert found["images"] == 96 * len(TASKS) and 0.9 < found["worst_task"] <= found["agreement"] <= 1
+    assert (
+        found["images"] == 96 * len(TASKS) and 0.9 < found["worst_task"] <= found["agreement"] <= 1
+    )
     assert found["use"] == ("bf16" if found["agreement"] >= 0.995 else "fp32")
-    monkeypatch.setattr(workers, "KEPT_ANSWERS", 1.01)
+    monkeypatch.setattr("raytvb.evaluation.precision.KEPT_ANSWERS", 1.01)
     assert compared("bf16")["use"] == "fp32"
 
 
 @pytest.mark.slow
 def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
-        finished: tuple[Path, Store], tmp_path: Path, suite_cache: str, capsys: pytest.CaptureFixture[str]):
-    """More methods and operations on the same vectors, another search; once in one go, once killed on the way."""
+    finished: tuple[Path, Store],
+    tmp_path: Path,
+    suite_cache: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    """More methods and operations on the same vectors, another search; once in one go, once killed
+    on the way.
+    """
     more: dict[str, Any] = {
         "basis": {"method": ["ae-anchored", "svd", "kmeans"]},
-        "search": {"sizes": [1, 2], "tolerance": 0.9, "coefficients": {"vector": "per-basis", "trials": 4}},
-        "evaluate": {"control": "none", "unseen": {"tasks": ["glyphs/hebrew-fog"], "steps": 10},
-                     "additions": [list(TASKS[:2])], "disentanglement": {"points": 2}}}
-    whole, store = (copy_store(finished[1], tmp_path / n, "report/", "evals/", "search/")
-                    for n in ("whole", "killed"))
+        "search": {
+            "sizes": [1, 2],
+            "tolerance": 0.9,
+            "coefficients": {"vector": "per-basis", "trials": 4},
+        },
+        "evaluate": {
+            "control": "none",
+            "unseen": {"tasks": ["glyphs/hebrew-fog"], "steps": 10},
+            "additions": [list(TASKS[:2])],
+            "disentanglement": {"points": 2},
+        },
+    }
+    whole, store = (
+        copy_store(finished[1], tmp_path / n, "report/", "evals/", "search/")
+        for n in ("whole", "killed")
+    )
     for stage in ("basis", "search"):
         assert main([stage, str(write_experiment(tmp_path / "whole-file", whole.url, **more))]) == 0
     file = write_experiment(tmp_path / "killed-file", store.url, **more)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAYTVB_CACHE": suite_cache}
-    process = subprocess.Popen([sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"],
-                               env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAYTVB_CACHE": suite_cache
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     moment, deadline = "search/kmeans-m1/round-1/record.json", time.monotonic() + 240
     while not store.exists(moment):
         assert process.poll() is None and time.monotonic() < deadline, f"{moment} never appeared"
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not store.exists("search/random-own-m1/round-2/record.json"), "it was killed too late to prove anything"
+    assert not store.exists("search/random-own-m1/round-2/record.json"), (
+        "it was killed too late to prove anything"
+    )
     assert main(["run", str(file)]) == 0, capsys.readouterr().err
-    assert whole.read_json("search/record.json")["metrics"] == store.read_json("search/record.json")["metrics"]
+    assert (
+        whole.read_json("search/record.json")["metrics"]
+        == store.read_json("search/record.json")["metrics"]
+    )
     for key in ("search/results.parquet", "search/tried.parquet"):
         assert table(whole, key) == table(store, key)
     summary = store.read_json("report/summary.json")
@@ -170,33 +228,49 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
         group = {f"{m}-m{size}": outcome(store, f"{m}-m{size}") for m in methods}
         middle = median(o["objectives"][0] for o in group.values())
         stopped = {n for n, o in group.items() if o["stopped"]}
-        assert stopped == {n for n, o in group.items() if o["objectives"][0] < middle} and len(stopped) <= 1
+        assert (
+            stopped == {n for n, o in group.items() if o["objectives"][0] < middle}
+            and len(stopped) <= 1
+        )
         assert all(results[n]["share"] == (0.25 if n in stopped else 1.0) for n in group)
-        assert stopped & set(summary["addition"]) == (stopped if size == 2 else set())  # 2 is half of three tasks
+        assert stopped & set(summary["addition"]) == (
+            stopped if size == 2 else set()
+        )  # 2 is half of three tasks
     chosen = summary["chosen"]
     assert chosen["size"] == 1 and summary["search"]["best"] != chosen["name"]  # the smallest
     weighted = summary["addition"]["full"]["weighted"]
     assert weighted["kind"] == "per-basis" and len(weighted["weights"]) == len(TASKS)
-    assert weighted["validation_accuracy"] >= outcome(store, "full")["accuracy"][str(len(TASKS))] - 1e-9
+    assert (
+        weighted["validation_accuracy"]
+        >= outcome(store, "full")["accuracy"][str(len(TASKS))] - 1e-9
+    )
     unseen = summary["unseen"]["glyphs/hebrew-fog"]
     assert (unseen["basis"]["coefficients"], unseen["full"]["coefficients"]) == (1, len(TASKS))
-    group, = summary["additions"]
+    (group,) = summary["additions"]
     assert set(group["models"]) == {"full", chosen["name"]}
     assert set(group["models"]["full"]["per_task"]) == set(TASKS[:2])
-    pair, = summary["disentanglement"]
+    (pair,) = summary["disentanglement"]
     for model in pair["models"].values():
         assert len(model["error"]) == 2 and all(0 <= e <= 2 for row in model["error"] for e in row)
     assert main(["verify", store.url]) == 0
 
 
 @pytest.mark.slow
-def test_where_nothing_helps_the_result_says_so(finished: tuple[Path, Store], tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]):
+def test_where_nothing_helps_the_result_says_so(
+    finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Coefficients so large that every addition is worse than the pretrained model."""
     store = copy_store(finished[1], tmp_path / "store", "report/", "search/", "evals/")
-    file = write_experiment(tmp_path, store.url, search={
-        "sizes": [1], "merges": ["ties"], "coefficients": {"low": 3.9, "high": 4.0, "strategy": "grid", "points": 2}},
-        evaluate={"control": "none"})
+    file = write_experiment(
+        tmp_path,
+        store.url,
+        search={
+            "sizes": [1],
+            "merges": ["ties"],
+            "coefficients": {"low": 3.9, "high": 4.0, "strategy": "grid", "points": 2},
+        },
+        evaluate={"control": "none"},
+    )
     assert main(["run", str(file)]) == 0, capsys.readouterr().err
     out = capsys.readouterr()
     assert "no basis is better on validation data than the pretrained model" in out.out + out.err
@@ -204,6 +278,8 @@ def test_where_nothing_helps_the_result_says_so(finished: tuple[Path, Store], tm
     assert summary["chosen"]["name"] is None and "pretrained model" in summary["chosen"]["reason"]
     assert "no basis is better" in store.read("report/index.html").decode()
     assert {"full-ties", "svd-m1-ties"} <= set(summary["addition"])
-    assert {t["coefficient"] for t in table(store, "search/tried.parquet") if t["candidate"] == "full"} == {3.9, 4.0}
+    assert {
+        t["coefficient"] for t in table(store, "search/tried.parquet") if t["candidate"] == "full"
+    } == {3.9, 4.0}
     assert main(["merge", store.url, "--add", TASKS[0], "--out", str(tmp_path / "merged")]) == 0
     assert "full" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""What a search decides from its figures, against brute force and whatever the order in which the figures arrive."""
+"""What a search decides from its figures, against brute force and whatever the order in which the
+figures arrive.
+"""
 
 import math
 import random
@@ -7,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from raytvb.selection import LEAST, Option, choose, halve, pareto_front, survivors
+from raytvb.maths.halving import LEAST, Option, choose, halve, pareto_front, survivors
 
 KEEPS = (0.05, 0.25, 1 / 3, 0.5, 0.75, 1.0)
 NOT_FINITE = (math.nan, -math.inf, math.inf)
@@ -28,7 +30,9 @@ def some_value(rng: random.Random, bad: float = 0.1) -> float:
 
 
 def threshold(values: Sequence[float], keep: float) -> float:
-    """The least value that goes on: the (1 - keep) quantile, or the second highest where that is lower."""
+    """The least value that goes on: the (1 - keep) quantile, or the second highest where that is
+    lower.
+    """
     finite = sorted(v for v in values if math.isfinite(v))
     if not finite:
         return math.inf
@@ -43,19 +47,35 @@ def test_those_at_or_above_the_quantile_go_on_and_at_least_two(keep: float) -> N
         finite = {n: v for n, v in values.items() if math.isfinite(v)}
         found = survivors(values, keep)
         assert found <= finite.keys() and len(found) >= min(LEAST, len(finite))
-        least, near = threshold(list(values.values()), keep), 1e-9  # a quantile on a value may be rounded
+        least, near = (
+            threshold(list(values.values()), keep),
+            1e-9,
+        )  # a quantile on a value may be rounded
         assert {n for n, v in finite.items() if v > least + near} <= found
         assert found <= {n for n, v in finite.items() if v >= least - near}
-        assert not {finite[n] for n in finite.keys() - found} & {finite[n] for n in found}  # equals share their fate
+        assert not {finite[n] for n in finite.keys() - found} & {
+            finite[n] for n in found
+        }  # equals share their fate
 
 
-@pytest.mark.parametrize(("values", "keep", "expected"), [
-    ([0.1, 0.2, 0.3, 0.4], 0.5, [2, 3]), ([0.1, 0.2, 0.3], 0.5, [1, 2]), ([0.3, 0.2], 0.5, [0, 1]), ([0.2], 0.05, [0]),
-    ([0.2, 0.2, 0.2], 0.05, [0, 1, 2]), ([0.1, 0.2, 0.3, 0.4], 1.0, [0, 1, 2, 3]),
-    ([0.1, 0.9, 0.3, 0.2], 0.25, [1, 2]), ([0.1, 0.9, 0.3, 0.3], 0.25, [1, 2, 3]),
-    ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 0.25, [6, 7, 8]),
-    ([math.nan, 0.1, -math.inf], 0.5, [1]), ([math.nan, 0.1, -math.inf, 0.2, 0.0], 0.05, [1, 3]),
-    ([math.nan, math.nan], 1.0, []), ([], 0.5, [])])
+@pytest.mark.parametrize(
+    ("values", "keep", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 0.5, [2, 3]),
+        ([0.1, 0.2, 0.3], 0.5, [1, 2]),
+        ([0.3, 0.2], 0.5, [0, 1]),
+        ([0.2], 0.05, [0]),
+        ([0.2, 0.2, 0.2], 0.05, [0, 1, 2]),
+        ([0.1, 0.2, 0.3, 0.4], 1.0, [0, 1, 2, 3]),
+        ([0.1, 0.9, 0.3, 0.2], 0.25, [1, 2]),
+        ([0.1, 0.9, 0.3, 0.3], 0.25, [1, 2, 3]),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 0.25, [6, 7, 8]),
+        ([math.nan, 0.1, -math.inf], 0.5, [1]),
+        ([math.nan, 0.1, -math.inf, 0.2, 0.0], 0.05, [1, 3]),
+        ([math.nan, math.nan], 1.0, []),
+        ([], 0.5, []),
+    ],
+)
 def test_survivors_of_known_values(values: list[float], keep: float, expected: list[int]) -> None:
     assert survivors({str(k): v for k, v in enumerate(values)}, keep) == set(map(str, expected))
 
@@ -70,7 +90,9 @@ class Field:
     keep: float
 
     def together(self) -> dict[str, int]:
-        """Rounds of each candidate where all end every round together: each is seen in the light of the others."""
+        """Rounds of each candidate where all end every round together: each is seen in the light of
+        the others.
+        """
         limits = dict.fromkeys(self.values, 1)
         for done in range(1, self.rounds):
             for group in set(self.groups.values()):
@@ -83,18 +105,25 @@ class Field:
 
     def end(self, name: str) -> int:
         """Rounds that can be measured: what is not finite ends a candidate."""
-        return next((k for k, v in enumerate(self.values[name], 1) if not math.isfinite(v)), self.rounds)
+        return next(
+            (k for k, v in enumerate(self.values[name], 1) if not math.isfinite(v)), self.rounds
+        )
 
 
 def a_field(rng: random.Random) -> Field:
     count, rounds = rng.randrange(1, 20), rng.randrange(1, 5)
     names = [f"c{k}" for k in range(count)]
     values = {n: [some_value(rng, 0.05) for _ in range(rounds)] for n in names}
-    return Field(values, {n: rng.choice((None, "m1", "m2")) for n in names}, rounds, rng.choice((0.25, 0.5, 0.75, 1.0)))
+    return Field(
+        values,
+        {n: rng.choice((None, "m1", "m2")) for n in names},
+        rounds,
+        rng.choice((0.25, 0.5, 0.75, 1.0)),
+    )
 
 
 def known(field: Field, counts: Mapping[str, int]) -> dict[str, Sequence[float]]:
-    return {n: field.values[n][:counts[n]] for n in field.values}
+    return {n: field.values[n][: counts[n]] for n in field.values}
 
 
 def halved(field: Field, counts: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -114,31 +143,47 @@ def test_values_beyond_the_limit_decide_nothing() -> None:
     for _ in range(300):
         field = a_field(rng)
         limits = field.together()
-        other = replace(field, values={n: [*v[:limits[n]], *(some_value(rng) for _ in v[limits[n]:])]
-                                       for n, v in field.values.items()})
+        other = replace(
+            field,
+            values={
+                n: [*v[: limits[n]], *(some_value(rng) for _ in v[limits[n] :])]
+                for n, v in field.values.items()
+            },
+        )
         for counts in (limits, {n: field.rounds for n in field.values}):
             assert halved(other, counts) == (limits, {})
 
 
 def test_whatever_is_known_first_the_limits_are_the_same_in_the_end() -> None:
-    """Candidates run at their own pace and are stopped at random; then what is missing is filled in, some at a time."""
+    """Candidates run at their own pace and are stopped at random; then what is missing is filled
+    in, some at a time.
+    """
     rng = random.Random(3)
     for _ in range(400):
         field = a_field(rng)
         expected, ends = field.together(), {n: field.end(n) for n in field.values}
-        counts = {n: rng.randrange(ends[n] + 1) if rng.random() < 0.8 else ends[n] for n in field.values}
+        counts = {
+            n: rng.randrange(ends[n] + 1) if rng.random() < 0.8 else ends[n] for n in field.values
+        }
         steps = 0
         while True:
             limits, missing = halved(field, counts)
-            assert all(limits[n] <= expected[n] for n in limits) and limits.keys() == field.values.keys()
+            assert (
+                all(limits[n] <= expected[n] for n in limits)
+                and limits.keys() == field.values.keys()
+            )
             if not missing:
                 break
             for name, until in missing.items():
-                assert counts[name] < until and counts[name] < ends[name]  # something is left to measure
+                assert (
+                    counts[name] < until and counts[name] < ends[name]
+                )  # something is left to measure
                 if field.groups[name] is None:
                     assert until == field.rounds
                 else:
-                    assert until <= expected[name]  # nothing is measured that halving would not have
+                    assert (
+                        until <= expected[name]
+                    )  # nothing is measured that halving would not have
             some = rng.sample(sorted(missing), rng.randrange(1, len(missing) + 1))
             for name in some:
                 counts[name] = min(ends[name], rng.randrange(counts[name] + 1, missing[name] + 1))
@@ -149,7 +194,9 @@ def test_whatever_is_known_first_the_limits_are_the_same_in_the_end() -> None:
 
 
 def test_an_asynchronous_scheduler_is_made_up_for() -> None:
-    """Each candidate ends where it is poor among those that came there before it; then what is missing is filled in."""
+    """Each candidate ends where it is poor among those that came there before it; then what is
+    missing is filled in.
+    """
     rng, stopped_too_early = random.Random(4), 0
     for _ in range(150):
         field = a_field(rng)
@@ -162,8 +209,9 @@ def test_an_asynchronous_scheduler_is_made_up_for() -> None:
             value, group = field.values[name][counts[name] - 1], field.groups[name]
             seen = rungs.setdefault((group, counts[name]), {})
             seen[name] = value
-            poor = group is not None and value < quantile([v for v in seen.values() if math.isfinite(v)] or [0.0],
-                                                          1 - field.keep)
+            poor = group is not None and value < quantile(
+                [v for v in seen.values() if math.isfinite(v)] or [0.0], 1 - field.keep
+            )
             if counts[name] == field.end(name) or poor:
                 running.remove(name)
         expected = field.together()
@@ -183,13 +231,19 @@ def test_groups_do_not_touch_each_other_and_the_order_of_names_is_none() -> None
         counts = {n: rng.randrange(field.end(n) + 1) for n in field.values}
         limits, missing = halved(field, counts)
         names = rng.sample(sorted(counts), len(counts))
-        shuffled = replace(field, values={n: field.values[n] for n in names},
-                           groups={n: field.groups[n] for n in reversed(names)})
+        shuffled = replace(
+            field,
+            values={n: field.values[n] for n in names},
+            groups={n: field.groups[n] for n in reversed(names)},
+        )
         assert halved(shuffled, counts) == (limits, missing)
         for group in set(field.groups.values()):
             own = {n: g for n, g in field.groups.items() if g == group}
             part = replace(field, values={n: field.values[n] for n in own}, groups=own)
-            assert halved(part, counts) == ({n: limits[n] for n in own}, {n: m for n, m in missing.items() if n in own})
+            assert halved(part, counts) == (
+                {n: limits[n] for n in own},
+                {n: m for n, m in missing.items() if n in own},
+            )
 
 
 def test_nothing_known_asks_for_the_first_round_of_all() -> None:
@@ -199,22 +253,32 @@ def test_nothing_known_asks_for_the_first_round_of_all() -> None:
 
 
 def some_options(rng: random.Random, shares: int = 1) -> list[Option]:
-    options = [Option(f"o{k}", tuple(some_value(rng) for _ in range(shares)), rng.randrange(6) * 100)
-               for k in range(rng.randrange(9))]
+    options = [
+        Option(f"o{k}", tuple(some_value(rng) for _ in range(shares)), rng.randrange(6) * 100)
+        for k in range(rng.randrange(9))
+    ]
     return rng.sample(options, len(options))
 
 
 def worse(one: Option, other: Option) -> bool:
     """The other costs no more and is no less accurate, and is not the same in both."""
     ours, theirs = (one.values[-1], -one.stored_bytes), (other.values[-1], -other.stored_bytes)
-    return math.isfinite(theirs[0]) and theirs != ours and all(t >= o for t, o in zip(theirs, ours, strict=True))
+    return (
+        math.isfinite(theirs[0])
+        and theirs != ours
+        and all(t >= o for t, o in zip(theirs, ours, strict=True))
+    )
 
 
 def test_the_front_has_those_that_no_other_beats() -> None:
     rng, sizes = random.Random(6), set()
     for _ in range(1000):
         options = some_options(rng, rng.randrange(1, 4))
-        expected = [o for o in options if math.isfinite(o.values[-1]) and not any(worse(o, p) for p in options)]
+        expected = [
+            o
+            for o in options
+            if math.isfinite(o.values[-1]) and not any(worse(o, p) for p in options)
+        ]
         found = pareto_front(options)
         assert found == [o.name for o in sorted(expected, key=lambda o: (o.stored_bytes, o.name))]
         assert bool(found) == any(math.isfinite(o.values[-1]) for o in options)
@@ -227,7 +291,9 @@ def test_the_front_has_those_that_no_other_beats() -> None:
 def test_equals_are_both_on_the_front_and_an_option_does_not_beat_itself() -> None:
     one = Option("one", (0.5,), 100)
     assert not one.beats(one) and pareto_front([one, replace(one, name="two")]) == ["one", "two"]
-    assert pareto_front([replace(one, name="two"), one]) == ["one", "two"] and pareto_front([]) == []
+    assert (
+        pareto_front([replace(one, name="two"), one]) == ["one", "two"] and pareto_front([]) == []
+    )
 
 
 def test_what_is_not_finite_beats_nothing_and_is_beaten() -> None:
@@ -240,7 +306,11 @@ def test_what_is_not_finite_beats_nothing_and_is_beaten() -> None:
 
 def test_a_stopped_option_is_compared_on_the_images_that_it_has_seen() -> None:
     stopped, whole = Option("stopped", (0.5,), 100), Option("whole", (0.6, 0.4), 100)
-    assert whole.beats(stopped) and not stopped.beats(whole) and pareto_front([stopped, whole]) == ["whole"]
+    assert (
+        whole.beats(stopped)
+        and not stopped.beats(whole)
+        and pareto_front([stopped, whole]) == ["whole"]
+    )
     assert not Option("whole", (0.4, 0.6), 100).beats(stopped)
 
 
@@ -272,12 +342,26 @@ def test_the_choice_is_the_most_accurate_or_the_smallest_that_is_near() -> None:
 
 
 def test_a_choice_on_known_values() -> None:
-    options = [Option("large", (0.1, 0.70), 800), Option("middle", (0.2, 0.69), 400), Option("small", (0.9, 0.68), 200),
-               Option("broken", (0.5, math.nan), 1), Option("infinite", (0.5, -math.inf), 1)]
+    options = [
+        Option("large", (0.1, 0.70), 800),
+        Option("middle", (0.2, 0.69), 400),
+        Option("small", (0.9, 0.68), 200),
+        Option("broken", (0.5, math.nan), 1),
+        Option("infinite", (0.5, -math.inf), 1),
+    ]
     assert [choose(options, 0.0, t) for t in (None, 0.0, 0.01, 0.02, 0.9)] == [
-        "large", "large", "middle", "small", "small"]
+        "large",
+        "large",
+        "middle",
+        "small",
+        "small",
+    ]
     assert choose(options, 0.685, 0.02) == "middle" and choose(options, 0.69, 0.02) == "large"
-    assert choose(options, 0.70) is None and choose(options, 0.70, 0.5) is None and choose([], 0.0) is None
+    assert (
+        choose(options, 0.70) is None
+        and choose(options, 0.70, 0.5) is None
+        and choose([], 0.0) is None
+    )
     assert choose(options[3:], -1.0) is None
     twins = [Option("b", (0.5,), 100), Option("a", (0.5,), 100), Option("0", (0.5,), 101)]
     assert choose(twins, 0.0) == choose(twins[::-1], 0.0) == choose(twins, 0.0, 0.1) == "a"

@@ -1,4 +1,6 @@
-"""Shares of the coordinates: whatever their number, order of arrival and cache, the same bits and files."""
+"""Shares of the coordinates: whatever their number, order of arrival and cache, the same bits and
+files.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +23,22 @@ from vector_files import (
     vector_data,
 )
 
-from raytvb import artifacts, records
-from raytvb.basis_files import Layout, StoredBasis, write_combinations
-from raytvb.config import Experiment, parse_experiment
+from raytvb.bases.shards import CoordinateShard, Known, Outputs, write_bases
 from raytvb.errors import VectorError
-from raytvb.masks import BLOCK, Mask
-from raytvb.records import FileInfo
-from raytvb.shards import CoordinateShard, Known, Outputs, write_bases
-from raytvb.store import Store
-from raytvb.suite import task_names
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.identities import vector_identity
+from raytvb.experiment.layout import BASE, vector_key, vector_prefix
+from raytvb.experiment.parsing import parse_experiment
+from raytvb.finetuning.masks import write_mask
+from raytvb.maths.gram import BLOCK
+from raytvb.storage import records
+from raytvb.storage.basis_layout import Layout
+from raytvb.storage.basis_writer import write_combinations
+from raytvb.storage.masks import Mask
+from raytvb.storage.records import FileInfo
+from raytvb.storage.store import Store
+from raytvb.storage.stored_basis import StoredBasis
+from raytvb.suite.glyphs import task_names
 
 SEGMENT = 2 * BLOCK
 SHAPES: Shapes = {"visual.w": (500, 1001), "visual.b": (7, 3)}  # D = 7.6 blocks, 4 segments
@@ -40,29 +49,48 @@ COUNT = 5
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("shards", "basis_files"):
+    for module in ("bases.shards", "storage.basis_layout"):
         monkeypatch.setattr(f"raytvb.{module}.SEGMENT", SEGMENT)
 
 
 def experiment_in(folder: str, kind: str, count: int = COUNT, **fields: Any) -> Experiment:
-    talos = {"density": 1.0 if kind == "dense" else DENSITY, "mask": "per-task" if kind == "per-task" else "shared"}
-    return parse_experiment({"store": folder, "tasks": list(task_names()[:count]), "talos": talos, **fields})
+    talos = {
+        "density": 1.0 if kind == "dense" else DENSITY,
+        "mask": "per-task" if kind == "per-task" else "shared",
+    }
+    return parse_experiment(
+        {"store": folder, "tasks": list(task_names()[:count]), "talos": talos, **fields}
+    )
 
 
 def mask_of(kind: str, index: int, shapes: Shapes = SHAPES) -> Mask | None:
-    return None if kind == "dense" else random_mask(shapes, 99 if kind == "shared" else index, DENSITY)
+    return (
+        None if kind == "dense" else random_mask(shapes, 99 if kind == "shared" else index, DENSITY)
+    )
 
 
-def commit(experiment: Experiment, kind: str, index: int, *, seed: int | None = None, base: str = "base-1",
-           shapes: Shapes = SHAPES, dtype: torch.dtype = torch.float32) -> Tensor:
+def commit(
+    experiment: Experiment,
+    kind: str,
+    index: int,
+    *,
+    seed: int | None = None,
+    base: str = "base-1",
+    shapes: Shapes = SHAPES,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Store a vector as a fine-tune does; the dense vector (D,) float64."""
     store, task = Store(experiment.store), experiment.tasks[index]
     mask, mask_id = mask_of(kind, index, shapes), "shared" if kind == "shared" else task.name
     if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
-        artifacts.write_mask(store, experiment, mask_id, [task], mask)
+        write_mask(store, experiment, mask_id, [task], mask)
     values = values_of(shapes, seed=index if seed is None else seed, dtype=dtype)
-    records.commit(store, artifacts.vector_prefix(task.name), identity=artifacts.vector_identity(experiment, task),
-                   files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, base)})
+    records.commit(
+        store,
+        vector_prefix(task.name),
+        identity=vector_identity(experiment, task),
+        files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, base)},
+    )
     return flat(values, mask)
 
 
@@ -82,7 +110,7 @@ def known_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> list
     """Tasks, all or some, and the checksums in their records."""
     found, names = [], experiment.task_names
     for name in names if tasks is None else [names[i] for i in tasks]:
-        record = records.find(Store(experiment.store), artifacts.vector_prefix(name))
+        record = records.find(Store(experiment.store), vector_prefix(name))
         assert record is not None
         found.append((name, record["files"]["vector.safetensors"]["sha256"]))
     return found
@@ -99,7 +127,9 @@ class Several:
         return cls([CoordinateShard(experiment, n, count) for n in range(count)])
 
     def fetch(self, known: Known) -> dict[str, str]:
-        return {task: reason for share in self.shares for task, reason in share.fetch(known).items()}
+        return {
+            task: reason for share in self.shares for task, reason in share.fetch(known).items()
+        }
 
     def rows(self, known: Known, new: int) -> Tensor:
         return torch.cat([s.rows(known, new) for s in self.shares])
@@ -107,9 +137,14 @@ class Several:
     def atoms_gram(self, source: str | None, known: Known) -> Tensor:
         return torch.cat([s.atoms_gram(source, known) for s in self.shares])
 
-    def write(self, outputs: Outputs, known: Known, source: str | None = None) -> dict[str, dict[str, FileInfo]]:
+    def write(
+        self, outputs: Outputs, known: Known, source: str | None = None
+    ) -> dict[str, dict[str, FileInfo]]:
         parts = [s.write(outputs, known, source) for s in self.shares]
-        return {folder: {n: i for part in parts for n, i in part[folder].items()} for folder, _ in outputs}
+        return {
+            folder: {n: i for part in parts for n, i in part[folder].items()}
+            for folder, _ in outputs
+        }
 
     def cache(self) -> tuple[str, int]:
         return self.shares[0].cache()[0], sum(s.cache()[1] for s in self.shares)
@@ -120,10 +155,12 @@ class Several:
 
 def weights_of(rows: int, *sizes: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {f"basis/m{m}": torch.randn(rows, m, dtype=torch.float64, generator=generator) for m in sizes}
+    return {
+        f"basis/m{m}": torch.randn(rows, m, dtype=torch.float64, generator=generator) for m in sizes
+    }
 
 
-# Inner products ------------------------------------------------------------------------------------------------------
+# Inner products -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +173,9 @@ def test_rows_are_inner_products_by_segment(tmp_path: Path, kind: str) -> None:
         for number, part in enumerate(S.split(SEGMENT)):
             expected = part.T @ part
             norms = expected.diagonal().sqrt()
-            error = (rows[number] - expected[COUNT - new:]).abs() / torch.outer(norms[COUNT - new:], norms)
+            error = (rows[number] - expected[COUNT - new :]).abs() / torch.outer(
+                norms[COUNT - new :], norms
+            )
             assert (error < 1e-6).all()
     whole = shard.rows(known, COUNT)
     assert torch.equal(whole, whole.transpose(1, 2)) and close_to(whole.sum(dim=0), V.T @ V, 3e-7)
@@ -146,9 +185,14 @@ def test_rows_are_inner_products_by_segment(tmp_path: Path, kind: str) -> None:
 def test_shares_order_batches_and_cache_change_no_bit(tmp_path: Path, kind: str) -> None:
     experiment, _ = filled(tmp_path, kind)
     expected = CoordinateShard(experiment).rows(known_of(experiment), COUNT)
-    for cache, count, batches in (("memory", 1, [[0], [1], [2], [3], [4]]), ("disk", 1, [[4], [2, 0], [3, 1]]),
-                                  ("memory", 2, [[3, 1, 4], [0, 2]]), ("disk", 3, [[4], [3], [2], [1], [0]]),
-                                  ("auto", 4, [[1, 2, 3, 4, 0]]), ("memory", 5, [[0, 1, 2, 3], [4]])):
+    for cache, count, batches in (
+        ("memory", 1, [[0], [1], [2], [3], [4]]),
+        ("disk", 1, [[4], [2, 0], [3, 1]]),
+        ("memory", 2, [[3, 1, 4], [0, 2]]),
+        ("disk", 3, [[4], [3], [2], [1], [0]]),
+        ("auto", 4, [[1, 2, 3, 4, 0]]),
+        ("memory", 5, [[0, 1, 2, 3], [4]]),
+    ):
         asked = experiment_in(str(tmp_path), kind, resources={"cache": cache})
         shards, order = Several.of(asked, count), []
         found = torch.full((4, COUNT, COUNT), torch.nan, dtype=torch.float64)
@@ -164,7 +208,10 @@ def test_shares_order_batches_and_cache_change_no_bit(tmp_path: Path, kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_holds_what_is_stored_on_the_share(tmp_path: Path, kind: str) -> None:
     experiment, V = filled(tmp_path, kind)
-    kept = [int(mask.bits.sum()) if mask is not None else len(V) for mask in (mask_of(kind, i) for i in range(COUNT))]
+    kept = [
+        int(mask.bits.sum()) if mask is not None else len(V)
+        for mask in (mask_of(kind, i) for i in range(COUNT))
+    ]
     values = sum(count * (2 if i % 2 else 4) for i, count in enumerate(kept))
     bits = COUNT * -(-len(V) // 8) if kind == "per-task" else 0
     for count in (1, 3):
@@ -181,35 +228,46 @@ def test_each_vector_is_fetched_once(tmp_path: Path) -> None:
     assert shard.fetch(known) == {} and close_to(shard.rows(known, COUNT).sum(dim=0), V.T @ V)
 
 
-# Bases ---------------------------------------------------------------------------------------------------------------
+# Bases --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bases_are_the_same_bytes_for_any_number_of_shares(tmp_path: Path, kind: str) -> None:
     experiment, V = filled(tmp_path, kind)
-    store, known, outputs = Store(experiment.store), known_of(experiment), weights_of(COUNT, 1, 2, 4)
+    store, known, outputs = (
+        Store(experiment.store),
+        known_of(experiment),
+        weights_of(COUNT, 1, 2, 4),
+    )
     made = []
     for cache, count in (("memory", 1), ("disk", 2), ("memory", 3)):
         asked = experiment_in(str(tmp_path), kind, resources={"cache": cache})
         infos = write_bases(store, Several.of(asked, count), outputs, known)
-        assert all(info == FileInfo.of(store.read(f"{folder}/{name}"))
-                   for folder, files in infos.items() for name, info in files.items())
+        assert all(
+            info == FileInfo.of(store.read(f"{folder}/{name}"))
+            for folder, files in infos.items()
+            for name, info in files.items()
+        )
         made.append({key: store.read(key) for key in store.keys("basis")})
         if count < 3:
             store.delete("basis")
     assert made[0] == made[1] == made[2] and len(made[0]) >= 3 * 5
     for folder, B in outputs.items():
-        torch.testing.assert_close(glued(store, folder), coordinates(kind, V) @ B, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            glued(store, folder), coordinates(kind, V) @ B, rtol=1e-5, atol=1e-5
+        )
         basis = StoredBasis(store, folder)
         assert (basis.mask is not None) == (kind == "shared") and basis.parameters == SHAPES
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bases_are_the_numbers_that_one_pass_over_the_files_gives(tmp_path: Path, kind: str) -> None:
+def test_bases_are_the_numbers_that_one_pass_over_the_files_gives(
+    tmp_path: Path, kind: str
+) -> None:
     experiment, _ = filled(tmp_path / "store", kind)
     store, outputs, known = Store(experiment.store), weights_of(COUNT, 3), known_of(experiment)
     write_bases(store, Several.of(experiment, 3), outputs, known)
-    paths = [store.where(artifacts.vector_key(t)) for t in experiment.task_names]
+    paths = [store.where(vector_key(t)) for t in experiment.task_names]
     write_combinations(paths, outputs, str(tmp_path / "made"))
     assert torch.equal(glued(store, "basis/m3"), glued(Store(str(tmp_path / "made")), "basis/m3"))
 
@@ -268,19 +326,30 @@ def test_in_a_bucket(s3_environment: str) -> None:
     torch.testing.assert_close(glued(store, "basis/m1"), V @ B["basis/m1"], rtol=1e-5, atol=1e-5)
 
 
-# Vectors that cannot be used -----------------------------------------------------------------------------------------
+# Vectors that cannot be used ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "bad", "damage"), [
-    *(("dense", 0, damage) for damage in ("value", "last byte", "header", "cut", "stub", "empty", "gone")),
-    *(("shared", 0, damage) for damage in ("value", "header", "cut")), ("shared", 2, "value"), ("shared", 1, "empty"),
-    *(("per-task", 0, damage) for damage in ("value", "header", "gone")), ("per-task", 2, "last byte")])
-def test_a_damaged_vector_is_reported_and_the_others_are_usable(tmp_path: Path, kind: str, bad: int,
-                                                                damage: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "bad", "damage"),
+    [
+        *(
+            ("dense", 0, damage)
+            for damage in ("value", "last byte", "header", "cut", "stub", "empty", "gone")
+        ),
+        *(("shared", 0, damage) for damage in ("value", "header", "cut")),
+        ("shared", 2, "value"),
+        ("shared", 1, "empty"),
+        *(("per-task", 0, damage) for damage in ("value", "header", "gone")),
+        ("per-task", 2, "last byte"),
+    ],
+)
+def test_a_damaged_vector_is_reported_and_the_others_are_usable(
+    tmp_path: Path, kind: str, bad: int, damage: str
+) -> None:
     """The first one too, which others are compared with."""
     experiment, V = filled(tmp_path, kind, 3)
     store, known, task = Store(experiment.store), known_of(experiment), experiment.task_names[bad]
-    key = artifacts.vector_key(task)
+    key = vector_key(task)
     if damage in ("value", "last byte", "header"):
         flip(store, key, {"value": store.size(key) // 2, "last byte": -1, "header": 40}[damage])
     elif damage == "gone":
@@ -305,8 +374,8 @@ def test_a_damaged_header_that_lies_in_another_share_is_found(tmp_path: Path) ->
     for index in range(2):
         commit(experiment, "dense", index, shapes=shapes)
     store, known = Store(experiment.store), known_of(experiment)
-    data = store.read(artifacts.vector_key(known[0][0]))
-    flip(store, artifacts.vector_key(known[0][0]), data.index(b'"a"') + 1)
+    data = store.read(vector_key(known[0][0]))
+    flip(store, vector_key(known[0][0]), data.index(b'"a"') + 1)
     shard = CoordinateShard(experiment, 1, 2)
     failed = shard.fetch(known)
     assert list(failed) == [known[0][0]] and shard.fetch(known[1:]) == {}
@@ -334,7 +403,7 @@ def test_a_damaged_mask_is_reported_with_its_vector(tmp_path: Path, damage: str)
 def test_a_vector_that_was_never_committed_is_reported(tmp_path: Path) -> None:
     experiment, _ = filled(tmp_path, "shared")
     known = known_of(experiment)
-    Store(experiment.store).delete(f"{artifacts.vector_prefix(known[1][0])}/record.json")
+    Store(experiment.store).delete(f"{vector_prefix(known[1][0])}/record.json")
     failed = CoordinateShard(experiment).fetch(known)
     assert list(failed) == [known[1][0]] and "has not been committed" in failed[known[1][0]]
 
@@ -343,27 +412,31 @@ def test_a_vector_that_was_never_committed_is_reported(tmp_path: Path) -> None:
 def test_a_vector_of_another_base_is_named(tmp_path: Path, stranger: int) -> None:
     """With the record of the pretrained model, whichever comes first."""
     experiment, _ = filled(tmp_path, "shared", 3)
-    records.commit(Store(experiment.store), artifacts.BASE, identity={}, parents={"fingerprint": "base-1"})
+    records.commit(Store(experiment.store), BASE, identity={}, parents={"fingerprint": "base-1"})
     commit(experiment, "shared", stranger, base="base-2")
     known, task = known_of(experiment), experiment.task_names[stranger]
     failed = CoordinateShard(experiment).fetch(known)
-    assert list(failed) == [task] and artifacts.vector_key(task) in failed[task]
+    assert list(failed) == [task] and vector_key(task) in failed[task]
     assert "another pretrained model" in failed[task]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strange", ["base", "shapes"])
-def test_vectors_that_do_not_belong_to_the_first_are_named_with_it(tmp_path: Path, kind: str, strange: str) -> None:
+def test_vectors_that_do_not_belong_to_the_first_are_named_with_it(
+    tmp_path: Path, kind: str, strange: str
+) -> None:
     experiment, _ = filled(tmp_path, kind, 3)
     if strange == "base":
         commit(experiment, kind, 2, base="base-2")
     else:
         Store(experiment.store).delete(f"masks/{experiment.task_names[2]}")
-        commit(experiment, "dense" if kind == "shared" else kind, 2, shapes={"visual.w": (1001, 500)})
+        commit(
+            experiment, "dense" if kind == "shared" else kind, 2, shapes={"visual.w": (1001, 500)}
+        )
     first, task = experiment.task_names[0], experiment.task_names[2]
     failed = CoordinateShard(experiment).fetch(known_of(experiment))
     assert list(failed) == [task]
-    assert artifacts.vector_key(first) in failed[task] and artifacts.vector_key(task) in failed[task]
+    assert vector_key(first) in failed[task] and vector_key(task) in failed[task]
 
 
 def test_a_vector_that_was_made_again_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
@@ -376,7 +449,7 @@ def test_a_vector_that_was_made_again_takes_the_place_of_the_old_one(tmp_path: P
     assert known != before and close_to(shards.rows(known, COUNT).sum(dim=0), V.T @ V)
     assert shards.cache()[1] == size
     failed = shards.fetch(before)  # what the old checksum stands for is not there any more
-    assert list(failed) == [known[2][0]] and artifacts.vector_key(known[2][0]) in failed[known[2][0]]
+    assert list(failed) == [known[2][0]] and vector_key(known[2][0]) in failed[known[2][0]]
 
 
 def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> None:
@@ -385,8 +458,12 @@ def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> N
     store, task = Store(experiment.store), experiment.tasks[3]
     values = values_of(SHAPES, seed=3)
     values["visual.b"][2, 2] = float("nan")
-    records.commit(store, artifacts.vector_prefix(task.name), identity={}, files={
-        "vector.safetensors": vector_data(task.name, values, None, "", "base-1")})
+    records.commit(
+        store,
+        vector_prefix(task.name),
+        identity={},
+        files={"vector.safetensors": vector_data(task.name, values, None, "", "base-1")},
+    )
     gram = CoordinateShard(experiment).rows(known_of(experiment), COUNT).sum(dim=0)
     good = [0, 1, 2, 4]
     assert gram.diagonal().isnan().tolist() == [False, False, False, True, False]

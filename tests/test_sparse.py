@@ -1,4 +1,6 @@
-"""Sparse training against torch's own optimizer on the kept entries alone, and fine-tuning on a toy problem."""
+"""Sparse training against torch's own optimizer on the kept entries alone, and fine-tuning on a toy
+problem.
+"""
 
 import copy
 import math
@@ -8,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytvb.config import FinetuneConfig
-from raytvb.data import Split
-from raytvb.encoder import Preprocess
+from raytvb.data.preprocess import Preprocess
+from raytvb.data.splits import Split
 from raytvb.errors import UserError
-from raytvb.finetune import Checkpoint, Finetuned, batches, finetune, learning_rate, task_seed
-from raytvb.sparse import MaskedAdamW, pack_bits, unpack_bits
+from raytvb.experiment.training import FinetuneConfig
+from raytvb.finetuning.training import Checkpoint, Finetuned, batches, finetune, learning_rate
+from raytvb.maths.bits import pack_bits, unpack_bits
+from raytvb.maths.masked_adamw import MaskedAdamW
+from raytvb.maths.seeds import task_seed
 
 CPU = torch.device("cpu")
 RATES = [1e-2, 5e-3, 2e-2, 1e-3, 0.0, 7e-3]
@@ -22,7 +26,9 @@ PREPROCESS = Preprocess(4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), {})
 
 def toy_net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3)
+    )
 
 
 def toy_split(count: int = 50, seed: int = 1) -> Split:
@@ -35,9 +41,13 @@ def toy_split(count: int = 50, seed: int = 1) -> Split:
 
 
 def random_mask(net: nn.Module, density: float = 0.3, seed: int = 2) -> dict[str, Tensor]:
-    """Keeps about the given share; nothing of the LayerNorm's weight, everything of the last bias."""
+    """Keeps about the given share; nothing of the LayerNorm's weight, everything of the last
+    bias.
+    """
     generator = torch.Generator().manual_seed(seed)
-    mask = {n: torch.rand(p.shape, generator=generator) < density for n, p in net.named_parameters()}
+    mask = {
+        n: torch.rand(p.shape, generator=generator) < density for n, p in net.named_parameters()
+    }
     mask["2.weight"][:] = False
     mask["4.bias"][:] = True
     return mask
@@ -49,12 +59,18 @@ def full_mask(net: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("clip", [None, 0.05, 1e6])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_steps_are_those_of_adamw_on_the_kept_entries(weight_decay: float, clip: float | None) -> None:
+def test_steps_are_those_of_adamw_on_the_kept_entries(
+    weight_decay: float, clip: float | None
+) -> None:
     net, split = toy_net(), toy_split()
     reference, mask = copy.deepcopy(net), random_mask(net)
     images = PREPROCESS.normalise(split.images)
     ours = MaskedAdamW(dict(net.named_parameters()), mask, lr=0.5, weight_decay=weight_decay)
-    kept = {n: nn.Parameter(p.detach()[mask[n]]) for n, p in reference.named_parameters() if mask[n].any()}
+    kept = {
+        n: nn.Parameter(p.detach()[mask[n]])
+        for n, p in reference.named_parameters()
+        if mask[n].any()
+    }
     theirs = torch.optim.AdamW(kept.values(), lr=0.5, weight_decay=weight_decay)
     norms = []
     for rate in RATES:
@@ -76,7 +92,9 @@ def test_steps_are_those_of_adamw_on_the_kept_entries(weight_decay: float, clip:
                     parameter[mask[name]] = kept[name]
         assert norms[-1] == pytest.approx(float(norm), rel=1e-5)
         for name, parameter in net.named_parameters():
-            torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                parameter, reference.get_parameter(name), rtol=1e-5, atol=1e-7
+            )
     assert clip != 0.05 or min(norms) > clip  # so that this case clips, and the others do not
 
 
@@ -85,7 +103,9 @@ def test_everything_that_is_not_kept_stays_the_same_bits() -> None:
     before, mask = copy.deepcopy(net), random_mask(net)
     optimizer = MaskedAdamW(dict(net.named_parameters()), mask, lr=0.1, weight_decay=0.5)
     for _ in range(3):
-        nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
+        nn.functional.cross_entropy(
+            net(PREPROCESS.normalise(split.images)), split.labels
+        ).backward()
         optimizer.step(0.1, 1.0)
     for name, parameter in net.named_parameters():
         start = before.get_parameter(name)
@@ -102,7 +122,9 @@ def test_tensors_without_kept_entries_need_no_gradient() -> None:
 
 def test_whole_gradients_are_freed_and_after_closing_they_stay() -> None:
     net, split = toy_net(), toy_split()
-    optimizer = MaskedAdamW(dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.0)
+    optimizer = MaskedAdamW(
+        dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.0
+    )
     loss = nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels)
     loss.backward(retain_graph=True)
     assert all(p.grad is None for p in net.parameters())
@@ -117,15 +139,25 @@ def test_the_state_is_sixteen_bytes_a_kept_entry() -> None:
     optimizer = MaskedAdamW(dict(net.named_parameters()), mask, lr=0.1, weight_decay=0.0)
     nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
     optimizer.step(0.1)
-    indexed = [m for m in mask.values() if not m.all()]  # a tensor that is kept whole needs no positions
-    assert optimizer.state_bytes == 12 * len(optimizer.values) + 4 * sum(int(m.sum()) for m in indexed) + 4
+    indexed = [
+        m for m in mask.values() if not m.all()
+    ]  # a tensor that is kept whole needs no positions
+    assert (
+        optimizer.state_bytes
+        == 12 * len(optimizer.values) + 4 * sum(int(m.sum()) for m in indexed) + 4
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     net, split = toy_net(), toy_split()
     before = copy.deepcopy(net).state_dict()
-    optimizer = MaskedAdamW(dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.1)
-    (torch.inf * nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels)).backward()
+    optimizer = MaskedAdamW(
+        dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.1
+    )
+    (
+        torch.inf
+        * nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels)
+    ).backward()
     assert not math.isfinite(optimizer.step(0.1, 1.0))
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).backward()
@@ -155,7 +187,9 @@ def test_entry_i_is_bit_i_mod_8_lowest_first_and_the_rest_is_zero() -> None:
     mask[[0, 3, 9]] = True
     assert pack_bits(mask).tolist() == [0b00001001, 0b00000010]
     assert pack_bits(torch.ones(9, dtype=torch.bool)).tolist() == [255, 1]
-    assert unpack_bits(torch.tensor([2, 255], dtype=torch.uint8), 10).int().tolist() == [0, 1] + [0] * 6 + [1, 1]
+    assert unpack_bits(torch.tensor([2, 255], dtype=torch.uint8), 10).int().tolist() == [0, 1] + [
+        0
+    ] * 6 + [1, 1]
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_half_cosine() -> None:
@@ -187,7 +221,7 @@ def test_every_epoch_covers_every_index_once_in_another_order(count: int, size: 
     each = math.ceil(count / size)
     made = list(batches(count, size, 3 * each, torch.Generator().manual_seed(0)))
     assert len(made) == 3 * each and all(len(b) <= size for b in made)
-    epochs = [torch.cat(made[e * each:(e + 1) * each]).tolist() for e in range(3)]
+    epochs = [torch.cat(made[e * each : (e + 1) * each]).tolist() for e in range(3)]
     assert all(sorted(e) == list(range(count)) for e in epochs)
     assert count < 9 or len({tuple(e) for e in epochs}) == 3
 
@@ -197,14 +231,18 @@ def test_batches_end_in_the_middle_of_an_epoch() -> None:
     assert [len(b) for b in made] == [3, 3, 3, 1, 3, 3]
 
 
-def trained(net: nn.Module, mask: dict[str, Tensor], seed: int = 0, **fields: float | str) -> Finetuned:
+def trained(
+    net: nn.Module, mask: dict[str, Tensor], seed: int = 0, **fields: float | str
+) -> Finetuned:
     config = FinetuneConfig.model_validate({"epochs": 5, "batch_size": 16, "lr": 1e-2, **fields})
     return finetune(net, toy_split(), mask, config, PREPROCESS, seed=seed, device=CPU)
 
 
 def loss_of(net: nn.Module) -> float:
     split = toy_split(200, seed=9)
-    return float(nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).detach())
+    return float(
+        nn.functional.cross_entropy(net(PREPROCESS.normalise(split.images)), split.labels).detach()
+    )
 
 
 def test_finetuning_lowers_the_loss_and_returns_the_kept_differences() -> None:
@@ -225,10 +263,14 @@ def test_finetuning_lowers_the_loss_and_returns_the_kept_differences() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 16])
 def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
-    """Also the smaller last batch, of 2 images; Adam's first steps enlarge rounding errors of small gradients."""
+    """Also the smaller last batch, of 2 images; Adam's first steps enlarge rounding errors of small
+    gradients.
+    """
     mask = random_mask(toy_net())
     whole, divided = trained(toy_net(), mask), trained(toy_net(), mask, accumulate=parts)
-    assert divided.steps == whole.steps and divided.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
+    assert divided.steps == whole.steps and divided.final_loss == pytest.approx(
+        whole.final_loss, rel=1e-4
+    )
     for name in mask:
         torch.testing.assert_close(divided.values[name], whole.values[name], rtol=1e-3, atol=1e-5)
 
@@ -236,7 +278,9 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
 def test_smoothed_labels_give_the_loss_of_mixed_targets() -> None:
     net, split = toy_net(), toy_split(16)
     targets = 0.7 * nn.functional.one_hot(split.labels, 3) + 0.3 / 3
-    expected = -(targets * net(PREPROCESS.normalise(split.images)).log_softmax(dim=1)).sum(dim=1).mean()
+    expected = (
+        -(targets * net(PREPROCESS.normalise(split.images)).log_softmax(dim=1)).sum(dim=1).mean()
+    )
     config = FinetuneConfig(epochs=1, batch_size=16, lr=1e-2, label_smoothing=0.3)
     found = finetune(net, split, full_mask(net), config, PREPROCESS, seed=0, device=CPU)
     assert found.steps == 1 and found.final_loss == pytest.approx(expected.item(), rel=1e-5)
@@ -294,7 +338,11 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
 
 
 def test_a_task_has_a_seed_of_its_own() -> None:
-    seeds = {task_seed(s, n) for s in range(5) for n in ("glyphs/greek-blur", "glyphs/latin-fog", "mnist")}
+    seeds = {
+        task_seed(s, n)
+        for s in range(5)
+        for n in ("glyphs/greek-blur", "glyphs/latin-fog", "mnist")
+    }
     assert len(seeds) == 15 and task_seed(0, "mnist") == task_seed(0, "mnist")
 
 
@@ -320,13 +368,25 @@ def test_a_kept_parameter_that_the_forward_pass_does_not_use_only_decays() -> No
 def test_a_fine_tune_goes_on_from_any_checkpoint_to_the_same_bits() -> None:
     def net_with_dropout() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.Dropout(0.3), nn.Linear(16, 3))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.Dropout(0.3), nn.Linear(16, 3)
+        )
 
     config, mask = FinetuneConfig(epochs=5, batch_size=16, lr=1e-2), random_mask(net_with_dropout())
 
     def run(net: nn.Module, saved: list[Checkpoint], start: Checkpoint | None = None) -> Finetuned:
-        return finetune(net, toy_split(), mask, config, PREPROCESS, seed=3, device=CPU, start=start,
-                        save=saved.append, save_every_s=0.0)
+        return finetune(
+            net,
+            toy_split(),
+            mask,
+            config,
+            PREPROCESS,
+            seed=3,
+            device=CPU,
+            start=start,
+            save=saved.append,
+            save_every_s=0.0,
+        )
 
     whole_net, all_saved = net_with_dropout(), list[Checkpoint]()
     whole = run(whole_net, all_saved)
@@ -345,7 +405,18 @@ def test_a_checkpoint_of_another_mask_is_refused() -> None:
     saved: list[Checkpoint] = []
     net = toy_net()
     config = FinetuneConfig(epochs=1, batch_size=16, lr=1e-2)
-    finetune(net, toy_split(), random_mask(net), config, PREPROCESS, seed=0, device=CPU, save=saved.append,
-             save_every_s=0.0)
+    finetune(
+        net,
+        toy_split(),
+        random_mask(net),
+        config,
+        PREPROCESS,
+        seed=0,
+        device=CPU,
+        save=saved.append,
+        save_every_s=0.0,
+    )
     with pytest.raises(ValueError, match="kept entries in the state"):
-        finetune(net, toy_split(), full_mask(net), config, PREPROCESS, seed=0, device=CPU, start=saved[0])
+        finetune(
+            net, toy_split(), full_mask(net), config, PREPROCESS, seed=0, device=CPU, start=saved[0]
+        )

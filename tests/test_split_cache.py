@@ -1,5 +1,5 @@
-"""Images and heads, made once for an experiment and kept in its store: made again where they are of something else, or
-damaged."""
+"""Images and heads, made once for an experiment and kept in its store: made again where they are of
+something else, or damaged."""
 
 import io
 import shutil
@@ -17,22 +17,36 @@ from PIL import Image
 from safetensors.torch import load, save
 from vector_files import flip, truncate
 
-from raytvb import artifacts, split_cache
-from raytvb.config import Experiment, TaskConfig, parse_experiment
-from raytvb.data import Split, load_split
-from raytvb.encoder import Encoder, Preprocess, load_encoder, load_tokenizer, zero_shot_head
+from raytvb.data.loading import load_split
+from raytvb.data.preprocess import Preprocess
+from raytvb.data.split_cache import cached_split, split_prefix
+from raytvb.data.splits import Split
 from raytvb.errors import UserError
-from raytvb.split_cache import cached_split, split_prefix
-from raytvb.store import Store
-from raytvb.suite import class_names, task_names
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.layout import head_key
+from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.models.heads import load_head, load_tokenizer, write_head, zero_shot_head
+from raytvb.models.open_clip_models import Encoder, load_encoder
+from raytvb.storage.store import Store
+from raytvb.storage.verify import verify
+from raytvb.suite.glyphs import class_names, task_names
 
-CONFIG = {"size": (16, 16), "mode": "RGB", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
+CONFIG = {
+    "size": (16, 16),
+    "mode": "RGB",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "resize_mode": "squash",
+}
 PREPROCESS = Preprocess(16, (0.5,) * 3, (0.5,) * 3, CONFIG)
 COUNT = 11
 
 
 def write_data(folder: Path, seed: int = 0, count: int = COUNT) -> Path:
-    """Splits val and test of `count` images of three classes each, the second of which cannot be read."""
+    """Splits val and test of `count` images of three classes each, the second of which cannot be
+    read.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("val", "test"):
@@ -42,26 +56,42 @@ def write_data(folder: Path, seed: int = 0, count: int = COUNT) -> Path:
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
             images.append(buffer.getvalue())
         images[1] = b"no image"
-        pq.write_table(pa.table({"image": images, "label": rng.integers(0, 3, count)}), folder / f"{split}.parquet")
+        pq.write_table(
+            pa.table({"image": images, "label": rng.integers(0, 3, count)}),
+            folder / f"{split}.parquet",
+        )
     return folder
 
 
 def task_of(data: Path, **fields: Any) -> TaskConfig:
-    return TaskConfig.model_validate({"name": "own/set", "data": str(data), "classes": ["a", "b c", "é"], **fields})
+    return TaskConfig.model_validate(
+        {"name": "own/set", "data": str(data), "classes": ["a", "b c", "é"], **fields}
+    )
 
 
 def same(left: Split, right: Split) -> bool:
-    return (torch.equal(left.images, right.images) and torch.equal(left.labels, right.labels)
-            and left.images.dtype == right.images.dtype and left.labels.dtype == right.labels.dtype
-            and (left.classes, left.skipped) == (right.classes, right.skipped))
+    return (
+        torch.equal(left.images, right.images)
+        and torch.equal(left.labels, right.labels)
+        and left.images.dtype == right.images.dtype
+        and left.labels.dtype == right.labels.dtype
+        and (left.classes, left.skipped) == (right.classes, right.skipped)
+    )
 
 
-def test_a_split_is_decoded_once_and_then_comes_from_the_store(store_url: str, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_cache, "_FILE_BYTES", 4 * 3 * 16 * 16)  # ten images: files of 4, 4 and 2
+def test_a_split_is_decoded_once_and_then_comes_from_the_store(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "raytvb.data.split_cache._FILE_BYTES", 4 * 3 * 16 * 16
+    )  # ten images: files of 4, 4 and 2
     task, store = task_of(write_data(tmp_path / "data")), Store(store_url)
     expected = {s: load_split(task, s, PREPROCESS) for s in ("val", "test")}
-    assert expected["val"].skipped == 1 and len(expected["val"]) == COUNT - 1 and not same(*expected.values())
+    assert (
+        expected["val"].skipped == 1
+        and len(expected["val"]) == COUNT - 1
+        and not same(*expected.values())
+    )
     for split in ("val", "test"):
         assert same(cached_split(store, task, split, PREPROCESS), expected[split])
     shutil.rmtree(tmp_path / "data")
@@ -70,10 +100,15 @@ def test_a_split_is_decoded_once_and_then_comes_from_the_store(store_url: str, t
     for split in ("val", "test"):
         found = cached_split(Store(store_url), task, split, PREPROCESS)
         assert same(found, expected[split]) and len(found) == COUNT - 1
-    names = [f"images-0000{k}-of-00003.safetensors" for k in (1, 2, 3)] + ["labels.safetensors", "record.json"]
+    names = [f"images-0000{k}-of-00003.safetensors" for k in (1, 2, 3)] + [
+        "labels.safetensors",
+        "record.json",
+    ]
     assert store.keys() == [f"splits/{s}/own/set/{n}" for s in ("test", "val") for n in names]
-    assert artifacts.verify(store) == (8, [])
-    sizes = [load(store.read(f"{split_prefix('own/set', 'val')}/{n}"))["images"].shape for n in names[:3]]
+    assert verify(store) == (8, [])
+    sizes = [
+        load(store.read(f"{split_prefix('own/set', 'val')}/{n}"))["images"].shape for n in names[:3]
+    ]
     assert sizes == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
 
 
@@ -82,8 +117,10 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-def test_an_image_larger_than_a_file_is_a_file(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_cache, "_FILE_BYTES", 100)
+def test_an_image_larger_than_a_file_is_a_file(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytvb.data.split_cache._FILE_BYTES", 100)
     task = task_of(write_data(tmp_path / "data"))
     expected = cached_split(store, task, "val", PREPROCESS)
     assert len(store.keys("splits")) == COUNT - 1 + 2
@@ -91,13 +128,18 @@ def test_an_image_larger_than_a_file_is_a_file(store: Store, tmp_path: Path, mon
 
 
 SOMETHING_ELSE = [
-    ({"classes": ["a", "b", "c", "d"]}, {}), ({"max_corrupt": 1}, {}), ({"splits": {"val": "test", "test": "val"}}, {}),
-    ({}, {**CONFIG, "mean": (0.4, 0.5, 0.5)}), ({}, {**CONFIG, "resize_mode": "shortest"})]
+    ({"classes": ["a", "b", "c", "d"]}, {}),
+    ({"max_corrupt": 1}, {}),
+    ({"splits": {"val": "test", "test": "val"}}, {}),
+    ({}, {**CONFIG, "mean": (0.4, 0.5, 0.5)}),
+    ({}, {**CONFIG, "resize_mode": "shortest"}),
+]
 
 
 @pytest.mark.parametrize(("fields", "config"), SOMETHING_ELSE)
-def test_a_split_of_something_else_is_made_again(store: Store, tmp_path: Path, fields: dict[str, Any],
-                                                 config: Mapping[str, Any]) -> None:
+def test_a_split_of_something_else_is_made_again(
+    store: Store, tmp_path: Path, fields: dict[str, Any], config: Mapping[str, Any]
+) -> None:
     data = write_data(tmp_path / "data")
     task, preprocess = task_of(data), PREPROCESS
     first = cached_split(store, task, "val", preprocess)
@@ -110,8 +152,12 @@ def test_a_split_of_something_else_is_made_again(store: Store, tmp_path: Path, f
 
 
 def test_other_data_is_another_split(store: Store, tmp_path: Path) -> None:
-    left, right = (task_of(write_data(tmp_path / n, seed=k)) for k, n in enumerate(("left", "right")))
-    assert not same(cached_split(store, left, "val", PREPROCESS), cached_split(store, right, "val", PREPROCESS))
+    left, right = (
+        task_of(write_data(tmp_path / n, seed=k)) for k, n in enumerate(("left", "right"))
+    )
+    assert not same(
+        cached_split(store, left, "val", PREPROCESS), cached_split(store, right, "val", PREPROCESS)
+    )
     assert same(cached_split(store, right, "val", PREPROCESS), load_split(right, "val", PREPROCESS))
 
 
@@ -138,19 +184,27 @@ DAMAGE: dict[str, tuple[str, Callable[[Store, str], Any]]] = {
     "second missing": ("images-00002-of-00002.safetensors", lambda store, key: store.delete(key)),
     "no labels": ("labels.safetensors", lambda store, key: store.delete(key)),
     "no record": ("record.json", lambda store, key: store.delete(key)),
-    "bit of an image": ("images-00002-of-00002.safetensors", lambda store, key: flip(store, key, -9)),
-    "bit of the header": ("images-00001-of-00002.safetensors", lambda store, key: flip(store, key, 3)),
+    "bit of an image": (
+        "images-00002-of-00002.safetensors",
+        lambda store, key: flip(store, key, -9),
+    ),
+    "bit of the header": (
+        "images-00001-of-00002.safetensors",
+        lambda store, key: flip(store, key, 3),
+    ),
     "bit of a label": ("labels.safetensors", lambda store, key: flip(store, key, -1)),
     "cut off": ("images-00001-of-00002.safetensors", lambda store, key: truncate(store, key, -1)),
     "empty": ("labels.safetensors", lambda store, key: truncate(store, key, 0)),
     "other images": ("images-00001-of-00002.safetensors", rewrite),
-    "swapped": ("images-00001-of-00002.safetensors", swap)}
+    "swapped": ("images-00001-of-00002.safetensors", swap),
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_what_is_damaged_is_made_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       kind: str) -> None:
-    monkeypatch.setattr(split_cache, "_FILE_BYTES", 5 * 3 * 16 * 16)
+def test_what_is_damaged_is_made_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("raytvb.data.split_cache._FILE_BYTES", 5 * 3 * 16 * 16)
     task = task_of(write_data(tmp_path / "data"))
     expected = cached_split(store, task, "val", PREPROCESS)
     files = store.keys()
@@ -158,13 +212,15 @@ def test_what_is_damaged_is_made_again(store: Store, tmp_path: Path, monkeypatch
     name, damage = DAMAGE[kind]
     damage(store, f"{split_prefix(task.name, 'val')}/{name}")
     assert same(cached_split(store, task, "val", PREPROCESS), expected)
-    assert store.keys() == files and artifacts.verify(store) == (3, [])
+    assert store.keys() == files and verify(store) == (3, [])
     shutil.rmtree(tmp_path / "data")
     assert same(cached_split(store, task, "val", PREPROCESS), expected)
 
 
-def test_files_of_a_longer_split_are_gone(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_cache, "_FILE_BYTES", 5 * 3 * 16 * 16)
+def test_files_of_a_longer_split_are_gone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytvb.data.split_cache._FILE_BYTES", 5 * 3 * 16 * 16)
     data = write_data(tmp_path / "data", count=26)
     cached_split(store, task_of(data), "val", PREPROCESS)
     cached_split(store, task_of(data), "test", PREPROCESS)
@@ -183,7 +239,7 @@ def test_data_that_cannot_be_read_leaves_nothing_behind(store: Store, tmp_path: 
     assert store.keys() == []
 
 
-# Heads ----------------------------------------------------------------------------------------------------------------
+# Heads --------------------------------------------------------------------------------------------
 
 NAMES = task_names()
 CONTROL, UNSEEN = NAMES[5], NAMES[6]
@@ -204,9 +260,10 @@ def templates(name: str) -> dict[str, Any]:
 
 def test_heads_of_tasks_lie_with_their_vectors_and_all_others_with_the_base() -> None:
     made = asked("/s", evaluate={"control": CONTROL, "unseen": [UNSEEN, templates(NAMES[7])]})
-    assert [artifacts.head_key(made, t) for t in made.every_task] == [
+    assert [head_key(made, t) for t in made.every_task] == [
         *(f"vectors/{n}/head.safetensors" for n in NAMES[:2]),
-        *(f"base/heads/{n}.safetensors" for n in (CONTROL, UNSEEN, NAMES[7]))]
+        *(f"base/heads/{n}.safetensors" for n in (CONTROL, UNSEEN, NAMES[7])),
+    ]
 
 
 def head_of(encoder: Encoder, made: Experiment, task: TaskConfig) -> torch.Tensor:
@@ -215,21 +272,35 @@ def head_of(encoder: Encoder, made: Experiment, task: TaskConfig) -> torch.Tenso
 
 
 def test_a_head_is_made_once_and_again_where_it_is_of_other_prompts_or_classes(
-        store: Store, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = [{"control": CONTROL}, {"control": templates(CONTROL)}, {"control": CONTROL, "unseen": [UNSEEN]},
-             {"control": "none", "unseen": {"tasks": [templates(UNSEEN)]}},
-             {"control": {"name": CONTROL, "classes": [f"thing {k}" for k in range(len(class_names(CONTROL)))]}}]
+    store: Store, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [
+        {"control": CONTROL},
+        {"control": templates(CONTROL)},
+        {"control": CONTROL, "unseen": [UNSEEN]},
+        {"control": "none", "unseen": {"tasks": [templates(UNSEEN)]}},
+        {
+            "control": {
+                "name": CONTROL,
+                "classes": [f"thing {k}" for k in range(len(class_names(CONTROL)))],
+            }
+        },
+    ]
     made_anew = []
-    real = artifacts.write_head
-    monkeypatch.setattr(artifacts, "write_head", lambda *a: made_anew.append(a[2].name) or real(*a))
+    real = write_head
+    monkeypatch.setattr(
+        "raytvb.models.heads.write_head", lambda *a: made_anew.append(a[2].name) or real(*a)
+    )
     for evaluate in kinds:
         made = asked(store.url, evaluate=evaluate)
         for task in made.every_task:
             expected = head_of(encoder, made, task)
             for _ in range(2):
-                torch.testing.assert_close(artifacts.load_head(store, made, task, encoder), expected)
-                assert torch.equal(load(store.read(artifacts.head_key(made, task)))["head"],
-                                   artifacts.load_head(store, made, task, encoder))
+                torch.testing.assert_close(load_head(store, made, task, encoder), expected)
+                assert torch.equal(
+                    load(store.read(head_key(made, task)))["head"],
+                    load_head(store, made, task, encoder),
+                )
     assert made_anew == [*NAMES[:2], CONTROL, CONTROL, CONTROL, UNSEEN, UNSEEN, CONTROL]
 
 
@@ -237,17 +308,24 @@ def without_metadata(store: Store, key: str) -> None:
     store.write(key, save({"head": torch.zeros(2, 3)}))
 
 
-@pytest.mark.parametrize("damage", [lambda store, key: store.delete(key), without_metadata,
-                                    lambda store, key: truncate(store, key, -1),
-                                    lambda store, key: truncate(store, key, 0),
-                                    lambda store, key: store.write(key, b"no safetensors")])
-def test_a_head_that_is_not_there_or_not_whole_is_made_again(store: Store, encoder: Encoder,
-                                                             damage: Callable[[Store, str], Any]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store, key: store.delete(key),
+        without_metadata,
+        lambda store, key: truncate(store, key, -1),
+        lambda store, key: truncate(store, key, 0),
+        lambda store, key: store.write(key, b"no safetensors"),
+    ],
+)
+def test_a_head_that_is_not_there_or_not_whole_is_made_again(
+    store: Store, encoder: Encoder, damage: Callable[[Store, str], Any]
+) -> None:
     made = asked(store.url, evaluate={"control": templates(CONTROL)})
     for task in (made.tasks[0], made.evaluate.control):
         assert task is not None
-        first = artifacts.load_head(store, made, task, encoder)
-        key = artifacts.head_key(made, task)
+        first = load_head(store, made, task, encoder)
+        key = head_key(made, task)
         data = store.read(key)
         damage(store, key)
-        assert torch.equal(artifacts.load_head(store, made, task, encoder), first) and store.read(key) == data
+        assert torch.equal(load_head(store, made, task, encoder), first) and store.read(key) == data

@@ -14,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import S3Server
 
-import raytvb.store
-from raytvb.store import Store, StoreError, StoreKeyError
+from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError, StoreKeyError
 
-# For child processes: the module without its package, which imports torch for seconds.
-IMPORT = f"import sys; sys.path.insert(0, {os.path.dirname(raytvb.store.__file__)!r}); from store import Store"
+IMPORT = "import sys; from raytvb.storage.store import Store"  # for child processes
 
 
 @pytest.fixture
@@ -92,63 +90,14 @@ def test_overwrite_is_atomic(store: Store) -> None:
     assert store.read("data") == versions[-1]
 
 
-def test_a_large_file_is_streamed(store: Store, tmp_path: Path) -> None:
-    data = random.Random(0).randbytes(12 * 2**20)  # two parts of a multipart upload
-    with store.open_writer("large/file") as file:
-        for start in range(0, len(data), 2**20):
-            file.write(data[start:start + 2**20])
-        assert not store.exists("large/file")
+def test_a_large_file_is_downloaded(store: Store, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(12 * 2**20)
+    store.write("large/file", data)
     assert store.size("large/file") == len(data)
     store.download("large/file", tmp_path / "made" / "copy")
     assert (tmp_path / "made" / "copy").read_bytes() == data
     assert os.listdir(tmp_path / "made") == ["copy"]
     assert store.read_range("large/file", 9_000_000, 9_000_100) == data[9_000_000:9_000_100]
-
-
-@pytest.mark.parametrize("data", [b"", b"few bytes"])
-def test_a_small_or_closed_file_is_streamed(store: Store, data: bytes) -> None:
-    with store.open_writer("file") as file:
-        file.write(data)
-        file.close()
-        assert not store.exists("file")
-    assert store.read("file") == data
-
-
-@pytest.mark.parametrize("size", [10, 9 * 2**20])
-def test_a_failed_writer_leaves_what_was_there(store: Store, size: int) -> None:
-    store.write("old", b"old")
-    for key in ("old", "new"):
-        with pytest.raises(FileNotFoundError, match=r"^mine$") as caught, store.open_writer(key) as file:
-            file.write(bytes(size))
-            raise FileNotFoundError("mine")
-        assert type(caught.value) is FileNotFoundError
-    assert store.keys() == ["old"]
-    assert store.read("old") == b"old"
-    folder = store.local_path("old")
-    assert folder is None or os.listdir(os.path.dirname(folder)) == ["old"]
-
-
-@pytest.mark.s3
-def test_a_failed_writer_aborts_its_upload(s3_server: S3Server, s3_environment: str) -> None:
-    with pytest.raises(RuntimeError), Store(s3_environment).open_writer("new") as file:
-        file.write(bytes(9 * 2**20))
-        bucket = s3_environment.removeprefix("s3://")
-        assert len(s3_server.client.list_multipart_uploads(Bucket=bucket)["Uploads"]) == 1
-        raise RuntimeError
-    assert "Uploads" not in s3_server.client.list_multipart_uploads(Bucket=bucket)
-
-
-def test_a_killed_writer_leaves_no_key(store: Store) -> None:
-    script = (f"{IMPORT}; import time\n"
-              "with Store(sys.argv[1]).open_writer('a/file') as file:\n"
-              "    file.write(bytes(9 * 2**20)); file.flush(); print('half', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", script, store.url], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"half\n"
-        process.kill()
-    assert store.keys() == [] and not store.exists("a/file")
-    store.write("a/file", b"again")
-    assert store.keys() == ["a/file"] and store.read("a/file") == b"again"
 
 
 def test_keys_are_recursive_sorted_and_fresh(store: Store) -> None:
@@ -195,11 +144,15 @@ def test_works_in_threads(store: Store) -> None:
 @pytest.mark.s3
 def test_works_after_a_fork(s3_environment: str) -> None:
     Store(s3_environment).write("a", b"1")
-    script = (f"{IMPORT}; import os\n"
-              "store = Store(sys.argv[1]); store.read('a'); child = os.fork()\n"
-              "if child: sys.exit(os.waitpid(child, 0)[1])\n"
-              "os._exit(store.read('a') != b'1')")
-    assert subprocess.run([sys.executable, "-c", script, s3_environment], timeout=60).returncode == 0
+    script = (
+        f"{IMPORT}; import os\n"
+        "store = Store(sys.argv[1]); store.read('a'); child = os.fork()\n"
+        "if child: sys.exit(os.waitpid(child, 0)[1])\n"
+        "os._exit(store.read('a') != b'1')"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script, s3_environment], timeout=60).returncode == 0
+    )
 
 
 def test_json_is_stable(store: Store) -> None:
@@ -213,11 +166,31 @@ def test_json_is_stable(store: Store) -> None:
         store.read_json("x.json")
 
 
-@pytest.mark.parametrize("key", [
-    "", "/a", "a/", "a//b", "../a", "a/../b", ".", "a\\b", "a\nb", "a?versionId=1", ".raytvb-tmp-1"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/a",
+        "a/",
+        "a//b",
+        "../a",
+        "a/../b",
+        ".",
+        "a\\b",
+        "a\nb",
+        "a?versionId=1",
+        ".raytvb-tmp-1",
+    ],
+)
 def test_bad_keys_are_refused(tmp_path: Path, key: str) -> None:
     store = Store(str(tmp_path))
-    for use in (store.exists, store.read, store.delete, store.read_json, lambda k: store.write(k, b"")):
+    for use in (
+        store.exists,
+        store.read,
+        store.delete,
+        store.read_json,
+        lambda k: store.write(k, b""),
+    ):
         with pytest.raises(ValueError, match="not a key"):
             use(key)
 
@@ -228,7 +201,12 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Store("here").local_path("a/b") == str(tmp_path / "here/a/b")
     assert Store("s3://bucket/x/").url == "s3://bucket/x"
     assert Store("s3://bucket/x").local_path("a") is None
-    for url, problem in (("nope://x", "nope"), ("s3://", "no bucket"), ("s3:/bucket", "s3:/bucket"), ("", "URL")):
+    for url, problem in (
+        ("nope://x", "nope"),
+        ("s3://", "no bucket"),
+        ("s3:/bucket", "s3:/bucket"),
+        ("", "URL"),
+    ):
         with pytest.raises(StoreError, match=problem):
             Store(url)
 
@@ -236,8 +214,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_schemes_work() -> None:
     store = Store("memory://test-store")
     store.check_writable()
-    with store.open_writer("a/b") as file:
-        file.write(b"12")
+    store.write("a/b", b"12")
     store.write("c", b"3")
     assert store.keys() == ["a/b", "c"] and store.read("a/b") == b"12"
     store.delete("a")
@@ -264,21 +241,30 @@ def test_a_folder_without_permission_is_not_writable(tmp_path: Path) -> None:
 @pytest.mark.s3
 def test_a_missing_bucket_is_an_error(s3_environment: str) -> None:
     store = Store("s3://no-such-bucket/x")
-    for use in (store.check_writable, store.keys, lambda: store.read("a"), lambda: store.write("a", b"")):
-        with pytest.raises(StoreError, match=r"s3://no-such-bucket/x.*bucket does not exist") as caught:
+    for use in (
+        store.check_writable,
+        store.keys,
+        lambda: store.read("a"),
+        lambda: store.write("a", b""),
+    ):
+        with pytest.raises(
+            StoreError, match=r"s3://no-such-bucket/x.*bucket does not exist"
+        ) as caught:
             use()
         assert not isinstance(caught.value, StoreKeyError)
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_wrong_credentials(
+    s3_environment: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.setenv(variable, "wrong")
     store = Store(s3_environment)
     with pytest.raises(StoreError, match=variable):
         store.check_writable()
-    with pytest.raises(StoreError) as caught, store.open_writer("a") as file:
-        file.write(bytes(9 * 2**20))
+    with pytest.raises(StoreError) as caught:
+        store.write("a", bytes(9 * 2**20))
     assert "cannot write" in str(caught.value) and variable in str(caught.value)
     for use in (store.keys, lambda: store.exists("a"), lambda: store.delete("a")):
         with pytest.raises(StoreError):
@@ -286,7 +272,9 @@ def test_wrong_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.s3
-def test_no_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_credentials(
+    s3_environment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -296,8 +284,12 @@ def test_no_credentials(s3_environment: str, monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.s3
-def test_an_endpoint_where_nothing_listens(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as held:  # bound but not listening: nobody else can take the port, and connecting is refused
+def test_an_endpoint_where_nothing_listens(
+    s3_environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        socket.socket() as held
+    ):  # bound but not listening: nobody else can take the port, and connecting is refused
         held.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{held.getsockname()[1]}")
         started = time.monotonic()
@@ -308,7 +300,9 @@ def test_an_endpoint_where_nothing_listens(s3_environment: str, monkeypatch: pyt
 
 @pytest.mark.s3
 @pytest.mark.slow
-def test_an_endpoint_that_never_answers(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_never_answers(
+    s3_environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()

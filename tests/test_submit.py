@@ -1,4 +1,6 @@
-"""Jobs on a real Ray head with token authentication: `raytvb submit`, and `ray job submit` with jobs/pipeline.py."""
+"""Jobs on a real Ray head with token authentication: `raytvb submit`, and `ray job submit` with
+jobs/pipeline.py.
+"""
 
 import http.server
 import json
@@ -23,15 +25,20 @@ from typing import Any
 import pytest
 import yaml
 
-from raytvb.config import parse_experiment
 from raytvb.errors import UserError
-from raytvb.submit import check_places, connect, job_environment, pack, submit
+from raytvb.experiment.parsing import parse_experiment
+from raytvb.orchestration.submit import check_places, connect, job_environment, pack, submit
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = {
-    "name": "t", "tasks": ["glyphs/greek-blur", "glyphs/latin-fog"], "talos": {"images": 32, "rounds": 1},
-    "finetune": {"epochs": 1}, "basis": {"method": "svd"}, "search": {"sizes": [1]},
-    "resources": {"cpus_per_task": 2}}  # one worker at a time: starting them is most of the work
+    "name": "t",
+    "tasks": ["glyphs/greek-blur", "glyphs/latin-fog"],
+    "talos": {"images": 32, "rounds": 1},
+    "finetune": {"epochs": 1},
+    "basis": {"method": "svd"},
+    "search": {"sizes": [1]},
+    "resources": {"cpus_per_task": 2},
+}  # one worker at a time: starting them is most of the work
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S, JOB_S = 180, 580
 
@@ -52,14 +59,30 @@ def free_ports(count: int) -> list[int]:
 
 # What is found out before any cluster is asked.
 
+
 def test_only_the_allowed_variables_are_passed_on():
-    env = {"AWS_ACCESS_KEY_ID": "a", "AWS_ENDPOINT_URL": "http://s3", "AWS_PROFILE": "mine", "AWS_CA_BUNDLE": "/my/ca",
-           "RAYTVB_CACHE": "/c", "HF_TOKEN": "h", "HOME": "/home/me", "RAY_AUTH_TOKEN": "t", "SECRET": "s"}
-    assert job_environment(env) == {"AWS_ACCESS_KEY_ID": "a", "AWS_ENDPOINT_URL": "http://s3", "RAYTVB_CACHE": "/c",
-                                    "HF_TOKEN": "h"}
+    env = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_ENDPOINT_URL": "http://s3",
+        "AWS_PROFILE": "mine",
+        "AWS_CA_BUNDLE": "/my/ca",
+        "RAYTVB_CACHE": "/c",
+        "HF_TOKEN": "h",
+        "HOME": "/home/me",
+        "RAY_AUTH_TOKEN": "t",
+        "SECRET": "s",
+    }
+    assert job_environment(env) == {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_ENDPOINT_URL": "http://s3",
+        "RAYTVB_CACHE": "/c",
+        "HF_TOKEN": "h",
+    }
 
 
-@pytest.mark.parametrize("store, notes", [("s3://bucket/x", 0), ("/data/x", 1), ("file:///data/x", 1), ("~/x", 1)])
+@pytest.mark.parametrize(
+    "store, notes", [("s3://bucket/x", 0), ("/data/x", 1), ("file:///data/x", 1), ("~/x", 1)]
+)
 def test_a_store_on_the_cluster_is_noted_where_it_is_local(store, notes):
     assert len(check_places(parse_experiment({**EXPERIMENT, "store": store}))) == notes
 
@@ -82,7 +105,9 @@ def test_the_upload_holds_the_experiment_and_the_source_alone(tmp_path):
     file = write_experiment(tmp_path)
     pack(file, folder)
     assert (folder / "experiment.yaml").read_bytes() == file.read_bytes()
-    assert (folder / "raytvb" / "submit.py").read_bytes() == (ROOT / "raytvb" / "submit.py").read_bytes()
+    assert (folder / "raytvb" / "orchestration" / "submit.py").read_bytes() == (
+        ROOT / "raytvb" / "orchestration" / "submit.py"
+    ).read_bytes()
     assert not list(folder.rglob("__pycache__"))
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20 << 20
 
@@ -96,12 +121,16 @@ def test_without_code_the_upload_is_the_experiment(tmp_path):
 
 def test_nobody_at_the_address():
     (port,) = free_ports(1)
-    with pytest.raises(UserError, match=f"no Ray cluster answers at http://127.0.0.1:{port} .*port-forward"):
+    with pytest.raises(
+        UserError, match=f"no Ray cluster answers at http://127.0.0.1:{port} .*port-forward"
+    ):
         connect(f"127.0.0.1:{port}/")
 
 
 def test_something_else_at_the_address():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match="not a Ray dashboard"):
             connect(f"http://127.0.0.1:{server.server_port}")
@@ -131,7 +160,9 @@ def test_the_experiment_must_be_in_the_working_directory(tmp_path):
         submit(file, "http://127.0.0.1:1", env={}, working_dir=ROOT / "jobs")
 
 
-# With a cluster. Ray reads its authentication mode once in a process, so clients are processes of their own.
+# With a cluster. Ray reads its authentication mode once in a process, so clients are processes of
+# their own.
+
 
 @dataclass(frozen=True)
 class Head:
@@ -140,11 +171,25 @@ class Head:
 
     def environment(self, **changes: str) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        return {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "PYTHONUNBUFFERED": "1", **changes}
+        return {
+            **clean,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "PYTHONUNBUFFERED": "1",
+            **changes,
+        }
 
-    def call(self, *command: str, timeout: float = JOB_S, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment(**env), cwd=ROOT, text=True, capture_output=True,
-                              timeout=timeout)
+    def call(
+        self, *command: str, timeout: float = JOB_S, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=self.environment(**env),
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+        )
 
     def submit(self, experiment: Path, **env: str) -> subprocess.CompletedProcess[str]:
         return self.call(*submit_command(experiment, self.address), **env)
@@ -155,7 +200,9 @@ def submit_command(experiment: Path, address: str) -> list[str]:
 
 
 def wait_until_up(process: subprocess.Popen[bytes], head: Head, log: Path) -> None:
-    request = urllib.request.Request(f"{head.address}/api/version", headers={"Authorization": f"Bearer {head.token}"})
+    request = urllib.request.Request(
+        f"{head.address}/api/version", headers={"Authorization": f"Bearer {head.token}"}
+    )
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(urllib.error.URLError, OSError):
@@ -167,7 +214,9 @@ def wait_until_up(process: subprocess.Popen[bytes], head: Head, log: Path) -> No
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the processes of this head: Ray ends its own on SIGTERM, and the group holds whatever is left."""
+    """End the processes of this head: Ray ends its own on SIGTERM, and the group holds whatever is
+    left.
+    """
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(5)
@@ -179,20 +228,40 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     port, dashboard, client, agent = free_ports(4)
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp", ignore_cleanup_errors=True) as temp:  # sockets: 107 bytes
+    with tempfile.TemporaryDirectory(
+        prefix="rt", dir="/tmp", ignore_cleanup_errors=True
+    ) as temp:  # sockets: 107 bytes
         head = Head(f"http://127.0.0.1:{dashboard}", secrets.token_hex(16))
         log, token = Path(temp, "log"), Path(temp, "token")
         token.write_text(head.token)
-        env = head.environment(RAY_AUTH_TOKEN_PATH=str(token),
-                               PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        env = head.environment(
+            RAY_AUTH_TOKEN_PATH=str(token),
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        )
         del env["RAY_AUTH_TOKEN"]  # a file, as on a cluster
-        command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={temp}",
-                   "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-                   f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-                   f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0",
-                   f"--object-store-memory={200 << 20}", "--disable-usage-stats"]
+        command = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            f"--port={port}",
+            f"--temp-dir={temp}",
+            "--node-ip-address=127.0.0.1",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            f"--object-store-memory={200 << 20}",
+            "--disable-usage-stats",
+        ]
         with log.open("wb") as output:
-            process = subprocess.Popen(command, env=env, cwd="/", stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=env, cwd="/", stdout=output, stderr=output, start_new_session=True
+            )
         try:
             wait_until_up(process, head, log)
             yield head
@@ -208,8 +277,19 @@ def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
     experiment = write_experiment(tmp_path)
     pack(experiment, folder)
     shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-    done = head.call(RAY, "job", "submit", "--address", head.address, "--working-dir", str(folder), "--",
-                     "python", "jobs/pipeline.py", "experiment.yaml")
+    done = head.call(
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--working-dir",
+        str(folder),
+        "--",
+        "python",
+        "jobs/pipeline.py",
+        "experiment.yaml",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((store / "report" / "summary.json").read_text())
     assert sorted(summary["tasks"]) == sorted(EXPERIMENT["tasks"])
@@ -233,7 +313,9 @@ def test_a_job_that_fails_fails_the_submission(head, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("env", [{"RAY_AUTH_TOKEN": "not-the-token-of-the-head"}, {"RAY_AUTH_MODE": "disabled"}])
+@pytest.mark.parametrize(
+    "env", [{"RAY_AUTH_TOKEN": "not-the-token-of-the-head"}, {"RAY_AUTH_MODE": "disabled"}]
+)
 def test_a_wrong_or_missing_token_is_one_clear_message(head, tmp_path, env):
     done = head.submit(write_experiment(tmp_path), **env)
     assert done.returncode not in (0, 130)
@@ -246,8 +328,12 @@ def test_a_wrong_or_missing_token_is_one_clear_message(head, tmp_path, env):
 @pytest.mark.ray
 def test_an_address_in_the_environment_does_not_win(head, tmp_path):
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
-    done = head.submit(write_experiment(tmp_path), RAY_AUTH_TOKEN="not-the-token-of-the-head",
-                       RAY_ADDRESS=nobody, RAY_API_SERVER_ADDRESS=nobody)
+    done = head.submit(
+        write_experiment(tmp_path),
+        RAY_AUTH_TOKEN="not-the-token-of-the-head",
+        RAY_ADDRESS=nobody,
+        RAY_API_SERVER_ADDRESS=nobody,
+    )
     assert f"{head.address} refused the authentication" in done.stderr
 
 
@@ -255,8 +341,14 @@ def test_an_address_in_the_environment_does_not_win(head, tmp_path):
 @pytest.mark.ray
 def test_ctrl_c_leaves_the_job_running(head, tmp_path):
     experiment = write_experiment(tmp_path, finetune={"epochs": 1000})
-    process = subprocess.Popen(submit_command(experiment, head.address), env=head.environment(), cwd=ROOT, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        submit_command(experiment, head.address),
+        env=head.environment(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     submitted = next(line for line in process.stderr if line.startswith("Submitted "))
     job = submitted.split()[1].rstrip(".")
     time.sleep(3)
@@ -273,8 +365,17 @@ def test_ctrl_c_leaves_the_job_running(head, tmp_path):
 
 def test_an_address_where_nothing_listens_is_told_at_once(tmp_path: Path) -> None:
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ADDRESS": nobody}
-    done = subprocess.run([sys.executable, "-m", "raytvb", "run", str(write_experiment(tmp_path))], env=env, text=True,
-                          capture_output=True, timeout=100)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAY_ADDRESS": nobody
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "raytvb", "run", str(write_experiment(tmp_path))],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=100,
+    )
     assert done.returncode == 1
-    assert f"nothing answers at RAY_ADDRESS={nobody}" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        f"nothing answers at RAY_ADDRESS={nobody}" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""The embedded suite as it is drawn and as it is read back, other data sets made on the spot, and the tiny CLIP."""
+"""The embedded suite as it is drawn and as it is read back, other data sets made on the spot, and
+the tiny CLIP.
+"""
 
 import copy
 import json
@@ -13,16 +15,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raytvb import suite
-from raytvb.config import ModelConfig, TaskConfig
-from raytvb.data import cache_folder, load_split, task_classes, task_url
-from raytvb.encoder import Encoder, ImageClassifier, Preprocess, load_encoder, load_tokenizer, zero_shot_head
+from raytvb.data.loading import load_split
+from raytvb.data.preprocess import Preprocess
+from raytvb.data.splits import task_classes
+from raytvb.data.suite_files import cache_folder, task_url
 from raytvb.errors import UserError
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.training import ModelConfig
+from raytvb.models.classifier import ImageClassifier
+from raytvb.models.heads import load_tokenizer, zero_shot_head
+from raytvb.models.open_clip_models import Encoder, load_encoder
+from raytvb.suite import glyphs
 from raytvb.suite.domains import DOMAINS
 from raytvb.suite.sources import SIZE, SOURCES, SPLITS, _digits
 
 TASK = "glyphs/greek-blur"
-SQUASH = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"})
+SQUASH = Preprocess(
+    32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"}
+)
 NO_RESIZE = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {})
 
 
@@ -41,36 +51,42 @@ def encoder() -> Encoder:
 
 
 def test_the_suite_has_264_tasks_with_the_showcase_first() -> None:
-    names = suite.task_names()
+    names = glyphs.task_names()
     assert len(names) == len(set(names)) == 264 == len(SOURCES) * len(DOMAINS)
-    assert names[:16] == suite.SHOWCASE and len(set(suite.SHOWCASE)) == 16
+    assert names[:16] == glyphs.SHOWCASE and len(set(glyphs.SHOWCASE)) == 16
     assert set(names) == {f"glyphs/{s}-{d}" for s in SOURCES for d in DOMAINS}
-    assert suite.CONTROL not in names
+    assert glyphs.CONTROL not in names
 
 
 def test_every_task_has_different_class_names() -> None:
-    for task in suite.task_names():
-        names = suite.class_names(task)
+    for task in glyphs.task_names():
+        names = glyphs.class_names(task)
         assert 8 <= len(names) <= 16 and len(set(names)) == len(names)
         assert all(n == n.strip() and n.isprintable() and n for n in names)
-    everything = suite.class_names(suite.CONTROL)
+    everything = glyphs.class_names(glyphs.CONTROL)
     assert len(everything) == len(set(everything)) == sum(len(s.classes) for s in SOURCES.values())
     for task in ("glyphs/greek", "glyphs/greek-mud", "mnist", ""):
         with pytest.raises(KeyError):
-            suite.class_names(task)
+            glyphs.class_names(task)
 
 
-ONE_OF_EACH = [*(f"glyphs/{s}-noise" for s in SOURCES), *(f"glyphs/shapes-{d}" for d in DOMAINS), suite.CONTROL]
+ONE_OF_EACH = [
+    *(f"glyphs/{s}-noise" for s in SOURCES),
+    *(f"glyphs/shapes-{d}" for d in DOMAINS),
+    glyphs.CONTROL,
+]
 
 
 @pytest.mark.parametrize("task", ONE_OF_EACH)
 def test_rendering_is_deterministic_and_balanced_and_splits_differ(task: str) -> None:
-    classes = len(suite.class_names(task))
+    classes = len(glyphs.class_names(task))
     count = min(2 * classes + 3, 45)
-    rendered = {split: suite.render(task, split, count) for split in SPLITS}
+    rendered = {split: glyphs.render(task, split, count) for split in SPLITS}
     for split, made in rendered.items():
-        again = suite.render(task, split, count)
-        assert np.array_equal(made.images, again.images) and np.array_equal(made.labels, again.labels)
+        again = glyphs.render(task, split, count)
+        assert np.array_equal(made.images, again.images) and np.array_equal(
+            made.labels, again.labels
+        )
         assert made.images.shape == (count, SIZE, SIZE, 3) and made.images.dtype == np.uint8
         assert made.labels.shape == (count,) and made.labels.dtype == np.int64
         found = np.bincount(made.labels, minlength=classes)
@@ -81,26 +97,35 @@ def test_rendering_is_deterministic_and_balanced_and_splits_differ(task: str) ->
 
 
 def test_splits_have_their_sizes_and_an_unknown_one_is_an_error() -> None:
-    assert len(suite.render("glyphs/trigrams-fog", "val").labels) == suite.SPLIT_SIZES["val"]
-    assert len(suite.render(suite.CONTROL, "train").labels) == 0
+    assert len(glyphs.render("glyphs/trigrams-fog", "val").labels) == glyphs.SPLIT_SIZES["val"]
+    assert len(glyphs.render(glyphs.CONTROL, "train").labels) == 0
     with pytest.raises(KeyError):
-        suite.render(TASK, "dev")
+        glyphs.render(TASK, "dev")
     with pytest.raises(KeyError):
-        suite.render("glyphs/greek-mud", "test")
+        glyphs.render("glyphs/greek-mud", "test")
 
 
 def test_tasks_of_one_source_draw_different_images() -> None:
-    first, second = (suite.render(f"glyphs/latin-{d}", "test", 30) for d in ("noise", "clutter"))
+    first, second = (glyphs.render(f"glyphs/latin-{d}", "test", 30) for d in ("noise", "clutter"))
     assert not np.array_equal(first.labels, second.labels)
     assert (first.images != second.images).any(axis=(1, 2, 3)).all()
 
 
 def test_no_handwritten_digit_is_in_two_splits() -> None:
     pools = {s: {i.tobytes() for images in _digits(s).values() for i in images} for s in SPLITS}
-    assert sum(len(p) for p in pools.values()) > 1700  # all of scikit-learn's 1,797 digits but for equal drawings
+    assert (
+        sum(len(p) for p in pools.values()) > 1700
+    )  # all of scikit-learn's 1,797 digits but for equal drawings
     for split in SPLITS:
-        assert set(_digits(split)) == set(range(10)) and min(len(i) for i in _digits(split).values()) > 20
-    assert not pools["train"] & pools["val"] and not pools["train"] & pools["test"] and not pools["val"] & pools["test"]
+        assert (
+            set(_digits(split)) == set(range(10))
+            and min(len(i) for i in _digits(split).values()) > 20
+        )
+    assert (
+        not pools["train"] & pools["val"]
+        and not pools["train"] & pools["test"]
+        and not pools["val"] & pools["test"]
+    )
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -109,8 +134,12 @@ def test_the_foreground_is_lighter_than_the_background(name: str) -> None:
     for label in range(len(source.classes)):
         rng = np.random.default_rng([1, label])
         mask = source.draw(label, copy.deepcopy(rng), "test")
-        image = suite.draw(source, label, rng, "test")
-        assert mask.shape == (SIZE, SIZE) and mask.dtype == np.float32 and np.array_equal(mask, mask.clip(0, 1))
+        image = glyphs.draw(source, label, rng, "test")
+        assert (
+            mask.shape == (SIZE, SIZE)
+            and mask.dtype == np.float32
+            and np.array_equal(mask, mask.clip(0, 1))
+        )
         assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.float32
         inside, outside = mask > 0.7, mask < 0.05
         assert inside.sum() >= 3 and outside.sum() > 50
@@ -118,10 +147,12 @@ def test_the_foreground_is_lighter_than_the_background(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_a_domain_of_strength_one_changes_the_picture_and_of_strength_zero_hardly(name: str) -> None:
+def test_a_domain_of_strength_one_changes_the_picture_and_of_strength_zero_hardly(
+    name: str,
+) -> None:
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        picture = suite.draw(SOURCES["shapes"], 6, rng, "test").clip(0, 1)
+        picture = glyphs.draw(SOURCES["shapes"], 6, rng, "test").clip(0, 1)
         before = picture.copy()
         weak = DOMAINS[name](picture, 0.0, np.random.default_rng(seed))
         strong = DOMAINS[name](picture, 1.0, np.random.default_rng(seed))
@@ -133,9 +164,9 @@ def test_a_domain_of_strength_one_changes_the_picture_and_of_strength_zero_hardl
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_task_read_back_from_parquet_is_what_was_drawn(cache: Path, split: str) -> None:
-    found, drawn = load_split(TaskConfig(name=TASK), split, NO_RESIZE), suite.render(TASK, split)
-    assert len(found) == suite.SPLIT_SIZES[split]
-    assert found.classes == suite.class_names(TASK) and found.labels.dtype == torch.int64
+    found, drawn = load_split(TaskConfig(name=TASK), split, NO_RESIZE), glyphs.render(TASK, split)
+    assert len(found) == glyphs.SPLIT_SIZES[split]
+    assert found.classes == glyphs.class_names(TASK) and found.labels.dtype == torch.int64
     assert np.array_equal(found.labels.numpy(), drawn.labels)
     assert found.images.dtype == torch.uint8 and found.images.is_contiguous()
     assert np.array_equal(found.images.permute(0, 2, 3, 1).numpy(), drawn.images)
@@ -147,15 +178,17 @@ def test_the_class_names_are_in_the_parquet_metadata(cache: Path) -> None:
     assert [f.name for f in files] == ["test.parquet", "train.parquet", "val.parquet"]
     for file in files:
         document = json.loads(pq.read_schema(file).metadata[b"huggingface"])
-        assert document["info"]["features"]["label"]["names"] == list(suite.class_names(TASK))
-    assert task_classes(TaskConfig(name="own", data=task_url(TaskConfig(name=TASK)))) == suite.class_names(TASK)
+        assert document["info"]["features"]["label"]["names"] == list(glyphs.class_names(TASK))
+    assert task_classes(
+        TaskConfig(name="own", data=task_url(TaskConfig(name=TASK)))
+    ) == glyphs.class_names(TASK)
 
 
 def test_the_control_has_no_training_images(cache: Path) -> None:
-    folder = Path(task_url(TaskConfig(name=suite.CONTROL)))
+    folder = Path(task_url(TaskConfig(name=glyphs.CONTROL)))
     assert sorted(f.name for f in folder.iterdir()) == ["test.parquet", "val.parquet"]
-    with pytest.raises(UserError, match=f"{suite.CONTROL}: no train"):
-        load_split(TaskConfig(name=suite.CONTROL), "train", NO_RESIZE)
+    with pytest.raises(UserError, match=f"{glyphs.CONTROL}: no train"):
+        load_split(TaskConfig(name=glyphs.CONTROL), "train", NO_RESIZE)
 
 
 def test_a_drawn_task_is_not_drawn_again(cache: Path) -> None:
@@ -165,25 +198,34 @@ def test_a_drawn_task_is_not_drawn_again(cache: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before and len(before) == 3
 
 
-def test_the_tiny_clip_classifies_the_control_without_training(cache: Path, encoder: Encoder) -> None:
+def test_the_tiny_clip_classifies_the_control_without_training(
+    cache: Path, encoder: Encoder
+) -> None:
     """Over 90 % of the 960 undegraded test images, among all classes of all sources."""
-    task = TaskConfig(name=suite.CONTROL)
+    task = TaskConfig(name=glyphs.CONTROL)
     split = load_split(task, "test", encoder.preprocess)
     head = zero_shot_head(encoder, load_tokenizer(ModelConfig()), split.classes, task.prompts)
-    assert head.shape[0] == len(suite.class_names(suite.CONTROL)) == len(split.classes)
+    assert head.shape[0] == len(glyphs.class_names(glyphs.CONTROL)) == len(split.classes)
     norms = head.norm(dim=1)
     assert torch.allclose(norms, norms[0].expand_as(norms), rtol=1e-5)
     with torch.inference_mode():
-        logits = ImageClassifier(encoder.model.visual, head)(encoder.preprocess.normalise(split.images))
-    assert len(split) == suite.CONTROL_SIZES["test"]
+        logits = ImageClassifier(encoder.model.visual, head)(
+            encoder.preprocess.normalise(split.images)
+        )
+    assert len(split) == glyphs.CONTROL_SIZES["test"]
     assert float((logits.argmax(dim=1) == split.labels).float().mean()) > 0.9
 
 
 def test_the_tiny_clip_is_a_float32_model_in_eval_mode_of_the_suites_size(encoder: Encoder) -> None:
     assert encoder.preprocess.size == SIZE and not encoder.model.training
     state = encoder.visual_state()
-    assert state and all(n.startswith("visual.") and p.dtype == torch.float32 for n, p in state.items())
-    assert len(encoder.fingerprint()) == 64 and encoder.fingerprint() == load_encoder(ModelConfig()).fingerprint()
+    assert state and all(
+        n.startswith("visual.") and p.dtype == torch.float32 for n, p in state.items()
+    )
+    assert (
+        len(encoder.fingerprint()) == 64
+        and encoder.fingerprint() == load_encoder(ModelConfig()).fingerprint()
+    )
     changed = load_encoder(ModelConfig())
     with torch.no_grad():
         next(iter(changed.visual_state().values())).view(-1)[0] += 1e-3
@@ -200,12 +242,30 @@ def test_pixels_are_normalised_by_channel() -> None:
 
 @pytest.mark.slow
 def test_pretraining_writes_weights_like_those_in_the_package(tmp_path: Path) -> None:
-    tokenizer = suite.MODEL_DIR / "bpe_2000.txt.gz"
+    tokenizer = glyphs.MODEL_DIR / "bpe_2000.txt.gz"
     before = tokenizer.read_bytes()
-    run = subprocess.run([sys.executable, "-m", "raytvb.suite.pretrain", "--images", "200", "--steps", "4", "--out",
-                          str(tmp_path)], capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "raytvb.suite.pretrain",
+            "--images",
+            "200",
+            "--steps",
+            "4",
+            "--out",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode == 0, run.stderr
     assert tokenizer.read_bytes() == before
-    made, packaged = (load_file(folder / "open_clip_model.safetensors") for folder in (tmp_path, suite.MODEL_DIR))
-    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in packaged.items()}
+    made, packaged = (
+        load_file(folder / "open_clip_model.safetensors") for folder in (tmp_path, glyphs.MODEL_DIR)
+    )
+    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {
+        n: (t.shape, t.dtype) for n, t in packaged.items()
+    }
     assert all(bool(torch.isfinite(t).all()) for t in made.values())

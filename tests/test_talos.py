@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytvb.talos import (
+from raytvb.maths.mask_selection import (
     damp,
     flatten,
     jaccard,
@@ -18,10 +18,15 @@ from raytvb.talos import (
 
 
 def some_scores(seed: int = 0, levels: int | None = None) -> dict[str, Tensor]:
-    """Scores of three tensors in an order that is not the sorted one; with `levels` values only, so with many ties."""
+    """Scores of three tensors in an order that is not the sorted one; with `levels` values only, so
+    with many ties.
+    """
     rng = np.random.default_rng(seed)
     shapes = {"b": (7, 11), "c": (5,), "a": (3, 2, 4)}
-    made = {n: rng.random(s) if levels is None else rng.integers(levels, size=s) / levels for n, s in shapes.items()}
+    made = {
+        n: rng.random(s) if levels is None else rng.integers(levels, size=s) / levels
+        for n, s in shapes.items()
+    }
     return {n: torch.tensor(v, dtype=torch.float32) for n, v in made.items()}
 
 
@@ -81,14 +86,20 @@ def test_scores_that_are_nan_are_an_error_that_names_the_tensors() -> None:
 def test_staged_rounds_never_take_back_a_rejected_entry() -> None:
     kept, rounds = None, 4
     for step in range(1, rounds + 1):
-        scores = some_scores(seed=10 + step)  # new scores every round, so that rejected ones would look good again
+        scores = some_scores(
+            seed=10 + step
+        )  # new scores every round, so that rejected ones would look good again
         density = round_density(0.1, step, rounds)
         chosen = select_further(scores, kept, density)
-        assert sum(int(m.sum()) for m in chosen.values()) == max(1, round(106 * 0.1 ** (step / rounds)))
+        assert sum(int(m.sum()) for m in chosen.values()) == max(
+            1, round(106 * 0.1 ** (step / rounds))
+        )
         if kept is not None:
             assert all(bool((kept[n] | ~chosen[n]).all()) for n in chosen)
             barred = {n: s.where(kept[n], torch.tensor(torch.inf)) for n, s in scores.items()}
-            assert_same_mask(chosen, sorted_mask(barred, sum(int(m.sum()) for m in chosen.values())))
+            assert_same_mask(
+                chosen, sorted_mask(barred, sum(int(m.sum()) for m in chosen.values()))
+            )
         kept = chosen
     assert sum(int(m.sum()) for m in kept.values()) == 11
 
@@ -125,7 +136,6 @@ def test_jaccard_is_intersection_over_union() -> None:
     for i, a in enumerate(sets):
         for j, b in enumerate(sets):
             assert float(found[i, j]) == pytest.approx(len(a & b) / len(a | b) if a | b else 1.0)
-
 
 
 def test_flatten_goes_by_sorted_names_and_unflatten_undoes_it() -> None:

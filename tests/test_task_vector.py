@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import raytvb
-from raytvb.task_vector import TaskVector, check_same_tensors
+from raytvb.maths.task_vector import TaskVector, check_same_tensors
 
 SHAPES = {"a.weight": (4, 3), "b.bias": (5,), "c.scale": ()}
 
@@ -24,7 +24,8 @@ def flat(vector: TaskVector) -> Tensor:
 
 def same(left: TaskVector, right: TaskVector) -> bool:
     return left.tensors.keys() == right.tensors.keys() and all(
-        torch.equal(t, right.tensors[n]) for n, t in left.tensors.items())
+        torch.equal(t, right.tensors[n]) for n, t in left.tensors.items()
+    )
 
 
 def test_it_is_the_difference_of_two_models_without_integer_buffers() -> None:
@@ -49,7 +50,9 @@ def test_the_algebra_is_that_of_vectors() -> None:
     assert torch.equal(flat(u + v), (flat(u).float() + flat(v).float()).double())
     torch.testing.assert_close(flat(u - v), flat(u) - flat(v), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(flat(2.5 * u), 2.5 * flat(u), rtol=1e-6, atol=0)
-    assert same(u * 3.0, 3.0 * u) and same(-u, u * -1) and same(u + v, v + u) and same(u - v, u + (-v))
+    assert (
+        same(u * 3.0, 3.0 * u) and same(-u, u * -1) and same(u + v, v + u) and same(u - v, u + (-v))
+    )
     assert not any((u - u).tensors[n].any() for n in SHAPES)
     zero = TaskVector({n: torch.zeros_like(t) for n, t in u.tensors.items()})
     assert same(u + zero, u) and zero.norm() == 0.0
@@ -99,11 +102,23 @@ def test_dot_and_norm_are_accumulated_in_float64() -> None:
 def test_dot_does_not_cancel_across_tensors() -> None:
     """1e17 + 1 - 1e17: the sum over tensors is exact, so small tensors count beside large ones."""
     u = TaskVector({"a": torch.tensor([1e9]), "b": torch.tensor([1.0]), "c": torch.tensor([-1e9])})
-    assert u.dot(TaskVector({"a": torch.tensor([1e8]), "b": torch.tensor([1.0]), "c": torch.tensor([1e8])})) == 1.0
+    assert (
+        u.dot(
+            TaskVector(
+                {"a": torch.tensor([1e8]), "b": torch.tensor([1.0]), "c": torch.tensor([1e8])}
+            )
+        )
+        == 1.0
+    )
 
 
 def mismatching() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    left = {"same": torch.zeros(2), "only.left": torch.zeros(1), "also.left": torch.zeros(1), "bent": torch.zeros(2, 3)}
+    left = {
+        "same": torch.zeros(2),
+        "only.left": torch.zeros(1),
+        "also.left": torch.zeros(1),
+        "bent": torch.zeros(2, 3),
+    }
     right = {"same": torch.zeros(2), "only.right": torch.zeros(1), "bent": torch.zeros(3, 2)}
     return left, right
 
@@ -115,12 +130,20 @@ def test_a_mismatch_lists_all_names_and_shapes_at_once() -> None:
     message = str(caught.value)
     for part in ("only.left", "also.left", "only.right", "shape of bent: (2, 3) and (3, 2)"):
         assert part in message
-    assert message.index("also.left") < message.index("only.left") and "same" not in message.replace("the same", "")
+    assert message.index("also.left") < message.index(
+        "only.left"
+    ) and "same" not in message.replace("the same", "")
 
 
-@pytest.mark.parametrize("operation", [
-    lambda u, v: u + v, lambda u, v: u - v, lambda u, v: u.dot(v),
-    lambda u, v: TaskVector.from_state_dicts(u.tensors, v.tensors)])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda u, v: u + v,
+        lambda u, v: u - v,
+        lambda u, v: u.dot(v),
+        lambda u, v: TaskVector.from_state_dicts(u.tensors, v.tensors),
+    ],
+)
 def test_every_operation_is_strict(operation: Callable[[TaskVector, TaskVector], object]) -> None:
     left, right = mismatching()
     with pytest.raises(ValueError, match=r"also\.left.*only\.left.*only\.right.*bent"):

@@ -1,4 +1,6 @@
-"""Vector files and sets of them: format, ranges, blocks and sums, against plain dense float64 arithmetic."""
+"""Vector files and sets of them: format, ranges, blocks and sums, against plain dense float64
+arithmetic.
+"""
 
 import itertools
 import json
@@ -31,9 +33,11 @@ from vector_files import (
 )
 
 from raytvb.errors import VectorError
-from raytvb.masks import BLOCK
-from raytvb.store import Store, StoreError
-from raytvb.vectors import VectorFile, VectorSet, block_columns, vector_bytes, vector_info
+from raytvb.maths.gram import BLOCK
+from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
+from raytvb.storage.vector_set import VectorSet, block_columns
+from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
 
 
 @pytest.fixture
@@ -41,13 +45,18 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES["both"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_vector_file_is_an_ordinary_safetensors_file(store: Store, sparse: bool, dtype: torch.dtype) -> None:
-    values, mask = values_of(SHAPES, seed=1, dtype=dtype), random_mask(SHAPES, seed=2) if sparse else None
+def test_a_vector_file_is_an_ordinary_safetensors_file(
+    store: Store, sparse: bool, dtype: torch.dtype
+) -> None:
+    values, mask = (
+        values_of(SHAPES, seed=1, dtype=dtype),
+        random_mask(SHAPES, seed=2) if sparse else None,
+    )
     key = put_vector(store, "glyphs/one", values, mask)
     path = store.path(key)
     with safe_open(path, "pt") as file:
@@ -65,7 +74,10 @@ def test_a_vector_file_is_an_ordinary_safetensors_file(store: Store, sparse: boo
 
 def test_equal_vectors_are_equal_bytes_whatever_the_order_of_the_tensors() -> None:
     values, info = values_of(SHAPES, seed=1), vector_info("base", mask_path="../m", mask="f")
-    made = {vector_bytes(dict(order), dict(reversed(info.items()))) for order in itertools.permutations(values.items())}
+    made = {
+        vector_bytes(dict(order), dict(reversed(info.items())))
+        for order in itertools.permutations(values.items())
+    }
     assert made == {vector_bytes(values, info)}
     assert vector_bytes(values_of(SHAPES, seed=2), info) not in made
 
@@ -78,27 +90,41 @@ def test_a_vector_file_has_one_dtype() -> None:
 @pytest.mark.parametrize("dtype", DTYPES["both"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_any_range_of_values_can_be_read(store: Store, sparse: bool, dtype: torch.dtype) -> None:
-    values, mask = values_of(SHAPES, seed=1, dtype=dtype), random_mask(SHAPES, seed=2) if sparse else None
+    values, mask = (
+        values_of(SHAPES, seed=1, dtype=dtype),
+        random_mask(SHAPES, seed=2) if sparse else None,
+    )
     file = VectorFile(store, put_vector(store, "one", values, mask))
     expected = torch.cat([values[n].reshape(-1) for n in sorted(values)]).float()
     expected = expected if mask is None else expected[mask.bits]
     assert file.stored == len(expected)
     rng = np.random.default_rng(0)
-    for start, stop in [(0, file.stored), (0, 0), (file.stored, file.stored),
-                        *np.sort(rng.integers(0, file.stored + 1, (30, 2))).tolist()]:
+    for start, stop in [
+        (0, file.stored),
+        (0, 0),
+        (file.stored, file.stored),
+        *np.sort(rng.integers(0, file.stored + 1, (30, 2))).tolist(),
+    ]:
         found = file.values(start, stop)
         assert found.dtype == torch.float32 and torch.equal(found, expected[start:stop])
         buffer = torch.full((stop - start + 2,), 7.0)
         file.read_into(start, buffer[1:-1])
-        assert torch.equal(buffer, torch.cat([torch.tensor([7.0]), expected[start:stop], torch.tensor([7.0])]))
+        assert torch.equal(
+            buffer, torch.cat([torch.tensor([7.0]), expected[start:stop], torch.tensor([7.0])])
+        )
         first, last = file.byte_range(start, stop)
-        assert store.read(file.key)[first:last] == expected[start:stop].to(dtype).view(torch.uint8).numpy().tobytes()
+        assert (
+            store.read(file.key)[first:last]
+            == expected[start:stop].to(dtype).view(torch.uint8).numpy().tobytes()
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES["both"])
 def test_reading_past_the_end_is_an_error(store: Store, dtype: torch.dtype) -> None:
     file = VectorFile(store, put_vector(store, "one", values_of(SHAPES, seed=1, dtype=dtype)))
-    with pytest.raises(VectorError, match=r"vectors/one/.* has 205 values; 204\.\.206 were asked for"):
+    with pytest.raises(
+        VectorError, match=r"vectors/one/.* has 205 values; 204\.\.206 were asked for"
+    ):
         file.values(file.stored - 1, file.stored + 1)
 
 
@@ -107,7 +133,10 @@ def test_tensors_that_are_not_finite_are_listed(store: Store, dtype: torch.dtype
     values = values_of({**SHAPES, "visual.d": (16 * BLOCK + 5,)}, seed=1, dtype=dtype)
     assert VectorFile(store, put_vector(store, "good", values)).not_finite() == []
     values["visual.B"][-1], values["visual.d"][-1] = float("nan"), float("-inf")
-    assert VectorFile(store, put_vector(store, "bad", values)).not_finite() == ["visual.B", "visual.d"]
+    assert VectorFile(store, put_vector(store, "bad", values)).not_finite() == [
+        "visual.B",
+        "visual.d",
+    ]
 
 
 def test_parameters_have_their_shapes_where_only_some_entries_are_stored(store: Store) -> None:
@@ -117,10 +146,21 @@ def test_parameters_have_their_shapes_where_only_some_entries_are_stored(store: 
     assert file.shapes == {n: (int(m.sum()),) for n, m in mask.tensors().items()}
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"1234567", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b'"a"',
-    struct.pack("<Q", 12) + b'{"a": [1, 2]', b"not a vector file", save({"a": torch.zeros(3)}),
-    save({"a": torch.zeros(3)}, metadata={"raytvb": "no"}), save({"a": torch.zeros(3)}, metadata={"raytvb": "[1]"})])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        struct.pack("<Q", 2**60) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 3) + b'"a"',
+        struct.pack("<Q", 12) + b'{"a": [1, 2]',
+        b"not a vector file",
+        save({"a": torch.zeros(3)}),
+        save({"a": torch.zeros(3)}, metadata={"raytvb": "no"}),
+        save({"a": torch.zeros(3)}, metadata={"raytvb": "[1]"}),
+    ],
+)
 def test_a_file_that_is_no_vector_file_is_an_error_that_names_it(store: Store, data: bytes) -> None:
     store.write("x/vector.safetensors", data)
     with pytest.raises(VectorError, match=r"x/vector\.safetensors is not a whole"):
@@ -132,21 +172,31 @@ def test_metadata_without_a_field_is_an_error_that_names_both(store: Store, fiel
     info = vector_info("base", mask_path="mask.safetensors", mask="f")
     del info[field]
     store.write("x/vector.safetensors", vector_bytes({"a": torch.zeros(3)}, info))
-    with pytest.raises(VectorError, match=rf"x/vector\.safetensors is no vector file: .* no {field}$"):
+    with pytest.raises(
+        VectorError, match=rf"x/vector\.safetensors is no vector file: .* no {field}$"
+    ):
         VectorFile(store, "x/vector.safetensors")
 
 
-def test_a_shape_that_does_not_fit_its_bytes_is_an_error_that_names_the_tensor(store: Store) -> None:
+def test_a_shape_that_does_not_fit_its_bytes_is_an_error_that_names_the_tensor(
+    store: Store,
+) -> None:
     data = vector_data("x", values_of(SHAPES, seed=1), None, "", "base")
     store.write("x/vector.safetensors", data.replace(b"[7,19]", b"[7,18]"))
-    with pytest.raises(VectorError, match=r"x/vector\.safetensors: shape and place of visual\.b\.weight do not fit"):
+    with pytest.raises(
+        VectorError, match=r"x/vector\.safetensors: shape and place of visual\.b\.weight do not fit"
+    ):
         VectorFile(store, "x/vector.safetensors")
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)]
+)
 def test_other_dtypes_are_an_error(store: Store, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     tensors = {"a": torch.zeros(2, dtype=dtypes[0]), "b": torch.zeros(2, dtype=dtypes[1])}
-    store.write("vector.safetensors", save(tensors, metadata={"raytvb": json.dumps(vector_info("base"))}))
+    store.write(
+        "vector.safetensors", save(tensors, metadata={"raytvb": json.dumps(vector_info("base"))})
+    )
     with pytest.raises(VectorError, match=r"vector\.safetensors.*F32 or BF16"):
         VectorFile(store, "vector.safetensors")
 
@@ -168,24 +218,32 @@ def test_a_missing_mask_is_an_error_that_names_it(store: Store) -> None:
 def test_a_mask_outside_of_the_store_is_an_error_that_names_both(store: Store) -> None:
     put_set(store, "shared")
     inner = Store(store.path("vectors/suite"))
-    with pytest.raises(VectorError, match=r"task-1/vector.*masks/shared/mask\.safetensors lies outside"):
+    with pytest.raises(
+        VectorError, match=r"task-1/vector.*masks/shared/mask\.safetensors lies outside"
+    ):
         VectorFile(inner, "task-1/vector.safetensors")
-    found = VectorFile.open(inner.path("task-1/vector.safetensors"))  # roots the store where the mask can be reached
+    found = VectorFile.open(
+        inner.path("task-1/vector.safetensors")
+    )  # roots the store where the mask can be reached
     assert found.mask is not None and found.mask.kept == found.stored
 
 
-# Sets ----------------------------------------------------------------------------------------------------------------
+# Sets ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_common_coordinates_are_the_kept_ones_only_where_all_share_a_mask(store: Store, kind: str) -> None:
+def test_common_coordinates_are_the_kept_ones_only_where_all_share_a_mask(
+    store: Store, kind: str
+) -> None:
     keys, V = put_set(store, kind)
     vectors = open_set(store, keys)
     assert vectors.compact == (kind in ("dense", "shared"))
     assert vectors.count == len(common(kind, V))
     assert vectors.parameters == SHAPES and list(vectors.parameters) == sorted(SHAPES)
     assert (vectors.mask is not None) == (kind == "shared")
-    assert vectors.mask is None or torch.equal(vectors.mask.load().bits, random_mask(SHAPES, 99).bits)
+    assert vectors.mask is None or torch.equal(
+        vectors.mask.load().bits, random_mask(SHAPES, 99).bits
+    )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -198,7 +256,7 @@ def test_blocks_cover_everything_once_and_in_order(store: Store, kind: str, dtyp
         place = 0
         for start, block in vectors.blocks(columns):
             assert start == place and block.dtype == torch.float32 and block.is_contiguous()
-            assert torch.equal(block, rows[:, start:start + block.shape[1]])
+            assert torch.equal(block, rows[:, start : start + block.shape[1]])
             place += block.shape[1]
             assert place == rows.shape[1] or block.shape[1] == columns
         assert place == vectors.count
@@ -219,7 +277,7 @@ def test_a_block_stays_as_it_is_while_the_next_is_read(store: Store) -> None:
     places = set()
     for start, block in open_set(store, keys).blocks(40):
         time.sleep(0.02)
-        assert torch.equal(block, V[start:start + 40].T.float())
+        assert torch.equal(block, V[start : start + 40].T.float())
         places.add(block.data_ptr())
     assert len(places) == 2
 
@@ -278,47 +336,62 @@ def test_no_vectors_are_an_error() -> None:
 def test_vectors_of_different_bases_are_an_error_that_names_both(store: Store) -> None:
     keys, _ = put_set(store, "dense")
     keys.append(put_vector(store, "stranger", values_of(SHAPES, seed=7), base="base-2"))
-    with pytest.raises(VectorError, match=r"task-0/vector.*stranger/vector.*different pretrained models"):
+    with pytest.raises(
+        VectorError, match=r"task-0/vector.*stranger/vector.*different pretrained models"
+    ):
         open_set(store, keys)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_vectors_of_different_parameters_are_an_error_that_names_both(store: Store, sparse: bool) -> None:
+def test_vectors_of_different_parameters_are_an_error_that_names_both(
+    store: Store, sparse: bool
+) -> None:
     keys, _ = put_set(store, "dense")
     shapes = {**SHAPES, "visual.c": (2,)}
     mask = random_mask(shapes, seed=5) if sparse else None
     keys.append(put_vector(store, "stranger", values_of(shapes, seed=7), mask))
-    with pytest.raises(VectorError, match=r"task-0/vector.*stranger/vector.*different names or shapes"):
+    with pytest.raises(
+        VectorError, match=r"task-0/vector.*stranger/vector.*different names or shapes"
+    ):
         open_set(store, keys)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20, 255, 256, 257, 1000, 10_000])
 def test_a_block_of_any_number_of_vectors_fits_the_budget(rows: int) -> None:
     columns = block_columns(rows)
-    assert columns % BLOCK == 0 or BLOCK % columns == 0  # blocks of files and of masks never lie across each other
+    assert (
+        columns % BLOCK == 0 or BLOCK % columns == 0
+    )  # blocks of files and of masks never lie across each other
     assert columns % 8 == 0 and 4 * rows * columns <= 64 * 2**20 < 4 * rows * (3 * columns)
 
 
-# Sums ----------------------------------------------------------------------------------------------------------------
+# Sums ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_combinations_are_the_weighted_sums_on_the_common_coordinates(store: Store, kind: str) -> None:
+def test_combinations_are_the_weighted_sums_on_the_common_coordinates(
+    store: Store, kind: str
+) -> None:
     keys, V = put_set(store, kind)
     vectors, weights = open_set(store, keys), signed_weights()
     found = list(vectors.combinations(weights))
-    assert len(found) == 4 and all(f.dtype == torch.float32 and f.shape == (vectors.count,) for f in found)
-    torch.testing.assert_close(torch.stack(found, dim=1).double(), common(kind, V) @ weights, rtol=1e-5, atol=1e-5)
+    assert len(found) == 4 and all(
+        f.dtype == torch.float32 and f.shape == (vectors.count,) for f in found
+    )
+    torch.testing.assert_close(
+        torch.stack(found, dim=1).double(), common(kind, V) @ weights, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("together", [0, 1, 2, 3])
-def test_combinations_beyond_the_budget_are_the_same_numbers(store: Store, kind: str, together: int,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_beyond_the_budget_are_the_same_numbers(
+    store: Store, kind: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made in several passes; one at least is made in each."""
     keys, V = put_set(store, kind)
     vectors, weights = open_set(store, keys), signed_weights()
-    monkeypatch.setattr("raytvb.vectors.COMBINED_BYTES", 4 * vectors.count * together)
+    monkeypatch.setattr("raytvb.storage.vector_set.COMBINED_BYTES", 4 * vectors.count * together)
     passes, blocks = list[int](), VectorSet.blocks
 
     def counted(self: VectorSet) -> Iterator[tuple[int, Tensor]]:
@@ -328,13 +401,16 @@ def test_combinations_beyond_the_budget_are_the_same_numbers(store: Store, kind:
     monkeypatch.setattr(VectorSet, "blocks", counted)
     found = torch.stack([f.clone() for f in vectors.combinations(weights)], dim=1)
     torch.testing.assert_close(found.double(), common(kind, V) @ weights, rtol=1e-5, atol=1e-5)
-    assert len(passes) == {0: 3, 1: 3, 2: 2, 3: 2}[together]  # one column is zero, and takes no pass
+    assert (
+        len(passes) == {0: 3, 1: 3, 2: 2, 3: 2}[together]
+    )  # one column is zero, and takes no pass
 
 
-def test_combinations_of_long_vectors_are_made_of_several_blocks(store: Store,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_of_long_vectors_are_made_of_several_blocks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys, V = put_set(store, "per-task", BIG, count=3)
-    monkeypatch.setattr("raytvb.vectors.block_columns", lambda rows: BLOCK)
+    monkeypatch.setattr("raytvb.storage.vector_set.block_columns", lambda rows: BLOCK)
     weights = torch.tensor([[1.0, 0.5], [-2.0, 0.0], [0.0, 0.25]], dtype=torch.float64)
     found = torch.stack(list(open_set(store, keys).combinations(weights)), dim=1)
     torch.testing.assert_close(found.double(), V @ weights, rtol=1e-5, atol=1e-5)

@@ -12,15 +12,28 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from raytvb.masks import Mask
-from raytvb.store import Store
-from raytvb.vectors import VectorFile, VectorSet, vector_bytes, vector_info
+from raytvb.storage.masks import Mask
+from raytvb.storage.store import Store
+from raytvb.storage.vector_set import VectorSet
+from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
 
 Shapes = dict[str, tuple[int, ...]]
-SHAPES: Shapes = {"visual.b.weight": (7, 19), "visual.a": (3, 2, 5), "visual.c": (1,), "visual.B": (41,)}
-BIG: Shapes = {"visual.weight": (300, 701), "visual.bias": (13,)}  # more than three blocks of the mask's counts
+SHAPES: Shapes = {
+    "visual.b.weight": (7, 19),
+    "visual.a": (3, 2, 5),
+    "visual.c": (1,),
+    "visual.B": (41,),
+}
+BIG: Shapes = {
+    "visual.weight": (300, 701),
+    "visual.bias": (13,),
+}  # more than three blocks of the mask's counts
 KINDS = ("dense", "shared", "per-task", "mixed")
-DTYPES = {"fp32": (torch.float32,), "bf16": (torch.bfloat16,), "both": (torch.float32, torch.bfloat16)}
+DTYPES = {
+    "fp32": (torch.float32,),
+    "bf16": (torch.bfloat16,),
+    "both": (torch.float32, torch.bfloat16),
+}
 
 
 def values_of(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -43,18 +56,30 @@ def put_mask(store: Store, name: str, mask: Mask) -> str:
     return key
 
 
-def vector_data(task: str, values: dict[str, Tensor], mask: Mask | None, mask_name: str, base: str) -> bytes:
-    """The vector file of a task: dense, or with its mask in the folder masks/<mask_name> of the same store."""
+def vector_data(
+    task: str, values: dict[str, Tensor], mask: Mask | None, mask_name: str, base: str
+) -> bytes:
+    """The vector file of a task: dense, or with its mask in the folder masks/<mask_name> of the
+    same store.
+    """
     if mask is None:
         return vector_bytes(values, vector_info(base))
     path = posixpath.relpath(f"masks/{mask_name}/mask.safetensors", f"vectors/{task}")
     kept = mask.tensors()
-    return vector_bytes({n: v[kept[n]] for n, v in values.items()},
-                        vector_info(base, mask_path=path, mask=mask.fingerprint))
+    return vector_bytes(
+        {n: v[kept[n]] for n, v in values.items()},
+        vector_info(base, mask_path=path, mask=mask.fingerprint),
+    )
 
 
-def put_vector(store: Store, task: str, values: dict[str, Tensor], mask: Mask | None = None, mask_name: str = "shared",
-               base: str = "base-1") -> str:
+def put_vector(
+    store: Store,
+    task: str,
+    values: dict[str, Tensor],
+    mask: Mask | None = None,
+    mask_name: str = "shared",
+    base: str = "base-1",
+) -> str:
     """Store `values`, sparse where there is a mask; the key."""
     key = f"vectors/{task}/vector.safetensors"
     if mask is not None:
@@ -69,8 +94,13 @@ def flat(values: dict[str, Tensor], mask: Mask | None = None) -> Tensor:
     return whole if mask is None else whole * mask.bits
 
 
-def put_set(store: Store, kind: str, shapes: Shapes = SHAPES, count: int = 5,
-            dtypes: Sequence[torch.dtype] = (torch.float32,)) -> tuple[list[str], Tensor]:
+def put_set(
+    store: Store,
+    kind: str,
+    shapes: Shapes = SHAPES,
+    count: int = 5,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> tuple[list[str], Tensor]:
     """Store `count` vectors of a kind, dtypes taking turns: their keys, and V (D, count) float64.
 
     mixed: every second one is dense. Masks of its own: two vectors each have the same.
@@ -79,7 +109,9 @@ def put_set(store: Store, kind: str, shapes: Shapes = SHAPES, count: int = 5,
     for t in range(count):
         values = values_of(shapes, seed=t, dtype=dtypes[t % len(dtypes)])
         sparse = kind in ("shared", "per-task") or (kind == "mixed" and t % 2 == 1)
-        mask = random_mask(shapes, seed=99 if kind == "shared" else 100 + t // 2) if sparse else None
+        mask = (
+            random_mask(shapes, seed=99 if kind == "shared" else 100 + t // 2) if sparse else None
+        )
         name = "shared" if kind == "shared" else f"own-{t // 2}"
         keys.append(put_vector(store, f"suite/task-{t}", values, mask, name))
         columns.append(flat(values, mask))
@@ -87,7 +119,9 @@ def put_set(store: Store, kind: str, shapes: Shapes = SHAPES, count: int = 5,
 
 
 def common(kind: str, V: Tensor, shapes: Shapes = SHAPES) -> Tensor:
-    """The rows of V that are coordinates of a set of that kind: the kept ones where all share a mask."""
+    """The rows of V that are coordinates of a set of that kind: the kept ones where all share a
+    mask.
+    """
     return V[random_mask(shapes, 99).bits] if kind == "shared" else V
 
 
@@ -115,7 +149,7 @@ def truncate(store: Store, key: str, size: int) -> None:
 
 def metadata(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file."""
-    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
 def dense(store: Store, key: str) -> Tensor:
@@ -127,7 +161,9 @@ def dense(store: Store, key: str) -> Tensor:
         return values
     mask = store.read(posixpath.normpath(posixpath.join(posixpath.dirname(key), info["mask"])))
     shapes = json.loads(metadata(mask)["raytvb"])["shapes"]
-    bits = np.unpackbits(load(mask)["bits"].numpy(), count=sum(map(prod, shapes.values())), bitorder="little")
+    bits = np.unpackbits(
+        load(mask)["bits"].numpy(), count=sum(map(prod, shapes.values())), bitorder="little"
+    )
     out = torch.zeros(len(bits), dtype=torch.float64)
     out[torch.from_numpy(bits.astype(bool))] = values
     return out
@@ -136,12 +172,17 @@ def dense(store: Store, key: str) -> Tensor:
 def glued(store: Store, folder: str) -> Tensor:
     """The vectors of a basis (D or kept, M) float64, put together from its files by its index.
 
-    Checks that the index lists every tensor of every file in the folder, and nothing else, and their bytes.
+    Checks that the index lists every tensor of every file in the folder, and nothing else, and
+    their bytes.
     """
     index = store.read_json(f"{folder}/basis.safetensors.index.json")
     where, total = index["weight_map"], 0
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    names = {k.rpartition("/")[2] for k in store.keys(folder) if k.rpartition("/")[2].startswith("basis-")}
+    names = {
+        k.rpartition("/")[2]
+        for k in store.keys(folder)
+        if k.rpartition("/")[2].startswith("basis-")
+    }
     assert names == set(where.values())
     for name in sorted(names):
         tensors = load(store.read(f"{folder}/{name}"))
@@ -150,7 +191,9 @@ def glued(store: Store, folder: str) -> Tensor:
             assert values.dtype == torch.float32
             total += values.numel() * values.element_size()
             cut = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", tensor)
-            parts.setdefault(cut[1] if cut else tensor, []).append((int(cut[2]) if cut else 0, values.flatten(1)))
+            parts.setdefault(cut[1] if cut else tensor, []).append(
+                (int(cut[2]) if cut else 0, values.flatten(1))
+            )
             assert cut is None or values.shape[1] == int(cut[3]) - int(cut[2])
     assert total == index["metadata"]["total_size"]
     rows = []
@@ -164,6 +207,8 @@ def glued(store: Store, folder: str) -> Tensor:
 
 
 def close_to(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
-    """A Gram matrix differs from another by no more than the tolerance times the norms of the two vectors."""
+    """A Gram matrix differs from another by no more than the tolerance times the norms of the two
+    vectors.
+    """
     norms = expected.diagonal().sqrt()
     return bool(((found - expected).abs() <= tolerance * torch.outer(norms, norms)).all())

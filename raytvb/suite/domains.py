@@ -1,7 +1,9 @@
-"""Domains of the embedded suite: how an image looks. Each takes colours over a coverage mask to a degraded image.
+"""Domains of the embedded suite: how an image looks. Each takes colours over a coverage mask to a
+degraded image.
 
-A domain is a function (image (32, 32, 3) float32 in [0, 1], strength in [0, 1], rng) -> image of the same shape.
-Strength 1 is what a task uses; pretraining sees strengths up to 0.4 only, so that fine-tuning has something to learn.
+A domain is a function (image (32, 32, 3) float32 in [0, 1], strength in [0, 1], rng) -> image of
+the same shape. Strength 1 is what a task uses; pretraining sees strengths up to 0.4 only, so that
+fine-tuning has something to learn.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
     for _ in range(3):
         side = max(1, round(strength * rng.uniform(8, 12)))
         x, y = rng.integers(0, SIZE - side + 1, 2)
-        image[y:y + side, x:x + side] = rng.random(3, dtype=np.float32)
+        image[y : y + side, x : x + side] = rng.random(3, dtype=np.float32)
     return image
 
 
@@ -107,8 +109,13 @@ def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
     """Slanted by up to 0.8, to either side."""
     slant = strength * rng.uniform(0.6, 0.8) * rng.choice((-1.0, 1.0))
     edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
-    moved = _to_pil(image).transform((SIZE, SIZE), Image.Transform.AFFINE, (1, slant, -slant * SIZE / 2, 0, 1, 0),
-                                     resample=Image.Resampling.BILINEAR, fillcolor=edge)
+    moved = _to_pil(image).transform(
+        (SIZE, SIZE),
+        Image.Transform.AFFINE,
+        (1, slant, -slant * SIZE / 2, 0, 1, 0),
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=edge,
+    )
     return _from_pil(moved)
 
 
@@ -127,5 +134,20 @@ def photo(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
     return image * (1 - share) + scene * share + grain
 
 
-DOMAINS: dict[str, Domain] = {f.__name__: f for f in (
-    noise, blur, stripes, contrast, occlusion, pixelation, saltpepper, clutter, fog, shear, rotation, photo)}
+DOMAINS: dict[str, Domain] = {
+    f.__name__: f
+    for f in (
+        noise,
+        blur,
+        stripes,
+        contrast,
+        occlusion,
+        pixelation,
+        saltpepper,
+        clutter,
+        fog,
+        shear,
+        rotation,
+        photo,
+    )
+}

@@ -1,0 +1,1 @@
+"""Benchmarks, each a ratio measured in one process. No other room imports this one."""

@@ -1,0 +1,3 @@
+"""Labelled images: where they come from, which are train, val and test, and how they are
+decoded.
+"""

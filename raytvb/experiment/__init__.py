@@ -1,0 +1,1 @@
+"""What an experiment file says, and what everything it makes is called in a store."""

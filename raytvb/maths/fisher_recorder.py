@@ -1,0 +1,303 @@
+"""The recorder of `fisher`: watches a forward pass and scores each layer in the backward pass.
+
+Shape suffixes as in `fisher`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from raytvb.maths.fisher_rewrites import REWRITES
+
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+
+_SUMS = {
+    torch.add,
+    torch.mul,
+    Tensor.add,
+    Tensor.mul,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+}
+
+
+class Recorder(TorchFunctionMode):
+    """Watches a forward pass; in the backward pass after it, squares of per-sample gradients go
+    into the scores.
+
+    A layer's weight gets them from a hook on the layer's output. Another parameter is expanded to
+    one copy a sample where it meets the batch, so that autograd itself gives its gradient for each
+    sample.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
+    ) -> None:
+        super().__init__()
+        self._names = {
+            id(p): n for n, p in parameters.items()
+        }  # and of views of them with the same elements
+        self._alive: list[Tensor] = []  # the views, so that no other tensor gets their id
+        self._used: set[str] = set()
+        self._parameters, self._scores, self._count = parameters, scores, count
+        self.ends: list[
+            Tensor
+        ] = []  # where the backward pass may stop: what depends on no other parameter
+        self.unknown: set[str] = set()
+        self.weights_NR, self.draw = torch.empty(0), 0
+        self._expected: dict[str, Tensor] = {}
+        self._margin: dict[str, float] = {}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        rewritten = REWRITES.get(func)
+        if rewritten is not None:
+            with self:  # its parts are watched in its place
+                return rewritten(*args, **kwargs)
+        names = [self._name(a) for a in (*args, *kwargs.values()) if self._name(a)]
+        if not names:
+            return func(*args, **kwargs)
+        if func in (F.linear, torch.conv2d):
+            return self._layer(func, args, kwargs)
+        if func in _PRODUCTS and args[1] is self._parameters.get(names[0]) and len(names) == 1:
+            return self._product(func, args, names[0])
+        if func in _SUMS and len(args) == 2 and not kwargs and len(names) == 1:
+            return self._broadcast(func, args, names[0])
+        return self._view(func, func(*args, **kwargs), names)
+
+    def expect(self, gradients: dict[str, Tensor], tolerance: float) -> None:
+        """Compare the squares for the first image and draw with those of these gradients, relative
+        to their maximum.
+        """
+        # Not in place: gradients of two parameters may share memory.
+        self._expected = {n: gradients.pop(n).float().square() for n in list(gradients)}
+        most = {n: float(e.max()) for n, e in self._expected.items()}
+        largest = max(most.values(), default=0.0)
+        self._margin = {
+            n: max(tolerance * most.get(n, 0.0), 1e-9 * largest) for n in self._parameters
+        }
+
+    def _compare(self, name: str, squares: Tensor) -> None:
+        """The squares of the first image are as expected, else the name is unknown from now on."""
+        if self.draw == 0 and self._margin and name not in self.unknown:
+            expected = self._expected.pop(name, None)
+            difference = squares if expected is None else squares.reshape(expected.shape) - expected
+            if float(difference.abs().max()) > self._margin[name]:
+                self.unknown.add(name)
+
+    def unmet(self) -> set[str]:
+        """Names with an influence on the first image that no rule has met."""
+        return {n for n, e in self._expected.items() if float(e.max()) > self._margin[n]}
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights (N,) of the draw that is being scored."""
+        return self.weights_NR[:, self.draw]
+
+    def _name(self, value: Any) -> str:
+        return self._names.get(id(value), "") if isinstance(value, Tensor) else ""
+
+    def _use(self, name: str) -> None:
+        if (
+            name in self._used
+        ):  # gradients of two uses would have to be added before they are squared
+            self.unknown.add(name)
+        self._used.add(name)
+
+    def _view(self, func: Any, out: Any, names: list[str]) -> Any:
+        """A view with a parameter's elements in their order stands for it; one copy a sample is
+        where it is used.
+        """
+        name = names[0]
+        parameter = self._parameters[name]
+        if func is Tensor.to and out.shape == parameter.shape:  # of another precision
+            self._names[id(out)] = name
+            self._alive.append(out)
+            return out
+        if isinstance(out, Tensor) and len(names) == 1 and out.data_ptr() == parameter.data_ptr():
+            if out.numel() == parameter.numel() and out.is_contiguous():
+                self._names[id(out)] = name
+                self._alive.append(out)
+                return out
+            if (
+                out.shape[:1] == (self._count,)
+                and out.stride(0) == 0
+                and out[0].is_contiguous()
+                and (out[0].numel() == parameter.numel())
+            ):
+                self._expand(name, out)
+                return out
+        if isinstance(out, Tensor | tuple | list):
+            self.unknown.update(names)
+        return out
+
+    def _expand(self, name: str, copies: Tensor) -> None:
+        """Score a parameter from the gradient of its copies (N, ...), one a sample."""
+        self._use(name)
+        self.ends.append(copies)
+        copies.register_hook(
+            lambda g_N: self._add(name, g_N.reshape(self._count, *self._parameters[name].shape))
+        )
+
+    def _broadcast(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
+        """x + p or x * p, with p broadcast over the samples."""
+        own = 0 if self._name(args[0]) else 1
+        other, parameter = args[1 - own], args[own]
+        dims = other.dim() - parameter.dim() if isinstance(other, Tensor) else -1
+        padded = parameter.reshape((1,) * max(dims, 0) + parameter.shape)
+        if dims < 0 or other.shape[0] != self._count or padded.shape[0] != 1:
+            self.unknown.add(name)
+            return func(*args)
+        copies = padded.expand(self._count, *padded.shape[1:])
+        self._expand(name, copies)
+        return func(copies, other) if own == 0 else func(other, copies)
+
+    def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """x W' + b, or a convolution with W and b."""
+        given = dict(
+            zip(
+                ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+                args,
+                strict=False,
+            )
+        )
+        given |= kwargs
+        source, out = given["input"], func(*args, **kwargs)
+        weight, bias = self._name(given["weight"]), self._name(given.get("bias"))
+        plain = all(
+            not n or self._parameters[n] is given[k]
+            for n, k in ((weight, "weight"), (bias, "bias"))
+        )
+        if (
+            self._name(source)
+            or not plain
+            or source.shape[0] != self._count
+            or isinstance(given.get("padding"), str)
+            or not out.requires_grad
+        ):
+            self.unknown.update(n for n in (self._name(source), weight, bias) if n)
+            return out
+        columns = (
+            _linear_columns
+            if func is F.linear
+            else _convolution_columns(given, given["weight"].shape[2:])
+        )
+
+        def hook(g: Tensor, source: Tensor) -> None:
+            a_GNLI, g_GNLO = columns(source, g)
+            if weight:
+                self._add_products(weight, g_GNLO, a_GNLI)
+            if bias:
+                self._add(bias, g_GNLO.sum(dim=2).transpose(0, 1).flatten(1))
+
+        for name in filter(None, (weight, bias)):
+            self._use(name)
+        self._watch(source, out, hook)
+        return out
+
+    def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor, Tensor], None]) -> None:
+        """Call `hook` with the gradient of a layer's output and the layer's input, which the last
+        draw lets go.
+        """
+        held = [source.detach()]
+
+        def called(g: Tensor) -> None:
+            hook(g, held.pop() if self.draw + 1 == self.weights_NR.shape[1] else held[0])
+
+        out.register_hook(called)
+        if not source.requires_grad:
+            self.ends.append(out)
+
+    def _product(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
+        """x @ p with a matrix p (I, O)."""
+        source, out = args[0], func(*args)
+        if (
+            args[1].dim() != 2
+            or source.dim() < 2
+            or source.shape[0] != self._count
+            or not out.requires_grad
+        ):
+            self.unknown.add(name)
+            return out
+
+        def hook(g: Tensor, source: Tensor) -> None:
+            a_GNLI, g_GNLO = _linear_columns(source, g)
+            self._add_products(name, a_GNLI, g_GNLO)
+
+        self._use(name)
+        self._watch(source, out, hook)
+        return out
+
+    def _add(self, name: str, gradients: Tensor) -> None:
+        """Add per-sample gradients (N, *shape)."""
+        squares = gradients.float().square()
+        self._compare(name, squares[0])
+        self._scores[name].add_(torch.tensordot(self.weights, squares, 1))
+
+    def _add_products(self, name: str, g_GNLO: Tensor, a_GNLI: Tensor) -> None:
+        """Add the squares of sum_l g_lo a_li, formed for one sample at a time; G are a
+        convolution's groups.
+        """
+        groups, _, positions, features = g_GNLO.shape
+        score_GOI = self._scores[name].view(groups, features, a_GNLI.shape[3])
+        if positions == 1:  # the square of a product is the product of the squares
+            g_GNO, a_GNI = g_GNLO[:, :, 0].float().square(), a_GNLI[:, :, 0].float().square()
+            self._compare(name, g_GNO[:, 0, :, None] * a_GNI[:, 0, None])
+            score_GOI += (g_GNO * self.weights[:, None]).transpose(1, 2) @ a_GNI
+            return
+        g_GNOL, a_GNLI, product_GOI = (
+            g_GNLO.float().transpose(2, 3),
+            a_GNLI.float(),
+            torch.empty_like(score_GOI),
+        )
+        # One sample at a time is fastest by far: the product is still in the cache when it is
+        # squared.
+        for n, weight in enumerate(self.weights.tolist()):
+            torch.bmm(g_GNOL[:, n], a_GNLI[:, n], out=product_GOI)
+            if n == 0:
+                self._compare(name, product_GOI.square())
+            score_GOI.addcmul_(product_GOI, product_GOI, value=weight)
+
+
+def _linear_columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients of a linear layer as (1, N, L, I) and (1, N, L, O)."""
+    count = len(source)
+    return source.reshape(1, count, -1, source.shape[-1]), g.reshape(1, count, -1, g.shape[-1])
+
+
+def _convolution_columns(
+    given: Mapping[str, Any], size: tuple[int, ...]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same for a convolution, which is a linear layer on patches: (G, N, L, I) and (G, N, L,
+    O).
+    """
+    groups = given.get("groups", 1)
+    options = {
+        "stride": given.get("stride", 1),
+        "padding": given.get("padding", 0),
+        "dilation": given.get("dilation", 1),
+    }
+
+    def columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        patches = F.unfold(source, size, **options)
+        split = [
+            t.reshape(len(source), groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
+            for t in (patches, g)
+        ]
+        return split[0], split[1]
+
+    return columns

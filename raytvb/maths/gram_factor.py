@@ -1,0 +1,188 @@
+"""The Gram matrix as the basis methods use it: checked, divided by its trace, factored once.
+
+Shape suffixes as in `basis`. Everything is float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from scipy.linalg import qr
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class GramFactor:
+    """What the methods know of the vectors: G and its factor, each computed once."""
+
+    def __init__(self, gram: Tensor) -> None:
+        """gram: (T, T), any real dtype. Raises ValueError unless it is the Gram matrix of vectors,
+        not all zero.
+        """
+        G_TT = semidefinite(gram, "gram")
+        values, U_TT = eigh(G_TT)
+        check_semidefinite(values, "gram")
+        tasks, values, self.G_TT = len(G_TT), values / G_TT.trace(), G_TT / G_TT.trace()
+        self.rank = min(_rank(G_TT), int((values > tasks * EPS * values[0]).sum()))
+        self.U_TR = U_TT[:, : self.rank]
+        """Eigenvectors."""
+        self.null_TK = U_TT[:, self.rank :]
+        """Orthonormal: combinations of the vectors that vanish."""
+        root_R = values[: self.rank].sqrt()
+        self.F_RT = root_R[:, None] * self.U_TR.T
+        self.inverse_TR = self.U_TR / root_R
+        """F⁺, so that V F⁺ has orthonormal columns."""
+        self.energy_R = values[: self.rank]
+        """F Fᵀ is diagonal: the loss of M vectors is at least the sum of all but the first M of its
+        entries.
+        """
+
+    def weights(self, B_TM: Tensor) -> Tensor:
+        """Best W (M, T) for a B."""
+        return least_squares(self.F_RT, B_TM)
+
+    def loss(self, B_TM: Tensor, W_MT: Tensor) -> float:
+        """L(B, W)."""
+        error_RT = self.F_RT @ B_TM @ W_MT - self.F_RT
+        return float(error_RT.square().sum() / self.F_RT.square().sum())
+
+    def floor(self, size: int) -> float:
+        """Least loss of `size` vectors."""
+        return float(self.energy_R[size:].sum())
+
+    def inside(self, columns_TK: Tensor) -> Tensor:
+        """Orthonormal basis (T, K) of all b for which V b lies in the span of V times the given
+        columns.
+        """
+        return torch.linalg.qr(torch.cat([columns_TK, self.null_TK], 1))[0]
+
+    @cached_property
+    def pivots(self) -> list[int]:
+        """Column-pivoted Cholesky of G: each time the vector that is worst explained by those
+        before (R of them).
+        """
+        return [int(t) for t in qr(self.F_RT.numpy(), mode="r", pivoting=True)[1][: self.rank]]
+
+    @cached_property
+    def beside_mean(self) -> tuple[Tensor, Tensor]:
+        """Energies and columns (T, K) of the best directions beside the mean, V C orthonormal and
+        at right angles.
+        """
+        f_R = self.F_RT.mean(dim=1)
+        energy_RR = self.energy_R.diag()
+        # A vanishing mean is decoded by anything, and takes no direction from the others.
+        if f_R.norm() > len(self.G_TT) * EPS * self.F_RT.norm():
+            f_R = f_R / f_R.norm()
+            left_RR = torch.eye(self.rank, dtype=torch.float64) - torch.outer(f_R, f_R)
+            energy_RR = left_RR @ energy_RR @ left_RR
+        values, Y_RR = eigh((energy_RR + energy_RR.T) / 2)
+        return values, self.inverse_TR @ Y_RR
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """Eigenvectors (T, T) of the Gram matrix of the vectors less their mean."""
+        G_TT = self.G_TT
+        return eigh(G_TT - G_TT.mean(0) - G_TT.mean(1, keepdim=True) + G_TT.mean())[1]
+
+
+def _rank(G_TT: Tensor) -> int:
+    """Numerical rank, judged on the cosines: it does not depend on how long the vectors are, and
+    rounding does not.
+    """
+    norm_T = G_TT.diag().clamp(min=0).sqrt()
+    there = norm_T > 0
+    values = eigh(G_TT[there][:, there] / torch.outer(norm_T[there], norm_T[there]))[0]
+    largest, least = float(values[0]), float(values[-1])
+    noise = len(values) * EPS * largest
+    if (
+        least < -1e-12 * largest
+    ):  # products were rounded to float32, or to less: what is as small says nothing
+        noise = max(len(values) * torch.finfo(torch.float32).eps * largest, -3 * least)
+    # Rounding may come out positive too: it then lies far below the smallest eigenvalue that means
+    # something.
+    gap = (values[1:] < 1e-8 * largest) & (values[1:] < 1e-4 * values[:-1])
+    return min(
+        int((values > noise).sum()), int(gap.int().argmax()) + 1 if gap.any() else len(values)
+    )
+
+
+def semidefinite(matrix: Tensor, name: str) -> Tensor:
+    """`matrix` (T, T) float64, exactly symmetric, largest entry 1; ValueError if it cannot be a
+    Gram matrix.
+    """
+    matrix = torch.as_tensor(matrix)
+    if (
+        matrix.ndim != 2
+        or matrix.shape[0] != matrix.shape[1]
+        or not len(matrix)
+        or matrix.is_complex()
+    ):
+        raise ValueError(
+            f"{name} must be a real square matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
+    G = matrix.detach().to("cpu", torch.float64)
+    if not G.isfinite().all():
+        raise ValueError(f"{name} has {int((~G.isfinite()).sum())} entries that are not finite")
+    if not G.any():
+        raise ValueError(f"{name} is all zero: there is nothing to fit")
+    G = G / G.abs().max()  # first, so that nothing below over- or underflows
+    skew = float((G - G.T).abs().max())
+    if skew > 1e-5:
+        raise ValueError(f"{name} is not symmetric: entries differ by {skew:.1e} of the largest")
+    return (G + G.T) / 2
+
+
+def check_semidefinite(values: Tensor, name: str) -> None:
+    """ValueError for clearly negative eigenvalues (falling): as wide as a Gram rounded to bfloat16
+    needs.
+    """
+    if values[-1] < -1e-3 * values[0]:
+        ratio = float(values[-1] / values[0].abs())
+        raise ValueError(
+            f"{name} is not positive semi-definite: an eigenvalue is {ratio:.3g} of the largest"
+        )
+
+
+def eigh(G_TT: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (T,) falling and eigenvectors (T, T), signed so that each one's largest entry is
+    positive.
+    """
+    values, U = torch.linalg.eigh(G_TT)
+    values, U = values.flip(0), U.flip(1)
+    return values, U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+
+
+def factor(G_TT: Tensor) -> Tensor:
+    """F (R, T) with G = FᵀF, rows orthogonal; eigenvalues that are only rounding are dropped."""
+    values, U = eigh(G_TT)
+    keep = values > len(G_TT) * EPS * values[0]
+    return values[keep].sqrt()[:, None] * U[:, keep].T
+
+
+def unit_columns(F_RT: Tensor, B_TM: Tensor) -> tuple[Tensor, Tensor]:
+    """F B (R, M) with unit columns and their norms (M,); a column that vanishes up to rounding is
+    exactly zero.
+    """
+    X_RM = F_RT @ B_TM
+    norm_M = X_RM.norm(dim=0)
+    norm_M = torch.where(norm_M > 1e-12 * F_RT.norm() * B_TM.norm(dim=0), norm_M, 0.0)
+    return torch.where(norm_M > 0, X_RM / norm_M, 0.0), norm_M
+
+
+def least_squares(F_RT: Tensor, B_TM: Tensor) -> Tensor:
+    """The W (M, T) of least loss for B (T, M), see `basis.best_weights`."""
+    X_RM, norm_M = unit_columns(F_RT, B_TM)
+    # 1e-8: directions fainter than this are the rounding error of F, and would only blow up W.
+    W_MT = torch.linalg.lstsq(X_RM, F_RT, rcond=1e-8, driver="gelsd").solution
+    return torch.where(norm_M[:, None] > 0, W_MT / norm_M[:, None], 0.0)
+
+
+def condition(F_RT: Tensor, B_TM: Tensor) -> float:
+    """Condition number of BᵀGB with unit columns; infinite for dependent ones."""
+    values = torch.linalg.svdvals(unit_columns(F_RT, B_TM)[0])
+    if len(values) < B_TM.shape[1] or values[-1] <= 1e-8 * values[0]:
+        return math.inf
+    return float((values[0] / values[-1]) ** 2)

@@ -1,0 +1,101 @@
+"""Which parameters to train: the masks of TaLoS, which keep those with the LOWEST sensitivity (see
+`fisher`).
+
+Source: Iurada et al., "Efficient Model Editing with Task-Localized Sparse Fine-tuning", ICLR 2025,
+arXiv 2504.02620.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All entries as one vector (D,), tensors in the order of their sorted names."""
+    return torch.cat([tensors[n].reshape(-1) for n in sorted(tensors)])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `flatten`: views of `vector` (D,) with the names and shapes of `like`."""
+    parts = vector.split([like[n].numel() for n in sorted(like)])
+    return {n: part.view(like[n].shape) for n, part in zip(sorted(like), parts, strict=True)}
+
+
+def kept_count(total: int, density: float) -> int:
+    """Number of parameters a mask of this density keeps out of `total`: at least one. ValueError
+    outside (0, 1].
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must be in (0, 1], not {density}")
+    return max(1, round(total * density))
+
+
+def select_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Keep the round(density * D) entries with the lowest scores over all tensors together, exactly
+    that many.
+
+    Ties at the threshold are broken by position (sorted names, then flat index). O(D) memory: a
+    k-th value selection, no sort. Returns name -> bool tensor. Raises ValueError for a density
+    outside (0, 1], scores that are NaN, or none.
+    """
+    if not scores:
+        raise ValueError("there are no scores to select from")
+    flat = flatten(scores).float()
+    if torch.isnan(flat).any():
+        bad = [n for n in sorted(scores) if torch.isnan(scores[n]).any()]
+        raise ValueError(f"scores are NaN in {', '.join(bad)}")
+    keep = kept_count(flat.numel(), density)
+    threshold = flat.kthvalue(keep).values
+    mask = flat < threshold
+    ties = (flat == threshold).nonzero()[: keep - int(mask.sum()), 0]
+    mask[ties] = True
+    return unflatten(mask, scores)
+
+
+def round_density(density: float, step: int, rounds: int) -> float:
+    """Density after round `step` (1-based) of `rounds`: density^(step/rounds), so the last one is
+    `density`.
+    """
+    return float(density ** (step / rounds))
+
+
+def select_further(
+    scores: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None, density: float
+) -> dict[str, Tensor]:
+    """One staged round: like `select_mask`, but entries that an earlier round rejected stay
+    rejected.
+    """
+    if kept is None:
+        return select_mask(scores, density)
+    # Scores that overflowed are made finite, so that they come before the rejected ones.
+    largest = torch.finfo(torch.float32).max
+    return select_mask(
+        {
+            n: s.float().clamp(max=largest).masked_fill(~kept[n], torch.inf)
+            for n, s in scores.items()
+        },
+        density,
+    )
+
+
+def damp(
+    parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], damping: float
+) -> dict[str, Tensor]:
+    """Weights for scoring the next round: rejected entries multiplied by `damping` (0.1 in the
+    authors' code).
+    """
+    return {n: torch.where(kept[n], p, p * damping) for n, p in parameters.items()}
+
+
+def jaccard(intersections: Tensor) -> Tensor:
+    """|A and B| / |A or B| of masks, (T, T) float64, from the sizes of their intersections (T, T).
+
+    The diagonal of `intersections` are the sizes of the masks; two empty masks are equal.
+    """
+    common = intersections.double()
+    sizes = common.diagonal()
+    either = sizes[:, None] + sizes[None, :] - common
+    return torch.where(either > 0, common / either, 1.0)

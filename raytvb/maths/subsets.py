@@ -1,0 +1,48 @@
+"""Which tasks are added together, and which images are looked at first: the same for every
+candidate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUBSETS_PER_SIZE = 4
+
+
+def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
+    """Subsets of the tasks 0..count-1 by size, the same for every candidate: sizes 1, T/4, T/2 and
+    T (rounded).
+
+    Size 1 has every task once, size T the one full set, the others 4 different seeded subsets each
+    (fewer where fewer exist).
+    """
+    sizes = sorted({1, max(1, round(count / 4)), max(1, round(count / 2)), count})
+    subsets: dict[int, list[tuple[int, ...]]] = {}
+    for size in sizes:
+        wanted = count if size == 1 else min(SUBSETS_PER_SIZE, math.comb(count, size))
+        if wanted == math.comb(count, size):
+            subsets[size] = list(itertools.combinations(range(count), size))
+            continue
+        rng, chosen = np.random.default_rng([seed, size]), set[tuple[int, ...]]()
+        while len(chosen) < wanted:
+            chosen.add(tuple(sorted(rng.choice(count, size, replace=False).tolist())))
+        subsets[size] = sorted(chosen)
+    return subsets
+
+
+def nested_order(task: str, count: int) -> Tensor:
+    """A permutation (count,) of a task's images, the same for every candidate: shares of them are
+    its beginnings.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(zlib.crc32(task.encode())))
+
+
+def edge(share: float, count: int) -> int:
+    """How many of `count` images a share is: at least one, all of them at 1."""
+    return min(count, max(1, round(share * count))) if share > 0 else 0

@@ -1,0 +1,1 @@
+"""A chosen mixture of task vectors written as one checkpoint."""

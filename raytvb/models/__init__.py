@@ -1,0 +1,3 @@
+"""open_clip models and their heads: loading, storing, and measuring accuracies with merged
+weights.
+"""

@@ -1,0 +1,263 @@
+"""Unseen tasks: coefficients of given vectors, learned by gradient from a handful of labelled
+images.
+
+theta = theta_0 + S c with F vectors S = [v_1 ... v_F]: those of a basis (Zeng et al., Task Vector
+Bases, arXiv 2502.01015, generalisation to unseen tasks) or all task vectors. Nothing but c is
+learned. Zhang et al., NeurIPS 2024, arXiv 2407.02880, learn a coefficient for each vector and block
+of parameters; here a vector has one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raytvb.data.preprocess import Preprocess
+from raytvb.storage.vector_set import COMBINED_BYTES, Coordinates, block_columns
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned: add `direction` with coefficient 1."""
+
+    coefficients: Tensor
+    """(F,) float64, of the given vectors."""
+    direction: Tensor
+    """(count,) float32, sum_f c_f v_f on the vectors' coordinates."""
+    losses: list[float]
+    """Cross entropy of each step's batch, before the step."""
+    seconds: float
+
+
+def few_shot_sample(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Positions, rising, of `shots` random images of each class in `labels` (N,); all of a class
+    that has fewer.
+
+    What fewer shots choose with the same seed is among what more of them choose.
+    """
+    if shots < 1:
+        raise ValueError(f"shots must be at least 1, not {shots}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = [order[labels[order] == label][:shots] for label in labels.unique()]
+    return torch.cat([order[:0], *chosen]).sort().values
+
+
+def learn_coefficients(
+    classifier: nn.Module,
+    vectors: Coordinates,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    scales: Tensor,
+    preprocess: Preprocess,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Learned:
+    """Learn the coefficients of F vectors with Adam on the cross entropy of labelled images.
+
+    Learning is on u, zero at first, with c = u * scales: Adam moves every u_f by up to `lr` a step,
+    however long v_f.
+    Memory: the vectors where they take at most 512 MB, else two blocks of them; they are then read
+    twice a step. Deterministic on a CPU for a given seed.
+
+    Args:
+        classifier: an `ImageClassifier` at theta_0, and again when this returns or raises; on
+            `device` from then on.
+        vectors: their parameters are those of the classifier.
+        images: (N, 3, S, S) uint8, with labels (N,) int64.
+        scales: (F,) such as typical length / length of v_f; a vector of scale 0 is not used.
+        batch_size: images of a step; every epoch is a fresh permutation, whose last batch may be
+            smaller.
+    Raises ValueError for inputs that do not fit each other, and a loss or gradient that is not
+    finite.
+    """
+    started = time.perf_counter()
+    classifier.to(device).eval()
+    scales = scales.detach().to("cpu", torch.float64)
+    _check_images(classifier, images, labels, preprocess)
+    span = _Span(vectors, scales, device)
+    u = nn.Parameter(torch.zeros_like(scales))
+    optimizer = torch.optim.Adam([u], lr=lr)
+    losses: list[float] = []
+    theta = _Theta(classifier, vectors, device)
+    try:
+        for step, chosen in enumerate(_batches(len(labels), batch_size, steps, seed)):
+            theta.set(span.direction(u.detach() * scales))
+            with torch.enable_grad():
+                logits = classifier(preprocess.normalise(images[chosen].to(device)))
+                loss = nn.functional.cross_entropy(logits, labels[chosen].to(device))
+                gradient = theta.gradient(loss)
+            losses.append(loss.item())
+            u.grad = scales * span.products(gradient)
+            if not (math.isfinite(losses[-1]) and bool(u.grad.isfinite().all())):
+                raise ValueError(
+                    f"the loss ({losses[-1]}) or its gradient is not finite at step {step + 1} of {steps}:"
+                    f" lr {lr} is too high"
+                )
+            optimizer.step()
+    finally:
+        theta.restore()
+    coefficients = u.detach() * scales
+    return Learned(
+        coefficients, span.direction(coefficients).cpu(), losses, time.perf_counter() - started
+    )
+
+
+def _check_images(
+    classifier: nn.Module, images: Tensor, labels: Tensor, preprocess: Preprocess
+) -> None:
+    """Raise ValueError for images and labels that are not as `learn_coefficients` takes them."""
+    shape, classes = (3, preprocess.size, preprocess.size), len(classifier.get_buffer("head"))
+    if not len(images):
+        raise ValueError("there are no images to learn from")
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+        raise ValueError(
+            f"images must be (N, {', '.join(map(str, shape))}) uint8, not {tuple(images.shape)} "
+            f"{images.dtype}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels must be ({len(images)},) int64, one an image, not {tuple(labels.shape)} "
+            f"{labels.dtype}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"labels must be 0 to {classes - 1}, the classes of the head; there are labels from "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+
+
+def _batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Positions of the images of each step; those of all in their order where they are one
+    batch.
+    """
+    generator, queue = torch.Generator().manual_seed(seed), list[Tensor]()
+    for _ in range(steps):
+        if not queue:
+            whole = count <= batch_size
+            order = torch.arange(count) if whole else torch.randperm(count, generator=generator)
+            queue = list(order.split(batch_size))
+        yield queue.pop(0)
+
+
+class _Theta:
+    """The classifier's parameters on the coordinates of vectors: entries a mask keeps, in the order
+    of sorted names.
+    """
+
+    def __init__(self, classifier: nn.Module, vectors: Coordinates, device: torch.device) -> None:
+        """Raises ValueError that lists the parameters in which classifier and vectors differ."""
+        named, shapes = dict(classifier.named_parameters()), vectors.parameters
+        wrong = sorted(
+            n
+            for n in named.keys() | shapes.keys()
+            if n not in named or n not in shapes or tuple(named[n].shape) != tuple(shapes[n])
+        )
+        if wrong:
+            raise ValueError(
+                f"the vectors are not of this classifier: the shapes of {', '.join(wrong)} differ"
+            )
+        kept = None if vectors.mask is None else vectors.mask.load().tensors()
+        slots = [
+            (named[n], None if kept is None else kept[n].reshape(-1).nonzero()[:, 0].to(device))
+            for n in sorted(named)
+        ]
+        self._flags = [(p, p.requires_grad) for p in named.values()]
+        self._slots = [(p, i) for p, i in slots if i is None or len(i)]
+        self._sizes = [p.numel() if i is None else len(i) for p, i in self._slots]
+        classifier.requires_grad_(False)
+        for parameter, _ in self._slots:
+            parameter.requires_grad_(True)
+        self._device = device
+        self._base = self._gather([p.detach() for p, _ in self._slots])
+
+    def _gather(self, tensors: list[Tensor]) -> Tensor:
+        """Coordinates (count,) of tensors of the parameters' shapes. The list is emptied, each
+        freed in turn.
+        """
+        out = torch.empty(sum(self._sizes), device=self._device)
+        for (_, indices), part in zip(self._slots, out.split(self._sizes), strict=True):
+            flat = tensors.pop(0).reshape(-1)
+            part.copy_(flat if indices is None else flat[indices])
+        return out
+
+    @torch.no_grad()
+    def set(self, direction: Tensor | None) -> None:
+        """Set the parameters to theta_0 + direction (count,): from the stored theta_0, so that
+        nothing drifts.
+        """
+        values = self._base if direction is None else self._base + direction
+        for (parameter, indices), part in zip(self._slots, values.split(self._sizes), strict=True):
+            if indices is None:
+                parameter.copy_(part.view_as(parameter))
+            else:
+                parameter.view(-1)[indices] = part
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """Gradient (count,) of the loss."""
+        parameters = [p for p, _ in self._slots]
+        return self._gather(
+            list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+        )
+
+    def restore(self) -> None:
+        """Back to theta_0, with gradients wanted of those parameters that had them wanted."""
+        self.set(None)
+        for parameter, wanted in self._flags:
+            parameter.requires_grad_(wanted)
+
+
+class _Span:
+    """The F vectors in blocks, held in memory or read again each time: the same numbers both
+    ways.
+    """
+
+    def __init__(self, vectors: Coordinates, scales: Tensor, device: torch.device) -> None:
+        """Raises ValueError for scales that are not one finite number a vector."""
+        count = len(vectors.read_all(0, min(1, vectors.count)))
+        if scales.shape != (count,) or not bool(scales.isfinite().all()):
+            raise ValueError(
+                f"scales must be {count} finite numbers, one a vector, not {scales.tolist()}"
+            )
+        self._vectors, self._device, self._count, self._columns = (
+            vectors,
+            device,
+            count,
+            block_columns(count),
+        )
+        self._held = list(self._read()) if 4 * count * vectors.count <= COMBINED_BYTES else None
+
+    def _read(self) -> Iterator[tuple[int, Tensor]]:
+        """Consecutive (start, rows (F, n) float32), 64 MB each."""
+        for start in range(0, self._vectors.count, self._columns):
+            width = min(self._columns, self._vectors.count - start)
+            yield start, self._vectors.read_all(start, width).to(self._device)
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        return self._read() if self._held is None else iter(self._held)
+
+    def direction(self, coefficients: Tensor) -> Tensor:
+        """S c (count,) float32 on the device, c (F,) float64."""
+        out = torch.zeros(self._vectors.count, device=self._device)
+        factors = coefficients.to(self._device, torch.float32)
+        for start, rows in self._blocks() if coefficients.any() else ():
+            out[start : start + rows.shape[1]] = factors @ rows
+        return out
+
+    def products(self, gradient: Tensor) -> Tensor:
+        """S' g (F,) float64 on the CPU, g (count,) float32; accumulated in float64."""
+        total = torch.zeros(self._count, device=self._device, dtype=torch.float64)
+        for start, rows in self._blocks():
+            part = gradient[start : start + rows.shape[1]].double()
+            total += torch.stack(
+                [row.double() @ part for row in rows]
+            )  # a copy of one vector's block at a time
+        return total.cpu()

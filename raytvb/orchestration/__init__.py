@@ -1,0 +1,1 @@
+"""The run on a Ray cluster. The only room that imports Ray."""

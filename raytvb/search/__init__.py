@@ -1,0 +1,1 @@
+"""The search over bases and coefficients, as pure decisions on measured accuracies."""
