@@ -473,7 +473,8 @@ import resource, sys
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.data.loading import load_split
 from raytvb.data.preprocess import Preprocess
-preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"})
+config = {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"}
+preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, config)
 small, large = (TaskConfig(name="own", data=d) for d in sys.argv[1:])
 load_split(small, "test", preprocess)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,11 +11,13 @@ from PIL import Image
 from raytvb.cli.main import main
 from raytvb.errors import UserError
 from raytvb.experiment.parsing import load_experiment
-from raytvb.finetuning.checkpoints import load_checkpoint
+from raytvb.experiment.task_store import TaskStore
+from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.task import finetune_task
-from raytvb.models.base import prepare_base
+from raytvb.models.base import store_base
 from raytvb.storage.store import Store
 from raytvb.suite import glyphs
+from raytvb.suite.names import class_names, task_names
 
 pytestmark = pytest.mark.ray
 SOURCES = {"pets": "glyphs/greek-blur", "EuroSAT": "glyphs/latin-fog", "cars": "glyphs/clock-blur"}
@@ -26,9 +28,7 @@ def write_images(folder: Path, task: str, split: str, count: int) -> None:
     made = glyphs.render(task, split, count)
     for number, (image, label) in enumerate(zip(made.images, made.labels, strict=True)):
         path = (
-            folder
-            / glyphs.class_names(task)[label].replace(" ", "_").replace("/", "-")
-            / f"{number}.png"
+            folder / class_names(task)[label].replace(" ", "_").replace("/", "-") / f"{number}.png"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(image)).save(path)
@@ -117,8 +117,8 @@ def test_a_preset_whose_data_was_copied_elsewhere(
     for number, name in enumerate(
         ("Cars", "DTD", "EuroSAT", "GTSRB", "MNIST", "RESISC45", "SVHN", "SUN397")
     ):
-        write_images(tmp_path / "clip" / name / "train", glyphs.task_names()[number], "train", 96)
-        write_images(tmp_path / "clip" / name / "test", glyphs.task_names()[number], "test", 32)
+        write_images(tmp_path / "clip" / name / "train", task_names()[number], "train", 96)
+        write_images(tmp_path / "clip" / name / "test", task_names()[number], "test", 32)
     file = experiment_file(
         tmp_path,
         tasks=[{"preset": "clip8", "data": str(tmp_path / "clip"), "epochs": 1, "classes": None}],
@@ -169,19 +169,18 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
         resources={"checkpoint_s": 1e-9},
     )
     experiment = load_experiment(file)
-    base = prepare_base(experiment)
+    base = store_base(experiment)
     with pytest.raises(
         UserError,
         match=r"task pets: the loss is nan at step 2 of 9; lower finetune.lr \(1e\+30\) "
         r"\(that is another experiment, with another store\); its last good "
         r"checkpoint, after step 1, is kept in .*vectors/pets/checkpoint",
     ):
-        finetune_task(experiment, base["parents"]["fingerprint"], experiment.tasks[0])
-    store = Store(experiment.store)
-    kept = load_checkpoint(store, experiment, experiment.tasks[0])
+        finetune_task(experiment, base.parents["fingerprint"], experiment.tasks[0])
+    kept = CheckpointFolder(TaskStore(experiment, experiment.tasks[0])).load()
     assert (
         kept is not None
         and kept.step == 1
         and all(bool(t.isfinite().all()) for t in kept.tensors.values())
     )
-    assert not store.exists("vectors/pets/record.json")
+    assert not Store(experiment.store).exists("vectors/pets/record.json")

@@ -25,12 +25,13 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import head_key
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.task_store import TaskStore
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.models.heads import load_head, load_tokenizer, write_head, zero_shot_head
 from raytvb.models.open_clip_models import Encoder, load_encoder
 from raytvb.storage.store import Store
 from raytvb.storage.verify import verify
-from raytvb.suite.glyphs import class_names, task_names
+from raytvb.suite.names import class_names, task_names
 
 CONFIG = {
     "size": (16, 16),
@@ -286,20 +287,25 @@ def test_a_head_is_made_once_and_again_where_it_is_of_other_prompts_or_classes(
             }
         },
     ]
-    made_anew = []
+    made_anew: list[str] = []
     real = write_head
-    monkeypatch.setattr(
-        "raytvb.models.heads.write_head", lambda *a: made_anew.append(a[2].name) or real(*a)
-    )
+
+    def counted(*arguments: Any) -> Any:
+        made_anew.append(arguments[0].task.name)
+        return real(*arguments)
+
+    monkeypatch.setattr("raytvb.models.heads.write_head", counted)
     for evaluate in kinds:
         made = asked(store.url, evaluate=evaluate)
         for task in made.every_task:
             expected = head_of(encoder, made, task)
             for _ in range(2):
-                torch.testing.assert_close(load_head(store, made, task, encoder), expected)
+                torch.testing.assert_close(
+                    load_head(TaskStore(made, task), encoder).weights, expected
+                )
                 assert torch.equal(
                     load(store.read(head_key(made, task)))["head"],
-                    load_head(store, made, task, encoder),
+                    load_head(TaskStore(made, task), encoder).weights,
                 )
     assert made_anew == [*NAMES[:2], CONTROL, CONTROL, CONTROL, UNSEEN, UNSEEN, CONTROL]
 
@@ -324,8 +330,11 @@ def test_a_head_that_is_not_there_or_not_whole_is_made_again(
     made = asked(store.url, evaluate={"control": templates(CONTROL)})
     for task in (made.tasks[0], made.evaluate.control):
         assert task is not None
-        first = load_head(store, made, task, encoder)
+        first = load_head(TaskStore(made, task), encoder).weights
         key = head_key(made, task)
         data = store.read(key)
         damage(store, key)
-        assert torch.equal(load_head(store, made, task, encoder), first) and store.read(key) == data
+        assert (
+            torch.equal(load_head(TaskStore(made, task), encoder).weights, first)
+            and store.read(key) == data
+        )

@@ -3,6 +3,7 @@ the tiny CLIP.
 """
 
 import copy
+import hashlib
 import json
 import subprocess
 import sys
@@ -26,8 +27,21 @@ from raytvb.models.classifier import ImageClassifier
 from raytvb.models.heads import load_tokenizer, zero_shot_head
 from raytvb.models.open_clip_models import Encoder, load_encoder
 from raytvb.suite import glyphs
+from raytvb.suite.canvas import SIZE
+from raytvb.suite.characters import handwritten_digits
 from raytvb.suite.domains import DOMAINS
-from raytvb.suite.sources import SIZE, SOURCES, SPLITS, _digits
+from raytvb.suite.names import (
+    CLASSES,
+    CONTROL,
+    DOMAIN_NAMES,
+    MODEL_DIR,
+    SHOWCASE,
+    SPLITS,
+    class_names,
+    source_and_domain,
+    task_names,
+)
+from raytvb.suite.sources import SOURCES
 
 TASK = "glyphs/greek-blur"
 SQUASH = Preprocess(
@@ -51,35 +65,65 @@ def encoder() -> Encoder:
 
 
 def test_the_suite_has_264_tasks_with_the_showcase_first() -> None:
-    names = glyphs.task_names()
+    names = task_names()
     assert len(names) == len(set(names)) == 264 == len(SOURCES) * len(DOMAINS)
-    assert names[:16] == glyphs.SHOWCASE and len(set(glyphs.SHOWCASE)) == 16
+    assert names[:16] == SHOWCASE and len(set(SHOWCASE)) == 16
     assert set(names) == {f"glyphs/{s}-{d}" for s in SOURCES for d in DOMAINS}
-    assert glyphs.CONTROL not in names
+    assert CONTROL not in names
+
+
+def test_the_names_are_those_of_what_is_drawn() -> None:
+    assert tuple(DOMAINS) == DOMAIN_NAMES and list(SOURCES) == list(CLASSES)
+    for name, source in SOURCES.items():
+        assert source.name == name and source.classes == CLASSES[name]
+    for task in SHOWCASE:
+        source_name, domain = source_and_domain(task)
+        assert source_name in SOURCES and domain in DOMAINS
+
+
+def digest(task: str, split: str) -> str:
+    rendered = glyphs.render(task, split, 40)
+    return hashlib.sha256(rendered.images.tobytes() + rendered.labels.tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "expected"),
+    [
+        ("glyphs/textures-noise", "train", "af33b4e875fcac9d"),
+        ("glyphs/counting-fog", "val", "42a09e523bf7e916"),
+        ("glyphs/position-shear", "test", "6334e0f049357a00"),
+        ("glyphs/shapes-rotation", "test", "834771e8a7c5b921"),
+        ("glyphs/colours-pixelation", "train", "7d8dd257e85ecee3"),
+        ("glyphs/clock-occlusion", "val", "d67a4f5d6aedd809"),
+    ],
+)
+def test_drawings_do_not_change(task: str, split: str, expected: str) -> None:
+    """Else the cached suite needs a new FORMAT, and the tiny CLIP was trained on others."""
+    assert digest(task, split) == expected
 
 
 def test_every_task_has_different_class_names() -> None:
-    for task in glyphs.task_names():
-        names = glyphs.class_names(task)
+    for task in task_names():
+        names = class_names(task)
         assert 8 <= len(names) <= 16 and len(set(names)) == len(names)
         assert all(n == n.strip() and n.isprintable() and n for n in names)
-    everything = glyphs.class_names(glyphs.CONTROL)
+    everything = class_names(CONTROL)
     assert len(everything) == len(set(everything)) == sum(len(s.classes) for s in SOURCES.values())
     for task in ("glyphs/greek", "glyphs/greek-mud", "mnist", ""):
         with pytest.raises(KeyError):
-            glyphs.class_names(task)
+            class_names(task)
 
 
 ONE_OF_EACH = [
     *(f"glyphs/{s}-noise" for s in SOURCES),
     *(f"glyphs/shapes-{d}" for d in DOMAINS),
-    glyphs.CONTROL,
+    CONTROL,
 ]
 
 
 @pytest.mark.parametrize("task", ONE_OF_EACH)
 def test_rendering_is_deterministic_and_balanced_and_splits_differ(task: str) -> None:
-    classes = len(glyphs.class_names(task))
+    classes = len(class_names(task))
     count = min(2 * classes + 3, 45)
     rendered = {split: glyphs.render(task, split, count) for split in SPLITS}
     for split, made in rendered.items():
@@ -98,7 +142,7 @@ def test_rendering_is_deterministic_and_balanced_and_splits_differ(task: str) ->
 
 def test_splits_have_their_sizes_and_an_unknown_one_is_an_error() -> None:
     assert len(glyphs.render("glyphs/trigrams-fog", "val").labels) == glyphs.SPLIT_SIZES["val"]
-    assert len(glyphs.render(glyphs.CONTROL, "train").labels) == 0
+    assert len(glyphs.render(CONTROL, "train").labels) == 0
     with pytest.raises(KeyError):
         glyphs.render(TASK, "dev")
     with pytest.raises(KeyError):
@@ -112,14 +156,17 @@ def test_tasks_of_one_source_draw_different_images() -> None:
 
 
 def test_no_handwritten_digit_is_in_two_splits() -> None:
-    pools = {s: {i.tobytes() for images in _digits(s).values() for i in images} for s in SPLITS}
+    pools = {
+        s: {i.tobytes() for images in handwritten_digits(s).values() for i in images}
+        for s in SPLITS
+    }
     assert (
         sum(len(p) for p in pools.values()) > 1700
     )  # all of scikit-learn's 1,797 digits but for equal drawings
     for split in SPLITS:
         assert (
-            set(_digits(split)) == set(range(10))
-            and min(len(i) for i in _digits(split).values()) > 20
+            set(handwritten_digits(split)) == set(range(10))
+            and min(len(i) for i in handwritten_digits(split).values()) > 20
         )
     assert (
         not pools["train"] & pools["val"]
@@ -166,7 +213,7 @@ def test_a_domain_of_strength_one_changes_the_picture_and_of_strength_zero_hardl
 def test_a_task_read_back_from_parquet_is_what_was_drawn(cache: Path, split: str) -> None:
     found, drawn = load_split(TaskConfig(name=TASK), split, NO_RESIZE), glyphs.render(TASK, split)
     assert len(found) == glyphs.SPLIT_SIZES[split]
-    assert found.classes == glyphs.class_names(TASK) and found.labels.dtype == torch.int64
+    assert found.classes == class_names(TASK) and found.labels.dtype == torch.int64
     assert np.array_equal(found.labels.numpy(), drawn.labels)
     assert found.images.dtype == torch.uint8 and found.images.is_contiguous()
     assert np.array_equal(found.images.permute(0, 2, 3, 1).numpy(), drawn.images)
@@ -178,17 +225,17 @@ def test_the_class_names_are_in_the_parquet_metadata(cache: Path) -> None:
     assert [f.name for f in files] == ["test.parquet", "train.parquet", "val.parquet"]
     for file in files:
         document = json.loads(pq.read_schema(file).metadata[b"huggingface"])
-        assert document["info"]["features"]["label"]["names"] == list(glyphs.class_names(TASK))
+        assert document["info"]["features"]["label"]["names"] == list(class_names(TASK))
     assert task_classes(
         TaskConfig(name="own", data=task_url(TaskConfig(name=TASK)))
-    ) == glyphs.class_names(TASK)
+    ) == class_names(TASK)
 
 
 def test_the_control_has_no_training_images(cache: Path) -> None:
-    folder = Path(task_url(TaskConfig(name=glyphs.CONTROL)))
+    folder = Path(task_url(TaskConfig(name=CONTROL)))
     assert sorted(f.name for f in folder.iterdir()) == ["test.parquet", "val.parquet"]
-    with pytest.raises(UserError, match=f"{glyphs.CONTROL}: no train"):
-        load_split(TaskConfig(name=glyphs.CONTROL), "train", NO_RESIZE)
+    with pytest.raises(UserError, match=f"{CONTROL}: no train"):
+        load_split(TaskConfig(name=CONTROL), "train", NO_RESIZE)
 
 
 def test_a_drawn_task_is_not_drawn_again(cache: Path) -> None:
@@ -202,16 +249,16 @@ def test_the_tiny_clip_classifies_the_control_without_training(
     cache: Path, encoder: Encoder
 ) -> None:
     """Over 90 % of the 960 undegraded test images, among all classes of all sources."""
-    task = TaskConfig(name=glyphs.CONTROL)
+    task = TaskConfig(name=CONTROL)
     split = load_split(task, "test", encoder.preprocess)
     head = zero_shot_head(encoder, load_tokenizer(ModelConfig()), split.classes, task.prompts)
-    assert head.shape[0] == len(glyphs.class_names(glyphs.CONTROL)) == len(split.classes)
+    assert head.shape[0] == len(class_names(CONTROL)) == len(split.classes)
     norms = head.norm(dim=1)
     assert torch.allclose(norms, norms[0].expand_as(norms), rtol=1e-5)
     with torch.inference_mode():
-        logits = ImageClassifier(encoder.model.visual, head)(
-            encoder.preprocess.normalise(split.images)
-        )
+        visual = encoder.model.visual
+        assert isinstance(visual, torch.nn.Module)
+        logits = ImageClassifier(visual, head)(encoder.preprocess.normalise(split.images))
     assert len(split) == glyphs.CONTROL_SIZES["test"]
     assert float((logits.argmax(dim=1) == split.labels).float().mean()) > 0.9
 
@@ -242,7 +289,7 @@ def test_pixels_are_normalised_by_channel() -> None:
 
 @pytest.mark.slow
 def test_pretraining_writes_weights_like_those_in_the_package(tmp_path: Path) -> None:
-    tokenizer = glyphs.MODEL_DIR / "bpe_2000.txt.gz"
+    tokenizer = MODEL_DIR / "bpe_2000.txt.gz"
     before = tokenizer.read_bytes()
     run = subprocess.run(
         [
@@ -263,7 +310,7 @@ def test_pretraining_writes_weights_like_those_in_the_package(tmp_path: Path) ->
     assert run.returncode == 0, run.stderr
     assert tokenizer.read_bytes() == before
     made, packaged = (
-        load_file(folder / "open_clip_model.safetensors") for folder in (tmp_path, glyphs.MODEL_DIR)
+        load_file(folder / "open_clip_model.safetensors") for folder in (tmp_path, MODEL_DIR)
     )
     assert {n: (t.shape, t.dtype) for n, t in made.items()} == {
         n: (t.shape, t.dtype) for n, t in packaged.items()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,72 +16,90 @@ from PIL import Image, UnidentifiedImageError
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.source import Row
 
+Step = Callable[[Image.Image], Image.Image]
 
-@cache
-def _geometry(document: str) -> list[Any]:
-    """The geometric part of open_clip's evaluation transform (resize, crop, RGB), from its
-    configuration as JSON.
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why an image cannot be read."""
+
+    reason: str
+
+
+def decoded_rows(
+    rows: Iterator[Row], preprocess: Preprocess, threads: int
+) -> Iterator[tuple[Row, np.ndarray | Unreadable]]:
+    """Rows with their decoded images (3, S, S) uint8, in their order.
+
+    Pillow lets `threads` decode side by side.
     """
-    import open_clip.transform as clip_transform  # takes seconds to import; images of the right size do without
+    decode = partial(_decode, preprocess=preprocess)
+    if threads <= 1:
+        for row in rows:
+            yield row, decode(row)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(rows, 8 * threads)):
+            yield from zip(batch, pool.map(decode, batch), strict=True)
 
-    config = clip_transform.PreprocessCfg(**json.loads(document))
-    transform = clip_transform.image_transform_v2(config, is_train=False)
-    return list(transform.transforms[:-2])  # without ToTensor and Normalize
+
+def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | Unreadable:
+    """An image as (3, S, S) uint8, or the reason why it cannot be read."""
+    try:
+        image = _eight_bits(_opened(row))
+        if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
+            for step in _geometry(preprocess.config_text):
+                image = step(image)
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    except UnidentifiedImageError:
+        return Unreadable("no format that is known")
+    # What Pillow raises.
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        return Unreadable(str(error) or type(error).__name__)
+
+
+def _opened(row: Row) -> Image.Image:
+    """The row's image, not decoded yet. Raises ValueError where there is none, and what Pillow
+    raises.
+    """
+    match row.image:
+        case Image.Image():
+            return row.image
+        case bytes():
+            return Image.open(io.BytesIO(row.image))
+        case Exception():
+            raise row.image
+        case None:
+            raise ValueError("there is no image")
+        case _:
+            kind = type(row.image).__name__
+            raise ValueError(f"the column holds {kind}, not the bytes of an image")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey images of 16 bits scaled to 8, where Pillow would cut off at 255. ValueError for wider
     ones.
     """
-    if image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format == "PNG"
-    ):  # PNG has 16 bits at most
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).astype(np.uint8))
+    is_png_grey = image.mode == "I" and image.format == "PNG"  # PNG has 16 bits at most
+    if image.mode.startswith("I;16") or is_png_grey:
+        scaled = np.asarray(image).astype(np.float32) / 257 + 0.5
+        return Image.fromarray(scaled.astype(np.uint8))
     if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
         raise ValueError(
-            f"its pixels are {'floats' if image.mode == 'F' else '32-bit integers'}, whose range is not "
-            f"known: save it with 8 or 16 bits"
+            f"its pixels are {kind}, whose range is not known: save it with 8 or 16 bits"
         )
     return image
 
 
-def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | str:
-    """An image as (3, S, S) uint8, or the reason why it cannot be read."""
-    try:
-        if isinstance(row.image, Exception):
-            raise row.image
-        if row.image is None:
-            return "there is no image"
-        if not isinstance(row.image, bytes | Image.Image):
-            return f"the column holds {type(row.image).__name__}, not the bytes of an image"
-        image = (
-            row.image if isinstance(row.image, Image.Image) else Image.open(io.BytesIO(row.image))
-        )
-        image = _eight_bits(image)
-        if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
-            for step in _geometry(json.dumps(dict(preprocess.config))):
-                image = step(image)
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-    except UnidentifiedImageError:
-        return "no format that is known"
-    except (
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow raises
-        return str(error) or type(error).__name__
+@cache
+def _geometry(config: str) -> list[Step]:
+    """The geometric steps of open_clip's evaluation transform (resize, crop, RGB), from its
+    `preprocess_cfg` as a JSON document.
+    """
+    # Takes seconds to import; images of the right size do without.
+    import open_clip.transform as clip_transform
 
-
-def decoded_rows(
-    rows: Iterator[Row], preprocess: Preprocess, threads: int
-) -> Iterator[tuple[Row, np.ndarray | str]]:
-    """Rows with their decoded images, in their order; Pillow lets threads decode side by side."""
-    decode = partial(_decode, preprocess=preprocess)
-    if threads <= 1:
-        yield from ((row, decode(row)) for row in rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        while some := list(islice(rows, 8 * threads)):
-            yield from zip(some, pool.map(decode, some), strict=True)
+    settings = clip_transform.PreprocessCfg(**json.loads(config))
+    transform = clip_transform.image_transform_v2(settings, is_train=False)
+    return list(transform.transforms[:-2])  # without ToTensor and Normalize

@@ -5,52 +5,71 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from raytvb.data.source import ROWS_AT_ONCE, Row, pools_of
+from raytvb.data.source import ROWS_AT_ONCE, Row, keys_by_pool
 from raytvb.errors import UserError
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.storage.store import Store
 
 
 class FolderSource:
-    """Images in a folder per class, under folders named after the splits or without those.
+    """Images in a folder per class: CLASS/image.jpg, or SPLIT/CLASS/image.jpg.
 
     Classes are numbered in the order of their folders' names, over all splits.
     """
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
-        self._task, self._store, self.where = task, store, store.url
-        self._keys = pools_of(task, keys, lambda key: key.split("/")[0] if "/" in key else "")
+        """`keys` are the image files of the store.
+
+        Raises UserError where an image is in no folder, where the folders look like splits of
+        unknown names, and where there is one class only.
+        """
+        self.where = store.url
+        self._task = task
+        self._store = store
+        self._keys = keys_by_pool(task, keys, _upper_folder)
         self._depth = 0 if "" in self._keys else 1
-        outside = [k for k in keys if k.count("/") <= self._depth]
-        if outside:
-            raise UserError(
-                f"task {task.name}: {store.where(outside[0])} is in no folder of a class (a folder tree is "
-                f"CLASS/image.jpg or SPLIT/CLASS/image.jpg; splits are train, val and test)"
-            )
-        self._folders = sorted({self._folder(k) for k in keys})
-        inner = [
-            frozenset(k.split("/")[1] for k in keys if k.startswith(f"{f}/")) for f in self._folders
-        ]
-        if (
-            not self._depth
-            and len(inner) > 1
-            and len(inner[0]) > 1
-            and len(set(inner)) == 1
-            and all(k.count("/") > 1 for k in keys)
-        ):
-            raise UserError(
-                f"task {task.name}: {store.url} has the same folders ({', '.join(sorted(inner[0])[:3])}…) "
-                f"in each of {', '.join(self._folders[:5])}: if these are splits, say which with "
-                f"`splits: {{train: {self._folders[0]}, test: {self._folders[-1]}}}`"
-            )
+        self._check_all_in_class_folders(keys)
+        self._folders = sorted({self._class_folder(key) for key in keys})
+        if self._depth == 0:
+            self._check_folders_are_no_splits(keys)
         if len(self._folders) == 1:
             raise UserError(
-                f"task {task.name}: all images under {store.url} are in one class, {self._folders[0]}; "
-                f"`data:` is the folder above those of the classes, or of the splits"
+                f"task {task.name}: all images under {store.url} are in one class, "
+                f"{self._folders[0]}; `data:` is the folder above those of the classes, or of the "
+                f"splits"
             )
 
-    def _folder(self, key: str) -> str:
+    def _class_folder(self, key: str) -> str:
         return key.split("/")[self._depth]
+
+    def _check_all_in_class_folders(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if key.count("/") <= self._depth:
+                raise UserError(
+                    f"task {self._task.name}: {self._store.where(key)} is in no folder of a class "
+                    f"(a folder tree is CLASS/image.jpg or SPLIT/CLASS/image.jpg; splits are "
+                    f"train, val and test)"
+                )
+
+    def _check_folders_are_no_splits(self, keys: Sequence[str]) -> None:
+        """Refuse folders that all have the same two or more folders in them: it is likely that
+        these are the classes, and the upper ones splits.
+        """
+        inner: dict[str, set[str]] = {}
+        for key in keys:
+            upper, *rest = key.split("/")
+            if len(rest) < 2:
+                return  # images lie in the upper folder itself
+            inner.setdefault(upper, set()).add(rest[0])
+        classes = inner[self._folders[0]]
+        if len(inner) == 1 or len(classes) == 1 or any(c != classes for c in inner.values()):
+            return
+        raise UserError(
+            f"task {self._task.name}: {self.where} has the same folders "
+            f"({', '.join(sorted(classes)[:3])}…) in each of {', '.join(self._folders[:5])}: if "
+            f"these are splits, say which with "
+            f"`splits: {{train: {self._folders[0]}, test: {self._folders[-1]}}}`"
+        )
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -59,7 +78,7 @@ class FolderSource:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The folders' names, or as many names that the task gives in their order."""
+        """The folders' names; or the names that the task gives, one for each folder in order."""
         given = self._task.classes
         if given is None:
             return tuple(self._folders)
@@ -74,10 +93,15 @@ class FolderSource:
         """Files with the ending of an image."""
         return len(self._keys[pool])
 
-    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
+    def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """Files in the order of their names, a few requests at a time."""
-        numbers = {folder: k for k, folder in enumerate(self._folders)}
-        keys = iter([self._keys[pool][k] for k in wanted])
-        while some := list(islice(keys, ROWS_AT_ONCE)):
-            for key, data in zip(some, self._store.read_many(some), strict=True):
-                yield Row(key, data, numbers[self._folder(key)])
+        labels = {folder: label for label, folder in enumerate(self._folders)}
+        keys = iter([self._keys[pool][position] for position in positions])
+        while batch := list(islice(keys, ROWS_AT_ONCE)):
+            for key, data in zip(batch, self._store.read_many(batch), strict=True):
+                yield Row(key, data, labels[self._class_folder(key)])
+
+
+def _upper_folder(key: str) -> str:
+    folder, slash, _ = key.partition("/")
+    return folder if slash else ""

@@ -1,17 +1,22 @@
-"""A split read, decoded and resized. Decoded images lie in a temporary file that is mapped into
-memory, so the system drops and rereads them as it needs to."""
+"""A split read, decoded and resized.
+
+Decoded images lie in a temporary file that is mapped into memory, so the system drops and rereads
+them as it needs to.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from raytvb.data.decoding import decoded_rows
+from raytvb.data.decoding import Unreadable, decoded_rows
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.source import Row
-from raytvb.data.splits import Split, require_split, split_parts, task_source
+from raytvb.data.source import Row, Source
+from raytvb.data.splits import Part, Split, require_split, split_parts, task_source
 from raytvb.errors import UserError
 from raytvb.experiment.tasks import TaskConfig
 
@@ -25,66 +30,107 @@ def load_split(
     sample: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Split:
-    """Read, decode and resize a split, or `sample` images of it that `generator` draws, in the
+    """Read, decode and resize a split; or `sample` images of it that `generator` draws, in the
     order of the draw.
 
     The images lie in an unnamed temporary file ($TMPDIR) of N * 3 * S * S bytes, mapped into
-    memory. Images that cannot be read are counted and left out. Raises UserError for a split that
-    is not there or empty, a label outside the classes, and more unreadable images than the task's
-    `max_corrupt`.
+    memory. Images that cannot be read are counted and left out; so N may be less than `sample`.
+
+    Raises UserError for a split that is not there or empty, a label outside the classes, and more
+    unreadable images than the task's `max_corrupt`.
     """
     source = task_source(task)
-    classes, parts = source.classes, split_parts(task, source)
+    parts = split_parts(task, source)
     require_split(task, source, parts, split)
-    members = parts[split].members(source, task.splits.seed)
+    part = parts[split]
+    members = part.members(source, task.splits.seed)
     if not len(members):
         raise UserError(f"task {task.name}: the {split} split under {source.where} is empty")
-    if sample is not None:
-        members = members[torch.randperm(len(members), generator=generator)[:sample].numpy()]
-    wanted = np.sort(members)
-    labels, kept, skipped = list[int](), list[int](), list[str]()
-    with tempfile.TemporaryFile(prefix="raytvb-images-") as file:
-        rows = source.rows(parts[split].pool, wanted.tolist())
-        for position, (row, image) in zip(
-            wanted, decoded_rows(rows, preprocess, threads), strict=True
-        ):
-            if isinstance(image, str):
-                skipped.append(f"{row.name} is not a readable image: {image}")
-                if len(skipped) > task.max_corrupt:
-                    raise UserError(
-                        f"task {task.name}: {skipped[0]}"
-                        + (f", and {len(skipped) - 1} more of {split}" if len(skipped) > 1 else "")
-                        + f"; up to `max_corrupt: {task.max_corrupt}` of a split are skipped"
-                    )
-                continue
-            labels.append(_label(task, row, classes))
-            kept.append(int(position))
-            file.write(image.data)
-        if not kept:
-            raise UserError(
-                f"task {task.name}: the {split} split under {source.where} is empty: {skipped[0]}"
-            )
-        file.flush()
-        shape = (len(kept), 3, preprocess.size, preprocess.size)
-        images = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
-    found = Split(images, torch.tensor(labels, dtype=torch.int64), classes, len(skipped))
+    reader = _Reader(task, split, source, preprocess, threads)
     if sample is None:
-        return found
-    place = {position: k for k, position in enumerate(kept)}
-    order = torch.tensor([place[int(m)] for m in members if int(m) in place])
-    return Split(found.images[order], found.labels[order], classes, len(skipped))
+        return reader.read(part, members)[0]
+    drawn = members[torch.randperm(len(members), generator=generator)[:sample].numpy()]
+    images, positions = reader.read(part, np.sort(drawn))
+    return _in_order(images, positions, drawn)
 
 
-def _label(task: TaskConfig, row: Row, classes: tuple[str, ...]) -> int:
-    if isinstance(row.label, str) and row.label in classes:
-        return classes.index(row.label)
-    if not isinstance(row.label, int):
-        raise UserError(
-            f"task {task.name}: {row.name} has label {row.label!r}; labels are integers, 0 for the first "
-            f"class, or names of `classes`"
+class _Reader:
+    """Reads images of one split of a task."""
+
+    def __init__(
+        self, task: TaskConfig, split: str, source: Source, preprocess: Preprocess, threads: int
+    ) -> None:
+        self._task = task
+        self._split = split
+        self._source = source
+        self._preprocess = preprocess
+        self._threads = threads
+        self._classes = source.classes
+
+    def read(self, part: Part, positions: np.ndarray) -> tuple[Split, list[int]]:
+        """The images at rising positions of the part's pool that can be read, and the positions of
+        these.
+        """
+        labels, readable, unreadable = list[int](), list[int](), list[str]()
+        rows = self._source.rows(part.pool, positions.tolist())
+        decoded = decoded_rows(rows, self._preprocess, self._threads)
+        with tempfile.TemporaryFile(prefix="raytvb-images-") as file:
+            for position, (row, image) in zip(positions, decoded, strict=True):
+                if isinstance(image, Unreadable):
+                    unreadable.append(f"{row.name} is not a readable image: {image.reason}")
+                    self._check_unreadable(unreadable)
+                    continue
+                labels.append(self._label(row))
+                readable.append(int(position))
+                file.write(image.data)
+            if not readable:
+                raise UserError(
+                    f"task {self._task.name}: the {self._split} split under {self._source.where} "
+                    f"is empty: {unreadable[0]}"
+                )
+            images = self._mapped(file, len(readable))
+        split = Split(
+            images, torch.tensor(labels, dtype=torch.int64), self._classes, len(unreadable)
         )
-    if not 0 <= row.label < len(classes):
+        return split, readable
+
+    def _mapped(self, file: BinaryIO, count: int) -> Tensor:
+        """The file's images (N, 3, S, S) uint8; they stay when it is closed."""
+        file.flush()
+        side = self._preprocess.size
+        shape = (count, 3, side, side)
+        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
+
+    def _check_unreadable(self, unreadable: list[str]) -> None:
+        if len(unreadable) <= self._task.max_corrupt:
+            return
+        others = f", and {len(unreadable) - 1} more of {self._split}" if len(unreadable) > 1 else ""
         raise UserError(
-            f"task {task.name}: {row.name} has label {row.label!r}, but there are {len(classes)} classes"
+            f"task {self._task.name}: {unreadable[0]}{others}; up to "
+            f"`max_corrupt: {self._task.max_corrupt}` of a split are skipped"
         )
-    return int(row.label)
+
+    def _label(self, row: Row) -> int:
+        """Number of the row's class, in range(len(classes))."""
+        if isinstance(row.label, str) and row.label in self._classes:
+            return self._classes.index(row.label)
+        if not isinstance(row.label, int):
+            raise UserError(
+                f"task {self._task.name}: {row.name} has label {row.label!r}; labels are integers, "
+                f"0 for the first class, or names of `classes`"
+            )
+        if not 0 <= row.label < len(self._classes):
+            raise UserError(
+                f"task {self._task.name}: {row.name} has label {row.label!r}, but there are "
+                f"{len(self._classes)} classes"
+            )
+        return int(row.label)
+
+
+def _in_order(images: Split, positions: list[int], drawn: np.ndarray) -> Split:
+    """Images at `positions` in the order in which these were drawn; the drawn positions that are
+    not among them could not be read.
+    """
+    index_of = {position: index for index, position in enumerate(positions)}
+    order = torch.tensor([index_of[int(p)] for p in drawn if int(p) in index_of])
+    return Split(images.images[order], images.labels[order], images.classes, images.skipped)

@@ -1,8 +1,9 @@
-"""The source under a URL."""
+"""Which kind of data a URL holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 from raytvb.data.folders import FolderSource
 from raytvb.data.parquet import ParquetSource
@@ -16,22 +17,28 @@ from raytvb.storage.store import Store
 def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
     """The source under a URL; `cache` is where torchvision's data sets go that have no `root`.
 
-    Raises UserError where there is none, StoreError where the URL cannot be read.
+    Hidden files and folders are left out. Raises UserError where there are no images, StoreError
+    where the URL cannot be read.
     """
     if url.startswith(TORCHVISION):
         return TorchvisionSource(task, Path(task.root) if task.root else cache / "torchvision")
     store = Store(url)
-    keys = [
-        k
-        for k in store.keys()
-        if not any(part.startswith((".", "__MACOSX")) for part in k.split("/"))
-    ]
-    parquet = [k for k in keys if k.endswith(".parquet")]
-    images = [k for k in keys if k.lower().endswith(IMAGE_FILES)]
+    keys = [key for key in store.keys() if not _is_hidden(key)]
+    parquet = [key for key in keys if key.endswith(".parquet")]
     if parquet:
         return ParquetSource(task, store, parquet)
+    images = [key for key in keys if key.lower().endswith(IMAGE_FILES)]
     if images:
         return FolderSource(task, store, images)
+    _refuse(task, store, keys)
+
+
+def _is_hidden(key: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in key.split("/"))
+
+
+def _refuse(task: TaskConfig, store: Store, keys: list[str]) -> NoReturn:
+    """Say what is there instead of images."""
     if store.is_file():
         raise UserError(
             f"task {task.name}: {store.url} is a file; `data:` is the folder that it is in"
@@ -39,6 +46,6 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
     if not keys:
         raise UserError(f"task {task.name}: there is nothing under {store.url}")
     raise UserError(
-        f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of images "
-        f"under {store.url}; `data:` is the folder above them"
+        f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of "
+        f"images under {store.url}; `data:` is the folder above them"
     )

@@ -1,4 +1,8 @@
-"""Labelled images in Parquet files."""
+"""Labelled images in Parquet files, as the CLIP task collections on the Hugging Face hub have them.
+
+The image column holds `{bytes, path}` structs or bytes, the label column integers. Class names are
+in the `huggingface` entry of the Arrow schema's metadata.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,14 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytvb.data.source import KNOWN_POOLS, ROWS_AT_ONCE, Row, pools_of
+from raytvb.data.source import ROWS_AT_ONCE, USUAL_POOLS, Row, keys_by_pool
 from raytvb.errors import UserError
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.storage.store import Store
 
-_STREAM_BYTES = (
-    2**20
-)  # of a Parquet column: else a row group is held whole, and many files are one row group
-
+# What is read of a Parquet column at a time. Without it a row group is held whole, and many files
+# are one row group.
+_STREAM_BYTES = 2**20
 
 _SHARD = re.compile(r"[-_.]?(\d+(-of-\d+)?(-[0-9a-f]{8,})?)?$")
 
@@ -31,38 +34,32 @@ class ParquetSource:
     """
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
-        self._task, self._store, self.where = task, store, store.url
-        self._keys = pools_of(task, keys, self._pool)
-        for pool, found in self._keys.items():
-            folders = sorted({self._configuration(k, pool) for k in found})
+        """`keys` are the Parquet files of the store.
+
+        Raises UserError where the files of a split lie in several folders.
+        """
+        self.where = store.url
+        self._task = task
+        self._store = store
+        self._keys = keys_by_pool(task, keys, _pool_of)
+        for pool, pool_keys in self._keys.items():
+            folders = sorted({_folder_above(key, pool) for key in pool_keys})
             if pool and len(folders) > 1:
+                names = ", ".join(folder or "." for folder in folders)
                 raise UserError(
-                    f"task {task.name}: {store.url} has {pool} files in several folders "
-                    f"({', '.join(f or '.' for f in folders)}); name one of them in `data:`"
+                    f"task {task.name}: {store.url} has {pool} files in several folders ({names}); "
+                    f"name one of them in `data:`"
                 )
-
-    @staticmethod
-    def _pool(key: str) -> str:
-        """train for `train-00000-of-00002.parquet`, `train.parquet` and `train/0000.parquet`."""
-        folder, name = posixpath.split(key)
-        stem = _SHARD.sub("", name.removesuffix(".parquet"))
-        first = re.split(r"[-_.]", stem)[0]
-        return first if first.lower() in KNOWN_POOLS else stem or posixpath.basename(folder)
-
-    @staticmethod
-    def _configuration(key: str, pool: str) -> str:
-        folder = posixpath.dirname(key)
-        return posixpath.dirname(folder) if posixpath.basename(folder).lower() == pool else folder
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """Names before the shard numbers."""
+        """Names of the files before their shard numbers, or of their folders."""
         return tuple(self._keys)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Class names from the Hugging Face metadata of a pool's first file, unless the task gives
-        them.
+        """The class names that the task gives; else those in the Hugging Face metadata of the first
+        pool that has some.
         """
         if self._task.classes is not None:
             return self._task.classes
@@ -81,59 +78,85 @@ class ParquetSource:
 
     @contextmanager
     def _open(self, key: str) -> Iterator[pq.ParquetFile]:
-        """An open Parquet file. Raises UserError, naming task and file, for anything else."""
+        """An open Parquet file. Raises UserError, naming task and file, for anything else.
+
+        An OSError stays one, with the place: damaged pages, or a network that may recover, which is
+        worth another try.
+        """
         place = f"task {self._task.name}: {self._store.where(key)}"
         with self._store.fs.open(self._store.path(key), "rb") as file:
             try:
                 yield pq.ParquetFile(file, buffer_size=_STREAM_BYTES, pre_buffer=False)
             except pa.ArrowException as error:
                 raise UserError(f"{place} is not a whole Parquet file: {error}") from None
-            except (
-                OSError
-            ) as error:  # damaged pages, or a network that may recover: worth another try
+            except OSError as error:
                 raise OSError(f"{place}: {error}") from error
 
     def count(self, pool: str) -> int:
-        """Rows, from the files' footers."""
+        """Number of rows, from the files' footers."""
         total = 0
         for key in self._keys[pool]:
             with self._open(key) as parquet:
                 total += parquet.metadata.num_rows
         return total
 
-    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
+    def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """Rows in the order of the files' names; a few at a time are in memory, never a row
         group.
         """
-        task, todo, before = self._task, set(wanted), 0
+        wanted = set(positions)
+        first = 0  # position in the pool of the file's first row
         for key in self._keys[pool]:
             with self._open(key) as parquet:
-                missing = {task.image_column, task.label_column} - set(parquet.schema_arrow.names)
-                if missing:
-                    raise UserError(
-                        f"task {task.name}: {key} has no column {', '.join(sorted(missing))}; it has "
-                        f"{', '.join(parquet.schema_arrow.names)} (`image_column`, `label_column` name "
-                        f"them)"
-                    )
-                number = 0
-                for group in range(parquet.num_row_groups):
-                    count = parquet.metadata.row_group(group).num_rows
-                    if todo.isdisjoint(range(before + number, before + number + count)):
-                        number += count
-                        continue
-                    for batch in parquet.iter_batches(
-                        ROWS_AT_ONCE,
-                        [group],
-                        [task.image_column, task.label_column],
-                        use_threads=False,
-                    ):
-                        for place in range(len(batch)):
-                            if before + number in todo:
-                                image, label = (
-                                    batch.column(c)[place].as_py()
-                                    for c in (task.image_column, task.label_column)
-                                )
-                                data = image.get("bytes") if isinstance(image, dict) else image
-                                yield Row(f"{key} row {number}", data, label)
-                            number += 1
-                before += number
+                self._check_columns(key, parquet)
+                yield from self._file_rows(key, parquet, first, wanted)
+                first += parquet.metadata.num_rows
+
+    def _check_columns(self, key: str, parquet: pq.ParquetFile) -> None:
+        task, columns = self._task, parquet.schema_arrow.names
+        missing = {task.image_column, task.label_column} - set(columns)
+        if missing:
+            raise UserError(
+                f"task {task.name}: {key} has no column {', '.join(sorted(missing))}; it has "
+                f"{', '.join(columns)} (`image_column`, `label_column` name them)"
+            )
+
+    def _file_rows(
+        self, key: str, parquet: pq.ParquetFile, first: int, wanted: set[int]
+    ) -> Iterator[Row]:
+        """The rows of a file whose positions in the pool are wanted; `first` is that of row 0. Row
+        groups without such a row are not read.
+        """
+        columns = [self._task.image_column, self._task.label_column]
+        number = 0
+        for group in range(parquet.num_row_groups):
+            count = parquet.metadata.row_group(group).num_rows
+            if wanted.isdisjoint(range(first + number, first + number + count)):
+                number += count
+                continue
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
+                for index in range(len(batch)):
+                    if first + number in wanted:
+                        image = batch.column(columns[0])[index].as_py()
+                        label = batch.column(columns[1])[index].as_py()
+                        data = image.get("bytes") if isinstance(image, dict) else image
+                        yield Row(f"{key} row {number}", data, label)
+                    number += 1
+
+
+def _pool_of(key: str) -> str:
+    """train for `train-00000-of-00002.parquet`, `train.parquet` and `train/0000.parquet`."""
+    folder, name = posixpath.split(key)
+    stem = _SHARD.sub("", name.removesuffix(".parquet"))
+    first_word = re.split(r"[-_.]", stem)[0]
+    if first_word.lower() in USUAL_POOLS:
+        return first_word
+    return stem or posixpath.basename(folder)
+
+
+def _folder_above(key: str, pool: str) -> str:
+    """The folder that a configuration of the data set lies in: the one above the pool's own, if
+    that has a folder.
+    """
+    folder = posixpath.dirname(key)
+    return posixpath.dirname(folder) if posixpath.basename(folder).lower() == pool else folder

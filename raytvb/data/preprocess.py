@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from raytvb.storage.contract import JsonObject
+
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pixels become the tower's input: side of the square image in pixels, and mean and
-    deviation per channel.
-    """
+    """How images are resized and normalised for the image tower of a model."""
 
     size: int
+    """Side of the square image in pixels: S."""
     mean: tuple[float, ...]
+    """Of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...]
-    config: Mapping[str, Any]
+    """Standard deviation of each channel, for pixels from 0 to 1."""
+    config: Mapping[str, object]
+    """open_clip's `preprocess_cfg`, as its `image_transform_v2` takes it; plain JSON values."""
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to normalised float32 of the same shape."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return (images.float() / 255.0 - mean) / std
+
+    def to_json(self) -> JsonObject:
+        """`config` as JSON has it: lists for tuples."""
+        return json.loads(self.config_text)
+
+    @property
+    def config_text(self) -> str:
+        """`config` as a JSON document."""
+        return json.dumps(dict(self.config))

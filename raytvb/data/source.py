@@ -1,57 +1,58 @@
-"""Where labelled images come from: Parquet files, folders with a folder per class, and
-torchvision's data sets.
+"""What every kind of data has in common: labelled images in one or several pools.
 
-Parquet is read as the CLIP task collections on the Hugging Face hub have it: an image column of
-`{bytes, path}` structs or binary, a label column of integers, class names in the `huggingface`
-entry of the Arrow schema metadata. Folders and Parquet may lie under any fsspec URL (s3://,
-hf://datasets/OWNER/NAME). A source has one or several *pools* of images (train, validation,
-test...; the pool '' where there are no names), read in one pass with a bounded part in memory.
+Images come from Parquet files, folders with a folder per class, or torchvision's data sets. The
+first two may lie under any fsspec URL (s3://, hf://datasets/OWNER/NAME). A *pool* is a part of the
+data that has a name (train, validation, test...), or '' for all of it where there are no names;
+`splits` decides which pools, or shares of one, are train, val and test. A pool is read in one pass
+with a bounded part in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from PIL import Image
+from itertools import chain
+from typing import Protocol
 
 from raytvb.experiment.tasks import TaskConfig
 
 TORCHVISION = "torchvision:"
 
-
 SPLITS = ("train", "val", "test")
-
 
 ALIASES = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+"""Names of pools that are taken for a split, the first one that there is."""
 
+USUAL_POOLS = frozenset(chain.from_iterable(ALIASES.values()))
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-
-ROWS_AT_ONCE = 64  # encoded images in memory: what one read asks for
+ROWS_AT_ONCE = 64
+"""Encoded images in memory: what one read asks for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image, encoded or opened or the reason why there is none, with its label; `name` is for
-    messages.
-    """
+    """One image with its label."""
 
     name: str
-    image: bytes | Image.Image | Exception | None
-    label: Any
+    """Where it is, for messages."""
+    image: object
+    """Encoded bytes, an opened `PIL.Image`, or the exception that opening it raised. None or any
+    other type, as a Parquet column may hold it, is no readable image."""
+    label: object
+    """Number or name of the class, if the data are sound."""
 
 
 class Source(Protocol):
     """Labelled images in one or several pools."""
 
     where: str
+    """The place of the data, for messages."""
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -59,29 +60,30 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names. Raises UserError where there are none."""
+        """Class names, in the order of the labels. Raises UserError where there are none."""
 
     def count(self, pool: str) -> int:
-        """Images of a pool, readable or not."""
+        """Number of images of a pool, readable or not."""
 
-    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
-        """The images at some positions of a pool, which rise; little else is read."""
-
-
-KNOWN_POOLS = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
+    def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
+        """The images at these positions of a pool, which must rise; little else is read."""
 
 
-def pools_of(
-    task: TaskConfig, keys: Sequence[str], name: Callable[[str], str]
+def keys_by_pool(
+    task: TaskConfig, keys: Sequence[str], pool_of: Callable[[str], str]
 ) -> dict[str, list[str]]:
-    """Keys by the name of their pool: a usual one, in lower case, or one that the task asks for;
-    else '' for all.
+    """Keys by the name of their pool, as `pool_of` reads it from a key; usual names in lower case.
+
+    Where no pool has a usual name or one that the task's `splits` give, all keys are in one pool,
+    ''.
     """
-    named: dict[str, list[str]] = {}
+    pools: dict[str, list[str]] = {}
     for key in keys:
-        found = name(key)
-        named.setdefault(found.lower() if found.lower() in KNOWN_POOLS else found, []).append(key)
-    asked = {
-        s for s in (task.splits.train, task.splits.val, task.splits.test) if isinstance(s, str)
-    }
-    return named if (KNOWN_POOLS | asked) & named.keys() else {"": list(keys)}
+        name = pool_of(key)
+        if name.lower() in USUAL_POOLS:
+            name = name.lower()
+        pools.setdefault(name, []).append(key)
+    given = {task.splits.train, task.splits.val, task.splits.test}
+    if pools.keys() & (USUAL_POOLS | given):
+        return pools
+    return {"": list(keys)}

@@ -9,13 +9,11 @@ damaged, or was made from other data, is made again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from raytvb.data.loading import load_split
 from raytvb.data.preprocess import Preprocess
@@ -23,14 +21,31 @@ from raytvb.data.splits import Split
 from raytvb.data.suite_files import FORMAT
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.storage import records
-from raytvb.storage.records import FileInfo
+from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage.records import FileInfo, Record
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 
 PREFIX = "splits"
 
+LABELS = "labels.safetensors"
 
 _FILE_BYTES = 64 * 2**20
+
+
+class SplitMetrics(Contract):
+    """What the record of a decoded split says of it."""
+
+    images: int
+    """Images that could be read: N."""
+    skipped: int
+    """Images that could not be read."""
+    classes: tuple[str, ...]
+    """Class names, in the order of the labels."""
+
+
+class _DamagedError(ValueError):
+    """The files of a stored split are not what its record says."""
 
 
 def split_prefix(task: str, split: str) -> str:
@@ -38,36 +53,44 @@ def split_prefix(task: str, split: str) -> str:
     return f"{PREFIX}/{split}/{task}"
 
 
-def _identity(task: TaskConfig, split: str, preprocess: Preprocess) -> dict[str, Any]:
-    source = task.model_dump(mode="json", exclude={"epochs", "templates", "root"})
+def cached_split(
+    store: Store, task: TaskConfig, split: str, preprocess: Preprocess, threads: int = 1
+) -> Split:
+    """A split from the store; where it is not there, decoded and kept there.
+
+    `threads` decode at a time. Raises as `load_split`.
+    """
+    prefix = split_prefix(task.name, split)
+    identity = _identity(task, split, preprocess)
+    stored = _stored_split(store, prefix, identity)
+    if stored is not None:
+        return stored
+    decoded = load_split(task, split, preprocess, threads=threads)
+    store.delete(prefix)
+    _write(store, prefix, identity, decoded)
+    return decoded
+
+
+def _identity(task: TaskConfig, split: str, preprocess: Preprocess) -> JsonObject:
+    """All that the images and labels of a split depend on."""
     return {
-        "task": source,
+        "task": task.model_dump(mode="json", exclude={"epochs", "templates", "root"}),
         "split": split,
-        "preprocess": {
-            k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.config.items()
-        },
+        "preprocess": preprocess.to_json(),
         "suite": FORMAT if task.data is None else None,
     }
 
 
-def cached_split(
-    store: Store, task: TaskConfig, split: str, preprocess: Preprocess, threads: int = 1
-) -> Split:
-    """A split from the store, or decoded by `load_split` (which see for errors) and kept there."""
-    prefix, identity = split_prefix(task.name, split), _identity(task, split, preprocess)
-    found = _read(store, prefix, identity)
-    if found is not None:
-        return found
-    loaded = load_split(task, split, preprocess, threads=threads)
-    store.delete(prefix)
-    rows = max(1, _FILE_BYTES // (3 * preprocess.size**2))
-    parts = loaded.images.split(rows)
+def _write(store: Store, prefix: str, identity: JsonObject, split: Split) -> None:
+    """Write the images file by file, so that a second copy of one file at most is in memory; then
+    the labels and the record.
+    """
+    bytes_per_image = split.images[0].numel()
+    parts = split.images.split(max(1, _FILE_BYTES // bytes_per_image))
     infos = {}
     for number, part in enumerate(parts, 1):
-        name, data = (
-            f"images-{number:05d}-of-{len(parts):05d}.safetensors",
-            save({"images": part.contiguous()}),
-        )
+        name = f"images-{number:05d}-of-{len(parts):05d}.safetensors"
+        data = save({"images": part.contiguous()})
         store.write(f"{prefix}/{name}", data)
         infos[name] = FileInfo.of(data)
     records.commit(
@@ -75,36 +98,42 @@ def cached_split(
         prefix,
         identity=identity,
         written=infos,
-        files={"labels.safetensors": save({"labels": loaded.labels})},
-        metrics={"images": len(loaded), "skipped": loaded.skipped, "classes": list(loaded.classes)},
+        files={LABELS: save({"labels": split.labels})},
+        metrics=SplitMetrics(images=len(split), skipped=split.skipped, classes=split.classes),
     )
-    return loaded
 
 
-def _read(store: Store, prefix: str, identity: Mapping[str, Any]) -> Split | None:
-    """What is there, if it is whole and was made from the same data."""
+def _stored_split(store: Store, prefix: str, identity: JsonObject) -> Split | None:
+    """The split in the store; None where there is none, or it is damaged or of another identity."""
     try:
         record = records.find(store, prefix)
-        if record is None or records.differences(record["identity"], dict(identity)):
+        if record is None or not record.is_of(identity):
             return None
-        metrics, labels, done = record["metrics"], None, 0
-        images: np.ndarray | None = None
-        for name, info in sorted(record["files"].items()):
-            data = store.read(f"{prefix}/{name}")
-            if not FileInfo.from_json(info).is_of(data):
-                return None
-            if name == "labels.safetensors":
-                labels = load(data)["labels"]
-                continue
-            part = load(data)["images"].numpy()
-            if images is None:
-                images = np.empty((metrics["images"], *part.shape[1:]), dtype=np.uint8)
-            images[done : done + len(part)] = part
-            done += len(part)
-        if images is None or labels is None or not done == len(labels) == metrics["images"]:
-            return None
-        return Split(
-            torch.from_numpy(images), labels, tuple(metrics["classes"]), metrics["skipped"]
-        )
-    except (StoreError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        return _read(store, prefix, record)
+    except (StoreError, SafetensorError, KeyError, _DamagedError):
         return None
+
+
+def _read(store: Store, prefix: str, record: Record) -> Split:
+    """The split that a record describes. Raises _DamagedError where the files are others."""
+    metrics = record.metrics_as(SplitMetrics, store.where(prefix))
+    labels: Tensor | None = None
+    images: np.ndarray | None = None
+    filled = 0
+    for name, info in sorted(record.files.items()):
+        data = store.read(f"{prefix}/{name}")
+        if not info.is_of(data):
+            raise _DamagedError(name)
+        if name == LABELS:
+            labels = load(data)["labels"]
+            continue
+        part = load(data)["images"].numpy()
+        if images is None:
+            images = np.empty((metrics.images, *part.shape[1:]), dtype=np.uint8)
+        if filled + len(part) > metrics.images:
+            raise _DamagedError(name)
+        images[filled : filled + len(part)] = part
+        filled += len(part)
+    if images is None or labels is None or not filled == len(labels) == metrics.images:
+        raise _DamagedError(prefix)
+    return Split(torch.from_numpy(images), labels, metrics.classes, metrics.skipped)

@@ -10,27 +10,31 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from raytvb.data.source import SPLITS
 from raytvb.experiment.tasks import TaskConfig
-from raytvb.suite import glyphs
+from raytvb.suite.glyphs import render
+from raytvb.suite.names import class_names
 
-FORMAT = 2  # of the cached suite; raise it when the drawings change
+FORMAT = 2
+"""Of the cached suite; raise it when the drawings change."""
 
 
 def cache_folder() -> Path:
-    """Per-machine cache: $RAYTVB_CACHE, else $XDG_CACHE_HOME/raytvb, else ~/.cache/raytvb, else a
-    temporary one.
+    """The cache of this machine: $RAYTVB_CACHE, else $XDG_CACHE_HOME/raytvb, else ~/.cache/raytvb.
+
+    Where there is no home, or no folder can be made in it, the cache is in the temporary folder.
     """
     given = os.environ.get("RAYTVB_CACHE")
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or (
-        os.environ.get("HOME", "") and os.path.expanduser("~/.cache")
-    )
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base and os.environ.get("HOME"):
+        base = os.path.expanduser("~/.cache")
     folder = Path(base or tempfile.gettempdir()) / "raytvb"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,15 +45,13 @@ def cache_folder() -> Path:
 
 def suite_table(task: str, split: str) -> pa.Table:
     """A split of a task of the embedded suite as an Arrow table of PNG images and labels, with its
-    class names.
+    class names in the metadata as the Hugging Face hub has them.
     """
-    rendered = glyphs.render(task, split)
+    rendered = render(task, split)
     rows = []
     for index, image in enumerate(rendered.images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-        rows.append({"bytes": buffer.getvalue(), "path": f"{split}-{index}.png"})
-    classes = {"names": list(glyphs.class_names(task)), "_type": "ClassLabel"}
+        rows.append({"bytes": _png(image), "path": f"{split}-{index}.png"})
+    classes = {"names": list(class_names(task)), "_type": "ClassLabel"}
     features = {"info": {"features": {"image": {"_type": "Image"}, "label": classes}}}
     fields = [
         pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
@@ -59,19 +61,26 @@ def suite_table(task: str, split: str) -> pa.Table:
     return pa.table({"image": rows, "label": rendered.labels.tolist()}, schema=schema)
 
 
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def write_suite_task(task: str, folder: Path) -> None:
-    """Write `train`, `val` and `test` Parquet files of a task of the suite; each file appears whole
-    or not at all.
+    """Write `train`, `val` and `test` Parquet files of a task of the suite, but for those that are
+    there and empty splits. Each file appears whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         target = folder / f"{split}.parquet"
-        if not target.exists():
-            table = suite_table(task, split)
-            if len(table):
-                temporary = target.with_name(f".{target.name}.{os.getpid()}")
-                pq.write_table(table, temporary, row_group_size=256)
-                os.replace(temporary, target)
+        if target.exists():
+            continue
+        table = suite_table(task, split)
+        if len(table):
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            pq.write_table(table, temporary, row_group_size=256)
+            os.replace(temporary, target)
 
 
 def task_url(task: TaskConfig) -> str:

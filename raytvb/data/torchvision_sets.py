@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from filelock import FileLock
 from PIL import Image
@@ -14,103 +15,135 @@ from raytvb.data.source import TORCHVISION, Row
 from raytvb.errors import UserError
 from raytvb.experiment.tasks import TaskConfig
 
-
-def _by_train(name: str, **options: Any) -> tuple[str, dict[str, dict[str, Any]]]:
-    return name, {"train": {"train": True, **options}, "test": {"train": False, **options}}
+Arguments = dict[str, bool | str]
 
 
-def _by_split(name: str, *splits: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    return name, {s: {"split": s} for s in splits}
+@dataclass(frozen=True)
+class DataSetClass:
+    """A class of `torchvision.datasets`, and its arguments for each pool."""
+
+    name: str
+    pools: dict[str, Arguments]
 
 
-# Our name -> class in torchvision.datasets and its arguments by pool.
-DATA_SETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    **{n: _by_train(n) for n in ("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100")},
-    **{
-        f"EMNIST-{s}": _by_train("EMNIST", split=s)
-        for s in ("balanced", "byclass", "bymerge", "digits", "letters")
-    },
-    **{
-        n: _by_split(n, "train", "test")
-        for n in ("SVHN", "STL10", "Food101", "GTSRB", "StanfordCars", "FER2013")
-    },
-    **{
-        n: _by_split(n, "train", "val", "test")
-        for n in ("DTD", "Flowers102", "PCAM", "RenderedSST2", "FGVCAircraft")
-    },
-    **{n: _by_split(n, "train", "val") for n in ("ImageNet", "Imagenette")},
-    "Country211": _by_split("Country211", "train", "valid", "test"),
-    "OxfordIIITPet": _by_split("OxfordIIITPet", "trainval", "test"),
-    **{n: (n, {"": {}}) for n in ("EuroSAT", "SUN397", "Caltech101", "Caltech256")},
-}
+def _by_train(name: str, **arguments: str) -> DataSetClass:
+    """A class whose pools are train and test, chosen by the argument `train`."""
+    train: Arguments = {"train": True, **arguments}
+    test: Arguments = {"train": False, **arguments}
+    return DataSetClass(name, {"train": train, "test": test})
+
+
+def _by_split(name: str, *splits: str) -> DataSetClass:
+    """A class whose pools are chosen by the argument `split`."""
+    return DataSetClass(name, {split: {"split": split} for split in splits})
+
+
+def _data_sets() -> dict[str, DataSetClass]:
+    sets = {}
+    for name in ("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100"):
+        sets[name] = _by_train(name)
+    for part in ("balanced", "byclass", "bymerge", "digits", "letters"):
+        sets[f"EMNIST-{part}"] = _by_train("EMNIST", split=part)
+    for name in ("SVHN", "STL10", "Food101", "GTSRB", "StanfordCars", "FER2013"):
+        sets[name] = _by_split(name, "train", "test")
+    for name in ("DTD", "Flowers102", "PCAM", "RenderedSST2", "FGVCAircraft"):
+        sets[name] = _by_split(name, "train", "val", "test")
+    for name in ("ImageNet", "Imagenette"):
+        sets[name] = _by_split(name, "train", "val")
+    sets["Country211"] = _by_split("Country211", "train", "valid", "test")
+    sets["OxfordIIITPet"] = _by_split("OxfordIIITPet", "trainval", "test")
+    for name in ("EuroSAT", "SUN397", "Caltech101", "Caltech256"):
+        sets[name] = DataSetClass(name, {"": {}})
+    return sets
+
+
+DATA_SETS = _data_sets()
+"""Data sets by the name after `torchvision:`."""
+
+
+class _ImageDataSet(Protocol):
+    """What torchvision's data sets are used for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> tuple[object, int]: ...
 
 
 class TorchvisionSource:
     """A data set of torchvision by name, downloaded into its root unless it is there."""
 
     def __init__(self, task: TaskConfig, root: Path) -> None:
+        """Downloads nothing yet. Raises UserError for a name that is not in DATA_SETS."""
         name = (task.data or "").removeprefix(TORCHVISION).strip("/")
         if name not in DATA_SETS:
             raise UserError(
                 f"task {task.name}: torchvision data set {name!r} is not known here; there are "
                 f"{', '.join(sorted(DATA_SETS))}"
             )
-        self._task, self._name, self._root = task, name, root
-        self._made: dict[str, Any] = {}
+        self._task = task
+        self._name = name
+        self._root = root
+        self._opened: dict[str, _ImageDataSet] = {}
         self.where = f"torchvision's {name} in {root}"
 
     @property
     def pools(self) -> tuple[str, ...]:
         """torchvision's own names of the splits."""
-        return tuple(DATA_SETS[self._name][1])
+        return tuple(DATA_SETS[self._name].pools)
 
-    def _data_set(self, pool: str) -> Any:
-        if pool not in self._made:
-            import torchvision.datasets
-
-            name, options = DATA_SETS[self._name]
-            kind = getattr(torchvision.datasets, name)
-            takes = inspect.signature(kind.__init__).parameters
-            downloads = "download" in takes or ("kwargs" in takes and name != "ImageNet")
-            arguments = options[pool] | ({"download": True} if downloads else {})
+    def _data_set(self, pool: str) -> _ImageDataSet:
+        """The data set of a pool, downloaded and opened at first use."""
+        if pool not in self._opened:
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
-                with FileLock(
-                    str(self._root / f".{self._name}.lock")
-                ):  # other workers of this machine wait
-                    self._made[pool] = kind(str(self._root), **arguments)
-            except Exception as error:  # of the network, of a server, of an archive: torchvision has no common class
+                # Other workers of this machine wait.
+                with FileLock(str(self._root / f".{self._name}.lock")):
+                    self._opened[pool] = self._open(pool)
+            # Of the network, of a server, of an archive: torchvision has no common class.
+            except Exception as error:
                 raise UserError(
-                    f"task {self._task.name}: torchvision cannot get {self._name}: {error}. Put its files "
-                    f"under {self._root} yourself, or give `root:`, where they are"
+                    f"task {self._task.name}: torchvision cannot get {self._name}: {error}. Put "
+                    f"its files under {self._root} yourself, or give `root:`, where they are"
                 ) from error
-        return self._made[pool]
+        return self._opened[pool]
+
+    def _open(self, pool: str) -> _ImageDataSet:
+        import torchvision.datasets  # takes seconds
+
+        entry = DATA_SETS[self._name]
+        data_set_class = getattr(torchvision.datasets, entry.name)
+        parameters = inspect.signature(data_set_class.__init__).parameters
+        arguments = dict(entry.pools[pool])
+        # ImageNet passes its keywords on, but has no `download`.
+        if "download" in parameters or ("kwargs" in parameters and entry.name != "ImageNet"):
+            arguments["download"] = True
+        return data_set_class(str(self._root), **arguments)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """torchvision's class names, where it has them, unless the task gives them."""
+        """The class names that the task gives; else torchvision's, where it has them."""
         if self._task.classes is not None:
             return self._task.classes
-        found = getattr(self._data_set(self.pools[0]), "classes", None)
-        if not found:
+        names = getattr(self._data_set(self.pools[0]), "classes", None)
+        if not names:
             raise UserError(
-                f"task {self._task.name}: torchvision has no class names for {self._name}; give them as "
-                f"`classes: [...]` of the task"
+                f"task {self._task.name}: torchvision has no class names for {self._name}; give "
+                f"them as `classes: [...]` of the task"
             )
         # ImageNet has several names for a class; the first is the best known.
-        return tuple(c if isinstance(c, str) else c[0] for c in found)
+        return tuple(name if isinstance(name, str) else name[0] for name in names)
 
     def count(self, pool: str) -> int:
-        """Images of the data set."""
+        """Number of images of a pool."""
         return len(self._data_set(pool))
 
-    def rows(self, pool: str, wanted: Sequence[int]) -> Iterator[Row]:
+    def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """Images in torchvision's order, opened one by one."""
         data_set = self._data_set(pool)
-        for number in wanted:
-            name = f"{self._name} {pool} image {number}".replace("  ", " ")
+        for position in positions:
+            name = f"{self._name} {pool} image {position}".replace("  ", " ")
             try:
-                image, label = data_set[number]
+                image, label = data_set[position]
             except FileNotFoundError as error:
                 raise UserError(f"task {self._task.name}: {name} is missing: {error}") from None
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytvb.experiment.config import Experiment, half
-from raytvb.maths.online_basis import ONLINE_METHODS
+from raytvb.maths.basis_registry import online_methods
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,23 @@ class BasisSpec:
 
 
 def sizes_of(experiment: Experiment) -> list[int]:
-    """Basis sizes that are built: those asked for, and T/2, at which every method is reported."""
+    """Basis sizes M that are built, rising: those that the search compares, and T/2.
+
+    At T/2 every method is reported.
+    """
     return sorted({*experiment.search.sizes, half(len(experiment.tasks))})
 
 
 def basis_specs(experiment: Experiment) -> list[BasisSpec]:
-    """Every method at every size; then, where asked for, the online bases of the methods that have
-    an online form.
+    """Every method at every size; then the online bases, where the experiment wants them.
+
+    Only some methods have an online form.
     """
-    offline = [
-        BasisSpec(method, size)
-        for method in experiment.basis.method
-        for size in sizes_of(experiment)
-    ]
-    if not experiment.basis.online:
-        return offline
-    online = [
-        BasisSpec(spec.method, spec.size, online=True)
-        for spec in offline
-        if spec.method in ONLINE_METHODS
-    ]
+    offline: list[BasisSpec] = []
+    online: list[BasisSpec] = []
+    for method in experiment.basis.method:
+        for size in sizes_of(experiment):
+            offline.append(BasisSpec(method, size))
+            if experiment.basis.online and method in online_methods():
+                online.append(BasisSpec(method, size, online=True))
     return offline + online

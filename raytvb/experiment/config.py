@@ -1,4 +1,4 @@
-"""The experiment file: YAML to frozen, validated objects, every default resolved.
+"""The experiment file as frozen, validated objects, every default resolved.
 
 Fields are identity or execution. Identity (model, tasks, seeds, hyperparameters) says what is
 computed and is frozen in the store at the first run; execution (`store`, `resources`) says where
@@ -7,80 +7,93 @@ and how, and changes no result.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
 from raytvb.experiment.base import Frozen
-from raytvb.experiment.searching import BasisConfig, EvaluateConfig, SearchConfig
-from raytvb.experiment.tasks import TaskConfig, expanded_tasks
+from raytvb.experiment.evaluating import EvaluateConfig
+from raytvb.experiment.searching import BasisConfig, SearchConfig
+from raytvb.experiment.tasks import TaskConfig, Tasks
 from raytvb.experiment.training import FinetuneConfig, ModelConfig, ResourceConfig, TalosConfig
+from raytvb.storage.contract import JsonObject
 
-EXECUTION_FIELDS = ("store", "resources")
+NOT_IDENTITY = ("name", "store", "resources")
+"""Fields that change no result."""
 
 
 class Experiment(Frozen):
-    """Everything an experiment file can say. `store` is a local directory or any fsspec URL
-    (s3://bucket/prefix).
-    """
+    """Everything an experiment file can say."""
 
-    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    store: str = Field(min_length=1)
-    seed: int = Field(0, ge=0, lt=2**31)
-    model: ModelConfig = ModelConfig()
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    talos: TalosConfig = TalosConfig()
-    finetune: FinetuneConfig = FinetuneConfig()
-    basis: BasisConfig = BasisConfig()
-    search: SearchConfig = SearchConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    resources: ResourceConfig = ResourceConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _task_names(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("tasks"), list | tuple | str | dict):
-            given = values["tasks"]
-            given = given if isinstance(given, list | tuple) else [given]
-            return {**values, "tasks": [made for task in given for made in expanded_tasks(task)]}
-        return values
+    name: str = Field(
+        "experiment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="A name for the report.",
+    )
+    store: str = Field(
+        min_length=1,
+        description="Where results are kept: a folder, or any fsspec URL (s3://bucket/prefix).",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of all random numbers.")
+    model: ModelConfig = Field(ModelConfig(), description="The pretrained model.")
+    tasks: Tasks = Field(description="The tasks to make task vectors of, or the name of a preset.")
+    talos: TalosConfig = Field(TalosConfig(), description="Which parameters are trained.")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="How they are trained.")
+    basis: BasisConfig = Field(BasisConfig(), description="Which bases are built.")
+    search: SearchConfig = Field(SearchConfig(), description="How a basis is chosen.")
+    evaluate: EvaluateConfig = Field(
+        EvaluateConfig(), description="What is measured on the test split."
+    )
+    resources: ResourceConfig = Field(ResourceConfig(), description="What Ray gives to each task.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Experiment:
-        names = [t.name for t in self.tasks]
-        repeated = sorted({n for n in names if names.count(n) > 1})
+    def _different_names(self) -> Experiment:
+        repeated = _repeated(self.task_names)
         if repeated:
-            raise ValueError(f"tasks: given more than once: {', '.join(repeated)}")
-        every = {t.name for t in self.every_task}
-        if any(b.startswith(a + "/") for a in every for b in every):
-            raise ValueError(
-                "tasks: one task's name is the folder of another's (control and unseen tasks included)"
-            )
-        for field, groups in (
-            ("evaluate.additions", self.evaluate.additions),
-            ("evaluate.disentanglement.pairs", self.pairs),
-        ):
-            for group in groups:
-                wrong = [n for n in group if n not in names]
-                if wrong or not group or len(set(group)) < len(group):
+            raise ValueError(f"tasks: given more than once: {', '.join(sorted(repeated))}")
+        names = {task.name for task in self.every_task}
+        for name in names:
+            for folder in _folders_above(name):
+                if folder in names:
                     raise ValueError(
-                        f"{field}: [{', '.join(group)}]: give different tasks of the experiment"
-                        + (f"; {', '.join(wrong)} is none" if wrong else "")
+                        f"tasks: {folder} and {name}: one task's name is the folder of another's "
+                        f"(control and unseen tasks included)"
                     )
-        control = self.control
-        if control is not None and any(
-            t.name == control.name and t != control for t in self.unseen
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _known_groups(self) -> Experiment:
+        self._check_groups("evaluate.additions", self.evaluate.additions)
+        self._check_groups("evaluate.disentanglement.pairs", self.pairs)
+        return self
+
+    def _check_groups(self, field: str, groups: tuple[tuple[str, ...], ...]) -> None:
+        names = set(self.task_names)
+        for group in groups:
+            others = [name for name in group if name not in names]
+            if others or not group or _repeated(group):
+                reason = f"; {', '.join(others)} is none" if others else ""
+                raise ValueError(
+                    f"{field}: [{', '.join(group)}]: give different tasks of the experiment{reason}"
+                )
+
+    @model_validator(mode="after")
+    def _unseen_tasks(self) -> Experiment:
+        for task in self.unseen:
+            if self.control is not None and task.name == self.control.name and task != self.control:
+                raise ValueError(
+                    f"evaluate: the control and an unseen task are both called {task.name}, but "
+                    f"differ"
+                )
+        names = [task.name for task in self.unseen]
+        seen = sorted(set(names) & set(self.task_names))
+        if seen:
             raise ValueError(
-                f"evaluate: the control and an unseen task are both called {control.name}, but differ"
+                f"evaluate.unseen.tasks: {', '.join(seen)}: these have task vectors; name others"
             )
-        unseen = [t.name for t in self.unseen]
-        both = [n for n in unseen if n in names]
-        if both or len(set(unseen)) < len(unseen):
-            raise ValueError(
-                f"evaluate.unseen.tasks: {', '.join(both) or 'a name is given twice'}"
-                + (": these have task vectors; name others" if both else "")
-            )
+        if _repeated(names):
+            raise ValueError("evaluate.unseen.tasks: a name is given twice")
         return self
 
     @property
@@ -88,11 +101,11 @@ class Experiment(Frozen):
         """Names of the tasks in order; position t is row t of every Gram matrix and coefficient
         table.
         """
-        return tuple(t.name for t in self.tasks)
+        return tuple(task.name for task in self.tasks)
 
     @property
     def own_masks(self) -> bool:
-        """Every task has a mask of its own."""
+        """Whether every task has a mask of its own."""
         return self.talos.mask == "per-task" and self.talos.density < 1.0
 
     @property
@@ -101,20 +114,23 @@ class Experiment(Frozen):
         return self.evaluate.control if self.evaluate.negation else None
 
     def tasks_with(self, split: str) -> tuple[TaskConfig, ...]:
-        """The tasks whose images of a split are needed: also the control's but for train, and the
-        unseen ones' but for val."""
-        control = (self.control,) if self.control is not None and split != "train" else ()
-        extra = (*control, *(() if split == "val" else self.unseen))
-        named = {
-            t.name: t for t in (*reversed(extra), *self.tasks)
-        }  # of the same name the first one
-        return (*self.tasks, *(t for t in extra if named[t.name] is t))
+        """The tasks whose images of a split are needed, each name once.
+
+        Tasks with a vector need all splits. The control needs no train, unseen tasks need no val.
+        """
+        needed = list(self.tasks)
+        if self.control is not None and split != "train":
+            needed.append(self.control)
+        if split != "val":
+            needed += self.unseen
+        by_name: dict[str, TaskConfig] = {}
+        for task in needed:
+            by_name.setdefault(task.name, task)
+        return tuple(by_name.values())
 
     @property
     def every_task(self) -> tuple[TaskConfig, ...]:
-        """The tasks, the control where there is one that is not a task itself, and the unseen
-        tasks.
-        """
+        """The tasks with a vector, the control and the unseen tasks, each name once."""
         return self.tasks_with("test")
 
     @property
@@ -124,15 +140,27 @@ class Experiment(Frozen):
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of tasks whose weight disentanglement is measured."""
-        asked = self.evaluate.disentanglement
-        if asked is None or len(self.tasks) < 2:
+        """Pairs of tasks whose weight disentanglement is measured: those given, else the first
+        two.
+        """
+        section = self.evaluate.disentanglement
+        if section is None or len(self.tasks) < 2:
             return ()
-        return asked.pairs or ((self.tasks[0].name, self.tasks[1].name),)
+        return section.pairs or ((self.tasks[0].name, self.tasks[1].name),)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What the experiment computes, as plain JSON values, with every default filled in."""
-        return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS) | {"name"})
+        return self.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+
+
+def _folders_above(name: str) -> list[str]:
+    """`a` and `a/b` for the task `a/b/c`."""
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def half(count: int) -> int:

@@ -1,51 +1,59 @@
-"""The identity of each stored thing: all that it depends on."""
+"""The identity of each stored thing: all that it depends on, as plain JSON values.
+
+A stored thing is used again only while its identity is what its record says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.tasks import TaskConfig
+from raytvb.storage.contract import JsonObject
 
 
-def base_identity(experiment: Experiment) -> dict[str, Any]:
+def base_identity(experiment: Experiment) -> JsonObject:
     """Identity of the pretrained model."""
     return {"model": experiment.model.model_dump(mode="json")}
 
 
-def vector_identity(experiment: Experiment, task: TaskConfig) -> dict[str, Any]:
-    """Identity of a task vector: with a shared mask it depends on all tasks, else on its own
-    alone.
+def vector_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
+    """Identity of a task vector. With a mask of its own, or none, it depends on no other task; with
+    the shared mask on all that were scored for it.
     """
-    identity = experiment.identity()
-    chosen = {k: identity[k] for k in ("model", "seed", "talos", "finetune")} | {
-        "task": task.model_dump(mode="json")
-    }
-    shared = experiment.talos.mask == "shared" and experiment.talos.density < 1.0
-    return chosen | ({"mask_tasks": list(experiment.task_names)} if shared else {})
+    identity = _sections(experiment, "model", "seed", "talos", "finetune")
+    identity["task"] = task.model_dump(mode="json")
+    if experiment.talos.mask == "shared" and experiment.talos.density < 1.0:
+        identity["mask_tasks"] = [*experiment.task_names]
+    return identity
 
 
-def prepared_identity(experiment: Experiment, task: TaskConfig) -> dict[str, Any]:
-    """Identity of a vector's prepared twin."""
-    return vector_identity(experiment, task) | {"prepare": experiment.basis.prepare}
+def prepared_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
+    """Identity of a vector's prepared twin, which bases are made of instead of the vector."""
+    return {**vector_identity(experiment, task), "prepare": experiment.basis.prepare}
 
 
-def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> JsonObject:
     """Identity of a mask made from the scores of the given tasks."""
-    identity = experiment.identity()
-    return {k: identity[k] for k in ("model", "seed", "talos")} | {
-        "tasks": [t.model_dump(mode="json") for t in tasks]
-    }
+    identity = _sections(experiment, "model", "seed", "talos")
+    identity["tasks"] = [task.model_dump(mode="json") for task in tasks]
+    return identity
 
 
-def basis_identity(experiment: Experiment, spec: BasisSpec) -> dict[str, Any]:
+def basis_identity(experiment: Experiment, spec: BasisSpec) -> JsonObject:
     """Identity of a basis: that of all vectors, and how it was made."""
-    identity = experiment.identity()
-    made: dict[str, Any] = {"method": spec.method, "size": spec.size}
+    identity = _sections(experiment, "model", "seed", "talos", "finetune", "tasks")
+    identity["method"] = spec.method
+    identity["size"] = spec.size
     if spec.online:
-        made["online"] = {"buffer": experiment.basis.buffer}
+        identity["online"] = {"buffer": experiment.basis.buffer}
     if experiment.basis.prepare != "none":
-        made["prepare"] = experiment.basis.prepare
-    return {k: identity[k] for k in ("model", "seed", "talos", "finetune", "tasks")} | made
+        identity["prepare"] = experiment.basis.prepare
+    return identity
+
+
+def _sections(experiment: Experiment, *fields: str) -> JsonObject:
+    """These fields of the experiment's own identity."""
+    identity = experiment.identity()
+    return {field: identity[field] for field in fields}

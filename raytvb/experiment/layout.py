@@ -6,27 +6,27 @@ from raytvb.experiment.config import Experiment
 from raytvb.experiment.tasks import TaskConfig
 
 EXPERIMENT = "experiment.yaml"
-
-
 BASE = "base"
-
-
 SHARED_MASK = "shared"
-
-
 GRAM = "gram"
-
-
 OVERLAP = "overlap"
-
-
 PRECISION = "precision"
-
-
+SEARCH = "search"
 SUMMARY = "report/summary.json"
-
-
 REPORT = "report/index.html"
+TIMINGS = "report/timings.json"
+
+VECTOR = "vector.safetensors"
+"""Name of the vector file in a task's folder, and in that of its twin."""
+
+HEAD = "head.safetensors"
+"""Name of the zero-shot head in a task's folder."""
+
+MASK = "mask.safetensors"
+"""Name of the mask file in a mask's folder."""
+
+COEFFICIENTS = "coefficients.safetensors"
+"""Name of the table of coefficients in a basis's folder."""
 
 
 def vector_prefix(task: str) -> str:
@@ -35,23 +35,44 @@ def vector_prefix(task: str) -> str:
 
 
 def vector_key(task: str) -> str:
-    """The vector file itself."""
-    return f"{vector_prefix(task)}/vector.safetensors"
+    """A task's vector file."""
+    return f"{vector_prefix(task)}/{VECTOR}"
+
+
+def checkpoint_prefix(task: str) -> str:
+    """Folder of the checkpoint of a fine-tune that has not ended."""
+    return f"{vector_prefix(task)}/checkpoint"
 
 
 def basis_vector_prefix(experiment: Experiment, task: str) -> str:
-    """Folder of what bases are made of for a task: its vector, or the prepared twin of that."""
+    """Folder of what bases are made of for a task: its vector, or the vector's prepared twin."""
     return vector_prefix(task) if experiment.basis.prepare == "none" else f"prepared/{task}"
 
 
 def basis_vector_key(experiment: Experiment, task: str) -> str:
-    """The vector file that bases are made of."""
-    return f"{basis_vector_prefix(experiment, task)}/vector.safetensors"
+    """The vector file that bases are made of for a task."""
+    return f"{basis_vector_prefix(experiment, task)}/{VECTOR}"
+
+
+def head_key(experiment: Experiment, task: TaskConfig) -> str:
+    """Zero-shot head of a task.
+
+    Heads of tasks lie with their vectors; those of the control and of unseen tasks with the
+    pretrained model.
+    """
+    if task.name in experiment.task_names:
+        return f"{vector_prefix(task.name)}/{HEAD}"
+    return f"{BASE}/heads/{task.name}.safetensors"
 
 
 def mask_prefix(mask_id: str) -> str:
-    """Folder of a mask; its id is `shared` or the task's name."""
+    """Folder of a mask; its id is `shared`, or the name of the task that it belongs to."""
     return f"masks/{mask_id}"
+
+
+def mask_key(mask_id: str) -> str:
+    """The mask file."""
+    return f"{mask_prefix(mask_id)}/{MASK}"
 
 
 def basis_prefix(name: str) -> str:
@@ -65,28 +86,10 @@ def online_prefix(name: str) -> str:
 
 
 def online_tables(count: int) -> str:
-    """The file of an online basis's small matrices after `count` tasks."""
+    """Name of the file with an online basis's small matrices after `count` tasks."""
     return f"after-{count:06d}.safetensors"
-
-
-def head_key(experiment: Experiment, task: TaskConfig) -> str:
-    """Zero-shot head of a task, or of the control or an unseen task."""
-    if task.name in experiment.task_names:
-        return f"{vector_prefix(task.name)}/head.safetensors"
-    return f"{BASE}/heads/{task.name}.safetensors"
-
-
-def checkpoint_prefix(task: str) -> str:
-    """Folder of a fine-tune that has not ended."""
-    return f"{vector_prefix(task)}/checkpoint"
-
-
-SEARCH = "search"
 
 
 def search_prefix(name: str) -> str:
     """Folder of a candidate's search result."""
     return f"{SEARCH}/{name}"
-
-
-TIMINGS = "report/timings.json"

@@ -3,105 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from raytvb.errors import UserError
 from raytvb.experiment.base import TINY_MODEL
 from raytvb.experiment.config import Experiment, half, quarter
-from raytvb.experiment.searching import DisentanglementConfig, UnseenConfig
+from raytvb.experiment.evaluating import DisentanglementConfig, EvaluateConfig, UnseenConfig
+from raytvb.experiment.searching import SearchConfig
 from raytvb.experiment.tasks import TaskConfig
-from raytvb.suite import glyphs
+from raytvb.experiment.training import FinetuneConfig
+from raytvb.suite.names import CONTROL
+
+Location = Sequence[int | str]
+"""Names of fields and positions in lists, from the top of the file."""
 
 
-def _resolve(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the defaults that depend on other fields."""
-    experiment = Experiment.model_validate(values)
-    tiny, dense = experiment.model.name == TINY_MODEL, experiment.talos.density == 1.0
-    finetune, search, evaluate = {}, {}, {}
-    if experiment.finetune.lr is None:
-        rate = 3e-4 if dense else (6e-3 if experiment.talos.mask == "shared" else 2e-2)
-        finetune["lr"] = rate if tiny else 1e-5
-    count = len(experiment.tasks)
-    sizes = experiment.search.sizes or (quarter(count), half(count))
-    search["sizes"] = tuple(
-        sorted({min(m, count) for m in sizes})
-    )  # more vectors than tasks are those of the tasks
-    if experiment.evaluate.control is None and experiment.evaluate.negation and tiny:
-        evaluate["control"] = TaskConfig.model_validate({"name": glyphs.CONTROL})
-    return {
-        "finetune": experiment.finetune.model_copy(update=finetune),
-        "search": experiment.search.model_copy(update=search),
-        "evaluate": experiment.evaluate.model_copy(update=evaluate),
-    }
-
-
-def _field(location: Sequence[int | str]) -> str:
-    return (
-        "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-        or "the file"
-    )
-
-
-def _allowed(location: Sequence[int | str]) -> str:
-    """Names of the fields that exist where an unknown one was given."""
-    model: Any = Experiment
-    for part in location[:-1]:
-        if isinstance(part, str) and issubclass(model, BaseModel) and part in model.model_fields:
-            nested = {
-                "tasks": TaskConfig,
-                "control": TaskConfig,
-                "unseen": UnseenConfig,
-                "disentanglement": DisentanglementConfig,
-            }.get(part, model.model_fields[part].annotation)
-            model = nested if isinstance(nested, type) and issubclass(nested, BaseModel) else model
-    return ", ".join(model.model_fields)
-
-
-def _explain(error: ValidationError, origin: str) -> UserError:
-    lines, problems = [], error.errors()
-    for problem in problems:
-        place = problem["loc"]
-        if problem["type"] == "too_short" and any(
-            p["loc"][: len(place)] == place != p["loc"] for p in problems
-        ):
-            continue  # a list whose members are wrong counts as too short
-        path = _field(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(problem["loc"][-1]), _allowed(problem["loc"]).split(", "), 1
-            )
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            lines.append(f"{path}: unknown field{hint}; allowed: {_allowed(problem['loc'])}")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: this field is required")
-        elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: {message}" if problem["loc"] else message)
-        else:
-            lines.append(f"{path}: {problem['msg']} (given: {problem['input']!r})")
-    return UserError(f"{origin}: " + "\n  ".join(lines))
-
-
-def parse_experiment(values: Any, origin: str = "experiment") -> Experiment:
-    """Validate plain values. Raises UserError that lists each wrong field, its value and what is
-    allowed.
-    """
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{origin}: expected fields like `store:` and `tasks:`, found {type(values).__name__}"
-        )
-    try:
-        return Experiment.model_validate({**values, **_resolve(values)})
-    except ValidationError as error:
-        raise _explain(error, origin) from None
-
-
-def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = None) -> Experiment:
     """Read an experiment file; `overrides` replace top-level fields. Raises UserError for anything
     wrong with it.
     """
@@ -114,3 +36,128 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     if isinstance(values, dict):
         values = {**values, **(overrides or {})}
     return parse_experiment(values, str(path))
+
+
+def parse_experiment(values: object, origin: str = "experiment") -> Experiment:
+    """Validate plain values and fill in all defaults.
+
+    Raises UserError that lists each wrong field, its value and what is allowed; `origin` names the
+    file.
+    """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{origin}: expected fields like `store:` and `tasks:`, found {type(values).__name__}"
+        )
+    try:
+        experiment = Experiment.model_validate(values)
+        resolved = {
+            "finetune": _resolved_finetune(experiment),
+            "search": _resolved_search(experiment),
+            "evaluate": _resolved_evaluate(experiment),
+        }
+        return Experiment.model_validate({**values, **resolved})
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+# Defaults that depend on other fields -------------------------------------------------------------
+
+
+def _resolved_finetune(experiment: Experiment) -> FinetuneConfig:
+    """With a learning rate: CLIP's 1e-5, or those tuned on the embedded model. Few trained entries
+    need a higher one.
+    """
+    if experiment.finetune.lr is not None:
+        return experiment.finetune
+    if experiment.model.name != TINY_MODEL:
+        lr = 1e-5
+    elif experiment.talos.density == 1.0:
+        lr = 3e-4
+    elif experiment.talos.mask == "shared":
+        lr = 6e-3
+    else:
+        lr = 2e-2
+    return experiment.finetune.model_copy(update={"lr": lr})
+
+
+def _resolved_search(experiment: Experiment) -> SearchConfig:
+    """With sizes, rising. More vectors than tasks are those of the tasks."""
+    count = len(experiment.tasks)
+    sizes = experiment.search.sizes or (quarter(count), half(count))
+    at_most_all = {min(size, count) for size in sizes}
+    return experiment.search.model_copy(update={"sizes": tuple(sorted(at_most_all))})
+
+
+def _resolved_evaluate(experiment: Experiment) -> EvaluateConfig:
+    """With the suite's control on the embedded model."""
+    evaluate = experiment.evaluate
+    if evaluate.control is not None or not evaluate.negation or experiment.model.name != TINY_MODEL:
+        return evaluate
+    return evaluate.model_copy(update={"control": TaskConfig(name=CONTROL)})
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, origin: str) -> UserError:
+    problems = error.errors()
+    lines = []
+    for problem in problems:
+        if not _is_consequence(problem, problems):
+            lines.append(_line(problem))
+    return UserError(f"{origin}: " + "\n  ".join(lines))
+
+
+def _is_consequence(problem: ErrorDetails, problems: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short only because its members are wrong."""
+    location = problem["loc"]
+    if problem["type"] != "too_short":
+        return False
+    inner = [p["loc"] for p in problems if p["loc"] != location]
+    return any(other[: len(location)] == location for other in inner)
+
+
+def _line(problem: ErrorDetails) -> str:
+    """One line: the field, what is wrong with it and what is allowed."""
+    location, path = problem["loc"], _path(problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            allowed = _allowed_fields(location)
+            near = difflib.get_close_matches(str(location[-1]), allowed, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"{path}: unknown field{hint}; allowed: {', '.join(allowed)}"
+        case "missing":
+            return f"{path}: this field is required"
+        case "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            return f"{path}: {message}" if location else message
+        case _:
+            return f"{path}: {problem['msg']} (given: {problem['input']!r})"
+
+
+def _path(location: Location) -> str:
+    """`tasks[1].name` for ("tasks", 1, "name")."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".") or "the file"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "tasks": TaskConfig,
+    "control": TaskConfig,
+    "unseen": UnseenConfig,
+    "disentanglement": DisentanglementConfig,
+}
+"""Sections by the fields whose annotation is not the section itself."""
+
+
+def _allowed_fields(location: Location) -> list[str]:
+    """Names of the fields that exist where an unknown one was given."""
+    model: type[BaseModel] = Experiment
+    for part in location[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            section = _SECTIONS.get(part, model.model_fields[part].annotation)
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                model = section
+    return list(model.model_fields)

@@ -8,33 +8,33 @@ are given where theirs are missing, or are not English words.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
 
 _DIGITS = tuple("0123456789")
 
-
 _NUMBER = ('a photo of the number: "{}".',)
-
 
 _PHOTO = ("a photo of a {}.", "a photo of the {}.")
 
-
 _SMALL_PHOTO = tuple(
-    t.replace("*", article)
-    for article in ("a", "the")
-    for t in (
-        "a photo of * {}.",
-        "a blurry photo of * {}.",
-        "a black and white photo of * {}.",
-        "a low contrast photo of * {}.",
-        "a high contrast photo of * {}.",
-        "a bad photo of * {}.",
-        "a good photo of * {}.",
-        "a photo of * small {}.",
-        "a photo of * big {}.",
+    template.replace("*", article)
+    for article, template in product(
+        ("a", "the"),
+        (
+            "a photo of * {}.",
+            "a blurry photo of * {}.",
+            "a black and white photo of * {}.",
+            "a low contrast photo of * {}.",
+            "a high contrast photo of * {}.",
+            "a bad photo of * {}.",
+            "a good photo of * {}.",
+            "a photo of * small {}.",
+            "a photo of * big {}.",
+        ),
     )
 )
-
 
 _TRAFFIC_SIGNS = (
     "red and white circle 20 kph speed limit",
@@ -83,15 +83,24 @@ _TRAFFIC_SIGNS = (
 )
 
 
-def _hub(path: str, epochs: int, templates: tuple[str, ...], **fields: Any) -> dict[str, Any]:
-    return {"data": f"hf://datasets/{path}", "epochs": epochs, "templates": templates, **fields}
+@dataclass(frozen=True)
+class PresetTask:
+    """A task of a preset; the fields are those of a task in an experiment file."""
+
+    data: str
+    templates: tuple[str, ...]
+    epochs: int | None = None
+    classes: tuple[str, ...] | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    splits: Mapping[str, str | float] = field(default_factory=dict)
 
 
-TASKS: dict[str, dict[str, Any]] = {
-    "Cars": _hub(
-        "tanganke/stanford_cars",
-        35,
-        (
+CLIP_TASKS = {
+    "Cars": PresetTask(
+        data="hf://datasets/tanganke/stanford_cars",
+        epochs=35,
+        templates=(
             *_PHOTO,
             "a photo of my {}.",
             "i love my {}!",
@@ -101,63 +110,96 @@ TASKS: dict[str, dict[str, Any]] = {
             "a photo of my old {}.",
         ),
     ),
-    "DTD": _hub(
-        "tanganke/dtd",
-        76,
-        tuple(
-            f"a photo of {article} {{}} {noun}."
-            for article in ("a", "the")
-            for noun in ("texture", "pattern", "thing", "object")
+    "DTD": PresetTask(
+        data="hf://datasets/tanganke/dtd",
+        epochs=76,
+        templates=(
+            "a photo of a {} texture.",
+            "a photo of a {} pattern.",
+            "a photo of a {} thing.",
+            "a photo of a {} object.",
+            "a photo of the {} texture.",
+            "a photo of the {} pattern.",
+            "a photo of the {} thing.",
+            "a photo of the {} object.",
         ),
     ),
-    "EuroSAT": _hub(
-        "tanganke/eurosat",
-        12,
-        (
+    "EuroSAT": PresetTask(
+        data="hf://datasets/tanganke/eurosat",
+        epochs=12,
+        templates=(
             "a centered satellite photo of {}.",
             "a centered satellite photo of a {}.",
             "a centered satellite photo of the {}.",
         ),
     ),
-    "GTSRB": _hub(
-        "tanganke/gtsrb",
-        11,
-        (
+    "GTSRB": PresetTask(
+        data="hf://datasets/tanganke/gtsrb",
+        epochs=11,
+        templates=(
             'a zoomed in photo of a "{}" traffic sign.',
             'a centered photo of a "{}" traffic sign.',
             'a close up photo of a "{}" traffic sign.',
         ),
         classes=_TRAFFIC_SIGNS,
     ),
-    "MNIST": _hub("ylecun/mnist/mnist", 5, _NUMBER, classes=_DIGITS),
-    "RESISC45": _hub(
-        "tanganke/resisc45",
-        15,
-        tuple(
+    "MNIST": PresetTask(
+        data="hf://datasets/ylecun/mnist/mnist",
+        epochs=5,
+        templates=_NUMBER,
+        classes=_DIGITS,
+    ),
+    "RESISC45": PresetTask(
+        data="hf://datasets/tanganke/resisc45",
+        epochs=15,
+        templates=tuple(
             f"{view} {noun} {of} {{}}."
             for view in ("satellite", "aerial")
             for noun in ("imagery", "photo", "view")
             for of in ("of", "of a", "of the")
         ),
     ),
-    "SVHN": _hub("ufldl-stanford/svhn/cropped_digits", 4, _NUMBER, classes=_DIGITS),
-    "SUN397": _hub("tanganke/sun397", 14, _PHOTO),
-    "CIFAR100": _hub("tanganke/cifar100", 6, _SMALL_PHOTO),
-    "STL10": _hub("tanganke/stl10", 60, _PHOTO),
-    "Flowers102": _hub(
-        "dpdl-benchmark/oxford_flowers102", 147, ("a photo of a {}, a type of flower.",)
+    "SVHN": PresetTask(
+        data="hf://datasets/ufldl-stanford/svhn/cropped_digits",
+        epochs=4,
+        templates=_NUMBER,
+        classes=_DIGITS,
     ),
-    "OxfordIIITPet": _hub("timm/oxford-iiit-pet", 82, ("a photo of a {}, a type of pet.",)),
-    "PCAM": _hub(
-        "1aurent/PatchCamelyon",
-        1,
-        ("this is a photo of {}",),
+    "SUN397": PresetTask(
+        data="hf://datasets/tanganke/sun397",
+        epochs=14,
+        templates=_PHOTO,
+    ),
+    "CIFAR100": PresetTask(
+        data="hf://datasets/tanganke/cifar100",
+        epochs=6,
+        templates=_SMALL_PHOTO,
+    ),
+    "STL10": PresetTask(
+        data="hf://datasets/tanganke/stl10",
+        epochs=60,
+        templates=_PHOTO,
+    ),
+    "Flowers102": PresetTask(
+        data="hf://datasets/dpdl-benchmark/oxford_flowers102",
+        epochs=147,
+        templates=("a photo of a {}, a type of flower.",),
+    ),
+    "OxfordIIITPet": PresetTask(
+        data="hf://datasets/timm/oxford-iiit-pet",
+        epochs=82,
+        templates=("a photo of a {}, a type of pet.",),
+    ),
+    "PCAM": PresetTask(
+        data="hf://datasets/1aurent/PatchCamelyon",
+        epochs=1,
+        templates=("this is a photo of {}",),
         classes=("lymph node", "lymph node containing metastatic tumor tissue"),
     ),
-    "FER2013": _hub(
-        "clip-benchmark/wds_fer2013@refs/convert/parquet/default",
-        10,
-        (
+    "FER2013": PresetTask(
+        data="hf://datasets/clip-benchmark/wds_fer2013@refs/convert/parquet/default",
+        epochs=10,
+        templates=(
             "a photo of a {} looking face.",
             "a photo of a face showing the emotion: {}.",
             "a photo of a face looking {}.",
@@ -169,38 +211,47 @@ TASKS: dict[str, dict[str, Any]] = {
         label_column="cls",
         classes=("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"),
     ),
-    "EMNIST": _hub(
-        "ernestchu/emnist-digits", 2, ('a photo of the digit character: "{}".',), classes=_DIGITS
+    "EMNIST": PresetTask(
+        data="hf://datasets/ernestchu/emnist-digits",
+        epochs=2,
+        templates=('a photo of the digit character: "{}".',),
+        classes=_DIGITS,
     ),
-    "CIFAR10": _hub("tanganke/cifar10", 6, _SMALL_PHOTO),
-    "Food101": _hub(
-        "ethz/food101", 4, ("a photo of {}, a type of food.",), splits={"test": "validation"}
+    "CIFAR10": PresetTask(
+        data="hf://datasets/tanganke/cifar10",
+        epochs=6,
+        templates=_SMALL_PHOTO,
     ),
-    "FashionMNIST": _hub("zalando-datasets/fashion_mnist/fashion_mnist", 5, _PHOTO),
-    "RenderedSST2": _hub(
-        "nateraw/rendered-sst2", 39, ("a {} review of a movie.",), classes=("negative", "positive")
+    "Food101": PresetTask(
+        data="hf://datasets/ethz/food101",
+        epochs=4,
+        templates=("a photo of {}, a type of food.",),
+        splits={"test": "validation"},
     ),
-    "KMNIST": _hub(
-        "tanganke/kmnist/kmnist",
-        5,
-        ("a photo of the character {}.",),
+    "FashionMNIST": PresetTask(
+        data="hf://datasets/zalando-datasets/fashion_mnist/fashion_mnist",
+        epochs=5,
+        templates=_PHOTO,
+    ),
+    "RenderedSST2": PresetTask(
+        data="hf://datasets/nateraw/rendered-sst2",
+        epochs=39,
+        templates=("a {} review of a movie.",),
+        classes=("negative", "positive"),
+    ),
+    "KMNIST": PresetTask(
+        data="hf://datasets/tanganke/kmnist/kmnist",
+        epochs=5,
+        templates=("a photo of the character {}.",),
         classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     ),
 }
+"""The tasks of the presets in their order, so that the smaller presets are the first of them."""
 
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    f"clip{count}": tuple(TASKS)[:count] for count in (8, 14, 20)
-}
-
-
-# As a control: a fifth of the 50,000 validation images chooses, seven tenths are the test split.
-# Prompts are those that do best together of CLIP's eighty. The archives are not free to download:
-# `root:` says where they are.
-TASKS["ImageNet"] = {
-    "data": "torchvision:ImageNet",
-    "splits": {"train": "val", "val": 0.2, "test": 0.7},
-    "templates": (
+IMAGENET = PresetTask(
+    data="torchvision:ImageNet",
+    splits={"train": "val", "val": 0.2, "test": 0.7},
+    templates=(
         "itap of a {}.",
         "a bad photo of the {}.",
         "a origami {}.",
@@ -209,18 +260,35 @@ TASKS["ImageNet"] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
+)
+"""As a control: a fifth of the 50,000 validation images chooses, seven tenths are the test split.
+Prompts are those that do best together of CLIP's eighty. The archives are not free to download:
+`root:` says where they are."""
+
+TASKS = {**CLIP_TASKS, "ImageNet": IMAGENET}
+
+PRESETS = {
+    "clip8": tuple(CLIP_TASKS)[:8],
+    "clip14": tuple(CLIP_TASKS)[:14],
+    "clip20": tuple(CLIP_TASKS),
+    "imagenet": ("ImageNet",),
 }
+"""Names of the tasks of each preset."""
 
 
-PRESETS["imagenet"] = ("ImageNet",)
+def preset_tasks(
+    preset: str, data: str | None, fields: Mapping[str, object]
+) -> list[dict[str, object]]:
+    """The tasks of a preset as an experiment file would give them; `fields` replace those of every
+    task.
 
-
-def expand(preset: str, data: str | None = None, **fields: Any) -> list[dict[str, Any]]:
-    """The tasks of a preset as fields of an experiment file; `fields` replace those of every task.
-
-    `data` is a copy of the collections, a folder for each task (DATA/Cars, DATA/DTD...). Raises
-    KeyError for a preset that there is not.
+    `data` is a copy of the collections, with a folder for each task (DATA/Cars, DATA/DTD...).
+    Raises KeyError for an unknown preset.
     """
-    own = [TASKS[name] | {"name": name} for name in PRESETS[preset]]
-    moved = [{"data": f"{data.rstrip('/')}/{task['name']}"} if data else {} for task in own]
-    return [task | place | fields for task, place in zip(own, moved, strict=True)]
+    tasks = []
+    for name in PRESETS[preset]:
+        task = {"name": name, **asdict(TASKS[name])}
+        if data:
+            task["data"] = f"{data.rstrip('/')}/{name}"
+        tasks.append({**task, **fields})
+    return tasks

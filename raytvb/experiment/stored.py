@@ -1,52 +1,53 @@
-"""Task vectors, bases and their tables as a store of an experiment has them."""
+"""Task vectors, bases and their tables, as a store of an experiment has them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from safetensors.torch import load, save
 from torch import Tensor
 
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import (
+    COEFFICIENTS,
+    HEAD,
+    VECTOR,
     basis_prefix,
     basis_vector_key,
-    basis_vector_prefix,
     vector_key,
-    vector_prefix,
 )
-from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
+from raytvb.storage.masks import MaskFile
 from raytvb.storage.mirror import mirror
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vector_set import VectorSet
 
 
-def basis_vector_record(store: Store, experiment: Experiment, task: str) -> dict[str, Any] | None:
-    """Record of the vector that bases are made of; None where it is not there, or of a vector that
-    was made again.
-    """
-    record = records.find(store, vector_prefix(task))
-    if record is None or experiment.basis.prepare == "none":
-        return record
-    twin = records.find(store, basis_vector_prefix(experiment, task))
-    present = record["files"]["vector.safetensors"]["sha256"]
-    return twin if twin is not None and twin["parents"]["vector"] == present else None
-
-
 def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
     """The vectors of the given tasks, opened through the process's mirror."""
-    return VectorSet([mirror(url).vector(vector_key(t)) for t in tasks])
+    copies = mirror(url)
+    return VectorSet([copies.vector(vector_key(task)) for task in tasks])
+
+
+def common_mask(url: str, tasks: Sequence[str]) -> MaskFile | None:
+    """The mask whose kept entries are the coordinates of the tasks' vectors; None where all are.
+
+    Reads headers only, where `vector_set` would fetch every vector of a remote store.
+    """
+    return VectorSet.open(Store(url), [vector_key(task) for task in tasks]).mask
 
 
 def basis_vector_set(experiment: Experiment) -> VectorSet:
-    """The vectors that the experiment's bases are made of, in the order of its tasks; opened as
-    `vector_set` does.
+    """The vectors that the experiment's bases are made of, in the order of its tasks.
+
+    They are opened through the process's mirror.
     """
-    keys = [basis_vector_key(experiment, t) for t in experiment.task_names]
-    return VectorSet([mirror(experiment.store).vector(k) for k in keys])
+    copies = mirror(experiment.store)
+    files = []
+    for task in experiment.task_names:
+        files.append(copies.vector(basis_vector_key(experiment, task)))
+    return VectorSet(files)
 
 
 def stored_basis(url: str, name: str) -> StoredBasis:
@@ -62,30 +63,37 @@ def write_coefficients(B: Tensor, W: Tensor) -> bytes:
 
 def load_coefficients(store: Store, name: str) -> tuple[Tensor, Tensor]:
     """B (T, M) and W (M, T) of a stored basis, float64."""
-    tensors = load(store.read(f"{basis_prefix(name)}/coefficients.safetensors"))
+    tensors = load(store.read(f"{basis_prefix(name)}/{COEFFICIENTS}"))
     return tensors["B"], tensors["W"]
 
 
 def stored_bytes(store: Store, experiment: Experiment, parameters: int) -> dict[str, int]:
-    """Sizes on disk by kind, and what T dense float32 vectors would take."""
-    sizes = {k: store.size(k) for k in store.keys()}
-
-    def total(prefix: str, ending: str) -> int:
-        return sum(s for k, s in sizes.items() if k.startswith(prefix) and k.endswith(ending))
-
+    """Sizes on disk by kind, and what T dense float32 vectors of `parameters` values would take."""
+    sizes = store.sizes()
     return {
         "dense_fp32": 4 * len(experiment.tasks) * parameters,
-        "vectors": total("vectors/", "/vector.safetensors"),
-        "masks": total("masks/", ".safetensors"),
-        "heads": total("vectors/", "/head.safetensors"),
-        "basis": total("basis/", ".safetensors"),
+        "vectors": _total(sizes, "vectors/", f"/{VECTOR}"),
+        "masks": _total(sizes, "masks/", ".safetensors"),
+        "heads": _total(sizes, "vectors/", f"/{HEAD}"),
+        "basis": _total(sizes, "basis/", ".safetensors"),
     }
 
 
+def _total(sizes: Mapping[str, int], prefix: str, ending: str) -> int:
+    """Bytes of the keys that begin and end like this."""
+    total = 0
+    for key, size in sizes.items():
+        if key.startswith(prefix) and key.endswith(ending):
+            total += size
+    return total
+
+
 def load_gram(store: Store, experiment: Experiment) -> Tensor | None:
-    """The stored Gram matrix (T, T) in the order of the tasks, or None where a task's row is
-    missing.
+    """The stored Gram matrix (T, T) float64 in the order of the experiment's tasks.
+
+    None where the row of a task is missing.
     """
     state = GramState.read(store)
-    known = set(experiment.task_names) <= state.checksums.keys()
-    return state.ordered(experiment.task_names) if known else None
+    if not set(experiment.task_names) <= state.checksums.keys():
+        return None
+    return state.ordered(experiment.task_names)

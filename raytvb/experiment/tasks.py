@@ -3,93 +3,118 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from raytvb.experiment.base import DEFAULT_TEMPLATES, Frozen, Positive
-from raytvb.experiment.presets import PRESETS, expand
-from raytvb.suite import glyphs
+from raytvb.experiment.base import DEFAULT_TEMPLATES, Frozen, Positive, one_or_many
+from raytvb.experiment.presets import PRESETS, preset_tasks
+from raytvb.suite.names import CONTROL, SHOWCASE, TEMPLATES, task_names
 
 
 class SplitsConfig(Frozen):
-    """Which images are train, val and test: a name that the data has, or (val, test) a share of
-    train's images.
+    """Which images are train, val and test: the name of a split that the data have, or (val and
+    test) a share of train's images.
     """
 
-    train: str | None = Field(None, description="default: train")
+    train: str | None = Field(None, description="Name of the training split. Default: train.")
     val: str | float | None = Field(
-        None, description="default: val, valid, validation or dev, else 0.1 of train"
+        None,
+        description=(
+            "Name of the validation split, or a share of train's images. Default: val, valid, "
+            "validation or dev, whichever the data have; else 0.1."
+        ),
     )
     test: str | float | None = Field(
-        None, description="default: test; 0.2 of the data where no split has a name"
+        None,
+        description=(
+            "Name of the test split, or a share of train's images. Default: test; 0.2 where the "
+            "data have no named splits."
+        ),
     )
     seed: int = Field(
-        0, ge=0, lt=2**31, description="of the permutation that shares are taken from"
+        0, ge=0, lt=2**31, description="Seed of the random order that shares are taken from."
     )
 
     @model_validator(mode="after")
     def _disjoint(self) -> SplitsConfig:
-        asked = [getattr(self, s) for s in ("train", "val", "test")]
-        names = [a for a in asked if isinstance(a, str)]
+        splits = (self.train, self.val, self.test)
+        names = [split for split in splits if isinstance(split, str)]
+        shares = [split for split in splits if isinstance(split, float)]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"two splits of the same name ({', '.join(names)}); use a share for one, as in `val: 0.1`"
+                f"two splits of the same name ({', '.join(names)}); use a share for one, as in "
+                f"`val: 0.1`"
             )
-        shares = [a for a in asked if isinstance(a, float)]
-        if any(not 0 < share < 1 for share in shares):
-            raise ValueError(
-                f"val and test are names, or shares of train's images between 0 and 1, not {shares}"
-            )
+        for share in shares:
+            if not 0 < share < 1:
+                raise ValueError(
+                    f"val and test are names, or shares of train's images between 0 and 1, not "
+                    f"{shares}"
+                )
         if sum(shares) >= 1:
             raise ValueError("the shares of val and test leave nothing for train")
         return self
 
 
 class TaskConfig(Frozen):
-    """One classification task. A name of the embedded suite needs nothing else; other data needs a
-    URL.
+    """One classification task. A task of the embedded suite needs a name only; any other needs
+    `data`.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$",
+        description="Name of the task in the store and in every report.",
+    )
     data: str | None = Field(
         None,
         description=(
-            "URL of a folder (local, s3://, hf://datasets/…, any fsspec scheme) with Parquet files or a folder of images "
-            "per class, or torchvision:NAME"
+            "Where the images are: the URL of a folder (local, s3://, hf://datasets/…, any fsspec "
+            "scheme) with Parquet files or a folder of images for each class; or torchvision:NAME. "
+            "Leave it out for tasks of the embedded suite."
         ),
     )
     root: str | None = Field(
-        None, description="folder of a torchvision data set (default: in the cache, downloaded)"
+        None,
+        description=(
+            "Folder of a torchvision data set. Default: one in the cache, into which it is "
+            "downloaded."
+        ),
     )
-    splits: SplitsConfig = SplitsConfig()
-    image_column: str = "image"
-    label_column: str = "label"
-    classes: tuple[str, ...] | None = Field(None, description="class names; default: from the data")
-    templates: tuple[str, ...] | None = Field(None, description="prompts with one {} each")
-    epochs: Positive | None = Field(None, description="default: finetune.epochs")
+    splits: SplitsConfig = Field(
+        SplitsConfig(), description="Which images are train, val and test."
+    )
+    image_column: str = Field("image", description="Parquet column of the images.")
+    label_column: str = Field("label", description="Parquet column of the labels.")
+    classes: tuple[str, ...] | None = Field(
+        None, description="Class names in the order of the labels. Default: those of the data."
+    )
+    templates: tuple[str, ...] | None = Field(
+        None, description="Prompts, each with one {} for the class name. Default: three of CLIP's."
+    )
+    epochs: Positive | None = Field(
+        None, description="Epochs of fine-tuning. Default: finetune.epochs."
+    )
     max_corrupt: int = Field(
-        10, ge=0, description="images of a split that may be unreadable; they are skipped"
+        10,
+        ge=0,
+        description=(
+            "How many images of a split may be unreadable. They are skipped; more are an error."
+        ),
     )
 
     @model_validator(mode="after")
     def _known_or_with_data(self) -> TaskConfig:
+        if self.data is None and self.name != CONTROL and self.name not in task_names():
+            raise ValueError(_unknown_task(self.name))
         if self.root is not None and not (self.data or "").startswith("torchvision:"):
             raise ValueError("root: only with `data: torchvision:NAME`")
-        if self.data is None and self.name not in (*glyphs.task_names(), glyphs.CONTROL):
-            near = difflib.get_close_matches(self.name, glyphs.task_names(), 3, 0.5)
-            hint = (
-                f"did you mean {', '.join(near)}?"
-                if near
-                else f"for example {', '.join(glyphs.SHOWCASE[:3])};"
-            )
-            raise ValueError(
-                f"unknown task {self.name!r}: not in the embedded suite ({hint} `raytvb tasks` lists "
-                f"them all) and no preset ({', '.join(PRESETS)}), and no `data:` URL is given"
-            )
-        if self.classes is not None and (
-            not self.classes or len(set(self.classes)) < len(self.classes)
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _sound_prompts(self) -> TaskConfig:
+        classes = self.classes
+        if classes is not None and (not classes or len(set(classes)) < len(classes)):
             raise ValueError("classes: give at least one name, and each once")
         for template in self.templates or ():
             if template.count("{}") != 1:
@@ -103,19 +128,50 @@ class TaskConfig(Frozen):
         """The templates that are used: the given ones or the default of the task's kind."""
         if self.templates:
             return self.templates
-        return glyphs.TEMPLATES if self.data is None else DEFAULT_TEMPLATES
+        return TEMPLATES if self.data is None else DEFAULT_TEMPLATES
 
 
-def expanded_tasks(task: Any) -> list[Any]:
-    """A name of a task or preset, or the fields of either, as the fields of tasks."""
-    if isinstance(task, str):
-        task = {"preset": task} if task in PRESETS else {"name": task}
-    if not (isinstance(task, dict) and "preset" in task):
-        return [task]
-    if task["preset"] not in PRESETS:
-        raise ValueError(
-            f"tasks: unknown preset {task['preset']!r}; there are {', '.join(PRESETS)}"
-        )
-    if "name" in task:
-        raise ValueError(f"tasks: preset {task['preset']} names its tasks itself; leave `name` out")
-    return list(expand(**task))
+def _unknown_task(name: str) -> str:
+    near = difflib.get_close_matches(name, task_names(), 3, 0.5)
+    examples = f"for example {', '.join(SHOWCASE[:3])};"
+    hint = f"did you mean {', '.join(near)}?" if near else examples
+    return (
+        f"unknown task {name!r}: not in the embedded suite ({hint} `raytvb tasks` lists them all) "
+        f"and no preset ({', '.join(PRESETS)}), and no `data:` URL is given"
+    )
+
+
+def expanded_tasks(given: object) -> object:
+    """Names of tasks and presets in a list of tasks, or one of them alone, as the fields of tasks.
+
+    What is no list, name or fields is left to be refused. Raises ValueError for a preset that is
+    unknown or wrongly used.
+    """
+    tasks = one_or_many(given)
+    if not isinstance(tasks, list | tuple):
+        return given
+    expanded: list[object] = []
+    for task in tasks:
+        if isinstance(task, str):
+            task = {"preset": task} if task in PRESETS else {"name": task}
+        if isinstance(task, dict) and "preset" in task:
+            expanded += _tasks_of_preset(task)
+        else:
+            expanded.append(task)
+    return expanded
+
+
+def _tasks_of_preset(given: dict[str, object]) -> list[dict[str, object]]:
+    fields = dict(given)
+    preset, data = fields.pop("preset"), fields.pop("data", None)
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    if "name" in fields:
+        raise ValueError(f"preset {preset} names its tasks itself; leave `name` out")
+    if data is not None and not isinstance(data, str):
+        raise ValueError(f"preset {preset}: data is a URL, not {data!r}")
+    return preset_tasks(preset, data, fields)
+
+
+Tasks = Annotated[tuple[TaskConfig, ...], Field(min_length=1), BeforeValidator(expanded_tasks)]
+"""Tasks, at least one: a list of names, presets and fields, or one of these alone."""

@@ -1,9 +1,8 @@
-"""Domains of the embedded suite: how an image looks. Each takes colours over a coverage mask to a
-degraded image.
+"""Domains of the embedded suite: how an image looks.
 
-A domain is a function (image (32, 32, 3) float32 in [0, 1], strength in [0, 1], rng) -> image of
-the same shape. Strength 1 is what a task uses; pretraining sees strengths up to 0.4 only, so that
-fine-tuning has something to learn.
+A domain degrades an image: it is a function (image (32, 32, 3) float32 in [0, 1], strength in
+[0, 1], rng) -> image of the same shape. Tasks use strength 1. Pretraining sees strengths up to 0.4
+only, so that fine-tuning has something to learn.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from raytvb.suite.sources import SIZE
+from raytvb.suite.canvas import SIZE
 
 Domain = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
@@ -27,11 +26,20 @@ def _from_pil(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255.0
 
 
+def _edge_colour(image: np.ndarray) -> tuple[int, int, int]:
+    """Colour of the first pixel: what fills the corners of an image that was turned or slanted."""
+    red, green, blue = image[0, 0].clip(0, 1)
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
 def _smooth_field(rng: np.random.Generator, cells: int, channels: int = 1) -> np.ndarray:
     """Random field in [0, 1] that varies over about 32/cells pixels, shape (32, 32, channels)."""
     coarse = rng.random((channels, cells, cells), dtype=np.float32)
-    planes = [Image.fromarray(c).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for c in coarse]
-    return np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0.0, 1.0)
+    planes = []
+    for plane in coarse:
+        smooth = Image.fromarray(plane).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        planes.append(np.asarray(smooth))
+    return np.clip(np.stack(planes, axis=-1), 0.0, 1.0)
 
 
 def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -108,13 +116,12 @@ def fog(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndar
 def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Slanted by up to 0.8, to either side."""
     slant = strength * rng.uniform(0.6, 0.8) * rng.choice((-1.0, 1.0))
-    edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
     moved = _to_pil(image).transform(
         (SIZE, SIZE),
         Image.Transform.AFFINE,
         (1, slant, -slant * SIZE / 2, 0, 1, 0),
         resample=Image.Resampling.BILINEAR,
-        fillcolor=edge,
+        fillcolor=_edge_colour(image),
     )
     return _from_pil(moved)
 
@@ -122,8 +129,9 @@ def shear(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
 def rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Turned by up to 60 degrees, either way."""
     angle = strength * rng.uniform(40, 60) * rng.choice((-1.0, 1.0))
-    edge = tuple(int(255 * v) for v in image[0, 0].clip(0, 1))
-    return _from_pil(_to_pil(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=edge))
+    return _from_pil(
+        _to_pil(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=_edge_colour(image))
+    )
 
 
 def photo(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -135,19 +143,17 @@ def photo(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
 
 
 DOMAINS: dict[str, Domain] = {
-    f.__name__: f
-    for f in (
-        noise,
-        blur,
-        stripes,
-        contrast,
-        occlusion,
-        pixelation,
-        saltpepper,
-        clutter,
-        fog,
-        shear,
-        rotation,
-        photo,
-    )
+    "noise": noise,
+    "blur": blur,
+    "stripes": stripes,
+    "contrast": contrast,
+    "occlusion": occlusion,
+    "pixelation": pixelation,
+    "saltpepper": saltpepper,
+    "clutter": clutter,
+    "fog": fog,
+    "shear": shear,
+    "rotation": rotation,
+    "photo": photo,
 }
+"""Every domain by its name, in the order of `names.DOMAIN_NAMES`."""

@@ -1,0 +1,117 @@
+"""What is evaluated once the search has chosen, in an experiment file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from raytvb.experiment.base import Count, Fraction, Frozen, Positive
+from raytvb.experiment.tasks import TaskConfig, Tasks, expanded_tasks
+from raytvb.suite.names import CONTROL
+
+
+class UnseenConfig(Frozen):
+    """Tasks without a task vector. Coefficients of the basis vectors, and of all task vectors, are
+    learned for them on few images.
+    """
+
+    tasks: Tasks = Field(description="The tasks, or the name of a preset.")
+    shots: Count = Field(4, description="Training images of each class.")
+    steps: Count = Field(30, description="Steps of Adam on the coefficients.")
+    lr: Positive = Field(
+        0.02,
+        description=(
+            "Learning rate of the coefficients, of vectors that are scaled to equal length."
+        ),
+    )
+    batch_size: Count = Field(64, description="Images a step.")
+
+
+class DisentanglementConfig(Frozen):
+    """Weight disentanglement error of pairs of tasks, over a grid of two coefficients."""
+
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="Pairs of names of tasks. Default: the first two tasks."
+    )
+    low: float = Field(-1.0, description="Least coefficient of the grid.")
+    high: float = Field(2.0, description="Greatest coefficient of the grid.")
+    points: int = Field(7, ge=2, description="Points a side of the grid, low and high included.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DisentanglementConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+def _control_task(given: object) -> object:
+    """A name of a task, or a preset of one task, as the fields of that task."""
+    if not isinstance(given, str | dict):
+        return given
+    tasks = expanded_tasks(given)
+    if not isinstance(tasks, list) or len(tasks) != 1:
+        raise ValueError("one task, not the tasks of a preset")
+    return tasks[0]
+
+
+def _unseen_section(given: object) -> object:
+    """`unseen: [a, b]` means `unseen: {tasks: [a, b]}`."""
+    return {"tasks": given} if isinstance(given, str | list | tuple) else given
+
+
+def _disentanglement_section(given: object) -> object:
+    """`disentanglement: true` means its defaults; `false` that it is not measured."""
+    if isinstance(given, bool):
+        return {} if given else None
+    return given
+
+
+class EvaluateConfig(Frozen):
+    """What is measured on the test split."""
+
+    control: Annotated[TaskConfig | None, BeforeValidator(_control_task)] = Field(
+        None,
+        description=(
+            f"The task on which a model must stay accurate when another is negated. Default: "
+            f"{CONTROL} on the embedded model, else none. `imagenet`: the validation images of "
+            f"ImageNet-1k. `none`: nothing is negated."
+        ),
+    )
+    negation: bool = Field(True, description="Negate each task. false: nothing is negated.")
+    keep: Fraction = Field(
+        0.95,
+        description="Share of its zero-shot accuracy that the control keeps in a negation.",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description=(
+            "Of the forward pass. bf16: where it gives at least 99.5 % of the same answers, else "
+            "fp32. auto: as bf16 on GPUs, fp32 on CPUs."
+        ),
+    )
+    additions: tuple[tuple[str, ...], ...] = Field(
+        (),
+        description=(
+            "Lists of tasks to add, besides the seeded subsets; each has a coefficient of its own."
+        ),
+    )
+    unseen: Annotated[UnseenConfig | None, BeforeValidator(_unseen_section)] = Field(
+        None, description="Tasks without a task vector. Default: none."
+    )
+    disentanglement: Annotated[
+        DisentanglementConfig | None, BeforeValidator(_disentanglement_section)
+    ] = Field(
+        None,
+        description=(
+            "Weight disentanglement of pairs of tasks. true: of the first two. Default: none."
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_control(cls, values: object) -> object:
+        """`control: none` means that nothing is negated."""
+        if isinstance(values, dict) and values.get("control") == "none":
+            return {**values, "control": None, "negation": False}
+        return values
