@@ -1,15 +1,14 @@
 """Merge methods on stored vectors, against the methods on whole tensors in memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from vector_files import SHAPES, open_set, put_set, random_mask
 
-from raytvb.experiment.searching import MERGES
-from raytvb.maths.merge_methods import MATRIX_METHODS, MERGE, UNSCALED
-from raytvb.merging.merge import METHODS
+from raytvb.maths.merge_registry import MERGE_METHODS, compared_merges, stored_merges
 from raytvb.search.directions import method_direction
 from raytvb.storage.basis_writer import write_combinations
 from raytvb.storage.store import Store
@@ -23,8 +22,10 @@ def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Ten
     """The method on whole vectors W (D, n) float64, `bits` (D,) those of a mask: the merged vector
     (D,).
     """
-    seen = W if bits is None or method in MATRIX_METHODS else W[bits]
-    options: dict = {"dare": {"generator": torch.Generator().manual_seed(seed)}}.get(method, {})
+    seen = W if bits is None or MERGE_METHODS[method].matrices else W[bits]
+    options: dict[str, Any] = {"dare": {"generator": torch.Generator().manual_seed(seed)}}.get(
+        method, {}
+    )
     if method == "ties":
         sizes = seen.T.float().abs().sort(dim=1, descending=True).values
         options = {"thresholds": sizes[:, round(0.2 * len(seen)) - 1]}
@@ -33,10 +34,10 @@ def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Ten
         last = first + torch.Size(shape).numel()
         rows = W[first:last].T.float()
         kept = torch.ones(last - first, dtype=torch.bool) if bits is None else bits[first:last]
-        if bits is None or method in MATRIX_METHODS:
-            out[first:last] = MERGE[method](rows.view(-1, *shape), **options).reshape(-1)
+        if bits is None or MERGE_METHODS[method].matrices:
+            out[first:last] = MERGE_METHODS[method](rows.view(-1, *shape), **options).reshape(-1)
         else:
-            out[first:last][kept] = MERGE[method](rows[:, kept], **options)
+            out[first:last][kept] = MERGE_METHODS[method](rows[:, kept], **options)
         first = last
     return out
 
@@ -56,7 +57,7 @@ def agree(found: Tensor, expected: Tensor, method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "shared", "per-task", "mixed"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", stored_merges())
 @pytest.mark.parametrize("count", [1, 4])
 def test_every_method_is_that_of_whole_tensors(
     tmp_path: Path, kind: str, method: str, count: int
@@ -69,11 +70,11 @@ def test_every_method_is_that_of_whole_tensors(
     found = method_direction(vectors, mixing(count), method)
     expected = reference(V @ mixing(count), method, bits)
     assert found.dtype == torch.float32
-    if bits is not None and method not in MATRIX_METHODS:
+    if bits is not None and not MERGE_METHODS[method].matrices:
         assert len(found) == vectors.count
         expected = expected[bits]
     agree(found, expected, method)
-    if kind == "shared" and method in MATRIX_METHODS:
+    if bits is not None and MERGE_METHODS[method].matrices:
         assert found[~bits].any()
 
 
@@ -88,7 +89,7 @@ def test_zeros_of_sparse_vectors_stay_zeros(tmp_path: Path, method: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["shared", "per-task"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", stored_merges())
 def test_vectors_without_weight_are_not_read(tmp_path: Path, kind: str, method: str) -> None:
     """The rest keeps its coordinates, also where it has more in common than all vectors have."""
     store = Store(str(tmp_path))
@@ -101,10 +102,14 @@ def test_vectors_without_weight_are_not_read(tmp_path: Path, kind: str, method: 
         store.delete(key)
     found = method_direction(vectors, torch.eye(COUNT).double()[:, :2] * 0.5, method)
     expected = reference(V[:, :2] * 0.5, method, bits)
-    agree(found, expected if bits is None or method in MATRIX_METHODS else expected[bits], method)
+    agree(
+        found,
+        expected if bits is None or MERGE_METHODS[method].matrices else expected[bits],
+        method,
+    )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", stored_merges())
 def test_vectors_that_a_basis_gives_back(tmp_path: Path, method: str) -> None:
     store = Store(str(tmp_path))
     keys, V = put_set(store, "shared", count=COUNT)
@@ -114,7 +119,7 @@ def test_vectors_that_a_basis_gives_back(tmp_path: Path, method: str) -> None:
     expected = reference(V @ B @ W, method, bits)
     agree(
         method_direction(basis, W, method),
-        expected if method in MATRIX_METHODS else expected[bits],
+        expected if MERGE_METHODS[method].matrices else expected[bits],
         method,
     )
 
@@ -133,10 +138,18 @@ def test_draws_are_those_of_the_seed(tmp_path: Path) -> None:
 def test_vectors_of_zeros_merge_to_zeros(tmp_path: Path) -> None:
     keys, _ = put_set(Store(str(tmp_path)), "shared", count=COUNT)
     vectors = open_set(Store(str(tmp_path)), keys)
-    for method in METHODS:
+    for method in stored_merges():
         assert not method_direction(vectors, torch.zeros(COUNT, 3).double(), method).any()
 
 
 def test_the_names_of_the_methods_are_the_same_everywhere() -> None:
-    assert set(METHODS) == {"sum", *MERGES} == MERGE.keys() - {"fisher"}
-    assert {*MATRIX_METHODS, *UNSCALED} <= set(MERGES)
+    assert set(stored_merges()) == {"sum", *compared_merges()} == MERGE_METHODS.keys() - {"fisher"}
+
+
+def test_a_method_that_needs_fishers_is_refused(tmp_path: Path) -> None:
+    keys, _ = put_set(Store(str(tmp_path)), "dense", count=COUNT)
+    vectors = open_set(Store(str(tmp_path)), keys)
+    with pytest.raises(ValueError, match="'fisher' needs the Fisher information"):
+        method_direction(vectors, torch.eye(COUNT).double(), "fisher")
+    with pytest.raises(ValueError, match=r"unknown merge method 'soup'; there are: .*ties"):
+        method_direction(vectors, torch.eye(COUNT).double(), "soup")

@@ -4,37 +4,52 @@ something else.
 
 import io
 import math
-from typing import Any
+from dataclasses import asdict, fields
+from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytvb.evaluation.rows import SCHEMA, has_rows, key, read_rows, row, write_rows
+from raytvb.errors import UserError
+from raytvb.evaluation.rows import (
+    PAIR_SCHEMA,
+    SCHEMA,
+    PairRow,
+    Row,
+    has_rows,
+    key,
+    read_pair_rows,
+    read_rows,
+    write_pair_rows,
+    write_rows,
+)
 from raytvb.maths.counts import Count
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.tables import parquet_bytes
 
-IDENTITY = {"coefficient": {"1": 0.5, "8": 0.125}, "vector": None, "precision": "fp32"}
+IDENTITY: JsonObject = {"coefficient": {"1": 0.5, "8": 0.125}, "vector": None, "precision": "fp32"}
 ROWS = [
-    row("ae-m4", "test", 8, 0, "glyphs/greek-blur", 0.1 + 0.2, Count(7, 11, 6.5)),
-    row("ae-m4", "test", 1, 2, "é", 0.0, Count(0, 2**40)),
+    Row.of("ae-m4", "test", 8, 0, "glyphs/greek-blur", 0.1 + 0.2, Count(7, 11, 6.5)),
+    Row.of("ae-m4", "test", 1, 2, "é", 0.0, Count(0, 2**40)),
 ]
 
 
 def test_a_row_has_the_counts_and_what_they_are_of() -> None:
-    assert ROWS[0] == {
-        "model": "ae-m4",
-        "split": "test",
-        "size": 8,
-        "subset": 0,
-        "task": "glyphs/greek-blur",
-        "coefficient": 0.1 + 0.2,
-        "correct": 7,
-        "total": 11,
-    }
-    assert list(ROWS[0]) == SCHEMA.names
+    assert ROWS[0] == Row(
+        model="ae-m4",
+        split="test",
+        size=8,
+        subset=0,
+        task="glyphs/greek-blur",
+        coefficient=0.1 + 0.2,
+        correct=7,
+        total=11,
+    )
+    assert ROWS[0].count == Count(7, 11) and ROWS[0].accuracy == 7 / 11
+    assert [field.name for field in fields(Row)] == SCHEMA.names
+    assert [field.name for field in fields(PairRow)] == PAIR_SCHEMA.names
 
 
 def test_rows_come_back_as_they_were_written(store_url: str) -> None:
@@ -56,11 +71,11 @@ def test_rows_come_back_as_they_were_written(store_url: str) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Any) -> Store:
+def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-OTHERS = [
+OTHERS: list[JsonObject] = [
     {},
     {**IDENTITY, "precision": "bf16"},
     {**IDENTITY, "coefficient": {"1": 0.5}},
@@ -71,7 +86,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_rows_of_something_else_do_not_count(store: Store, other: dict[str, Any]) -> None:
+def test_rows_of_something_else_do_not_count(store: Store, other: JsonObject) -> None:
     write_rows(store, "a", ROWS, IDENTITY)
     assert has_rows(store, "a") and not has_rows(store, "a", other)
     write_rows(store, "a", ROWS[1:], other)
@@ -80,13 +95,13 @@ def test_rows_of_something_else_do_not_count(store: Store, other: dict[str, Any]
 
 
 def test_an_identity_is_its_values_not_their_order_or_containers(store: Store) -> None:
-    write_rows(store, "a", ROWS, {"x": (1, 2.5), "y": {"b": "é", "a": None}})
+    write_rows(store, "a", ROWS, {"x": [1, 2.5], "y": {"b": "é", "a": None}})
     assert has_rows(store, "a", {"y": {"a": None, "b": "é"}, "x": [1, 2.5]})
     assert not has_rows(store, "a", {"y": {"a": None, "b": "é"}, "x": [2.5, 1]})
 
 
 def test_parquet_that_says_not_what_it_is_of_is_of_something_else(store: Store) -> None:
-    store.write(key("old"), parquet_bytes(ROWS, SCHEMA))
+    store.write(key("old"), parquet_bytes([asdict(row) for row in ROWS], SCHEMA))
     assert has_rows(store, "old") and read_rows(store, "old") == ROWS
     assert not has_rows(store, "old", IDENTITY) and not has_rows(store, "old", {})
 
@@ -94,22 +109,39 @@ def test_parquet_that_says_not_what_it_is_of_is_of_something_else(store: Store) 
 def test_columns_have_their_types_also_without_rows(store: Store) -> None:
     write_rows(store, "none", [], IDENTITY)
     assert read_rows(store, "none") == [] and has_rows(store, "none", IDENTITY)
-    for name, rows in (("none", []), ("some", ROWS)):
+    for name, rows in (("none", ROWS[:0]), ("some", ROWS)):
         write_rows(store, name, rows, IDENTITY)
         assert pq.read_schema(io.BytesIO(store.read(key(name)))).remove_metadata() == SCHEMA
 
 
-def test_other_columns_and_no_coefficient(store: Store) -> None:
-    schema = pa.schema([("first", pa.string()), ("error", pa.float64())])
-    write_rows(store, "pairs", [{"first": "a", "error": 0.25}], IDENTITY, schema)
-    assert read_rows(store, "pairs") == [{"first": "a", "error": 0.25}] and has_rows(
-        store, "pairs", IDENTITY
-    )
-    write_rows(
-        store, "vector", [row("per-task", "test", 4, 0, "a", math.nan, Count(1, 2))], IDENTITY
-    )
+def test_rows_of_pairs_of_tasks(store: Store) -> None:
+    pair = PairRow("full", "test", "a", "b", -1.0, 0.5, disagree=3, total=8, error=0.75)
+    write_pair_rows(store, "pairs", [pair, pair], IDENTITY)
+    assert read_pair_rows(store, "pairs") == [pair, pair] and has_rows(store, "pairs", IDENTITY)
+    schema = pq.read_schema(io.BytesIO(store.read(key("pairs"))))
+    assert schema.remove_metadata() == PAIR_SCHEMA
+
+
+def test_a_model_may_have_no_coefficient(store: Store) -> None:
+    weighted = Row.of("per-task", "test", 4, 0, "a", None, Count(1, 2))
+    write_rows(store, "vector", [weighted], IDENTITY)
+    assert read_rows(store, "vector") == [weighted]
+    strange = Row.of("per-task", "test", 4, 0, "a", math.nan, Count(1, 2))
+    write_rows(store, "vector", [strange], IDENTITY)
     (found,) = read_rows(store, "vector")
-    assert math.isnan(found["coefficient"]) and (found["correct"], found["total"]) == (1, 2)
+    assert found.coefficient is not None and math.isnan(found.coefficient)
+
+
+def test_a_file_that_has_no_such_rows_is_named(store: Store) -> None:
+    write_rows(store, "a", ROWS, IDENTITY)
+    with pytest.raises(
+        UserError, match=r"a\.parquet is damaged .*`raytvb evaluate` makes it again"
+    ):
+        read_pair_rows(store, "a")
+    store.write(key("a"), store.read(key("a"))[:-7])
+    with pytest.raises(UserError, match=r"a\.parquet is damaged"):
+        read_rows(store, "a")
+    assert has_rows(store, "a") and not has_rows(store, "a", IDENTITY)
 
 
 def test_equal_rows_are_equal_files(store: Store) -> None:

@@ -22,9 +22,12 @@ from experiments import TASKS, write_experiment
 from raytvb.cli.main import main
 from raytvb.evaluation.images import evaluation_split
 from raytvb.evaluation.precision import compare_precisions
+from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.maths.counts import Count, wilson
 from raytvb.maths.subsets import task_subsets
+from raytvb.search.contracts import Choice, Outcome
+from raytvb.storage import records
 from raytvb.storage.store import Store
 
 pytestmark = pytest.mark.ray
@@ -40,13 +43,20 @@ REST = {
 
 
 def table(store: Store, key: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(key))).to_pylist()
-    return found
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(key))).to_pylist()
+    return rows
 
 
-def outcome(store: Store, name: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = store.read_json(f"search/{name}/record.json")["metrics"]
-    return metrics
+def outcome_of(store: Store, name: str) -> Outcome:
+    record = records.find(store, f"search/{name}")
+    assert record is not None
+    return record.metrics_as(Outcome, name)
+
+
+def choice_of(store: Store) -> Choice:
+    record = records.find(store, "search")
+    assert record is not None
+    return record.metrics_as(Choice, "search")
 
 
 def copy_store(source: Store, folder: Path, *without: str) -> Store:
@@ -57,20 +67,21 @@ def copy_store(source: Store, folder: Path, *without: str) -> Store:
     return target
 
 
-def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path, Store]):
+def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path, Store]) -> None:
     _, store = finished
-    choice = store.read_json("search/record.json")["metrics"]
+    choice = choice_of(store)
     results = {r["candidate"]: r for r in table(store, "search/results.parquet")}
-    assert set(results) == BASES | REST and choice["candidates"] == len(results)
-    assert [n for n, r in results.items() if r["chosen"]] == [choice["name"]]
-    assert {n for n, r in results.items() if r["front"]} == set(choice["front"])
-    assert results[choice["name"]]["objective"] == max(results[n]["objective"] for n in BASES)
+    assert set(results) == BASES | REST and choice.candidates == len(results)
+    assert [n for n, r in results.items() if r["chosen"]] == [choice.name]
+    assert {n for n, r in results.items() if r["front"]} == set(choice.front)
+    assert results[choice.name or ""]["objective"] == max(results[n]["objective"] for n in BASES)
     assert not any(
         r["stopped"] for r in results.values()
     )  # two methods of a size: too few to end one
     tried = table(store, "search/tried.parquet")
-    assert sum(r["images"] for r in results.values()) == choice["images"]
-    assert len(tried) == choice["evaluations"]
+    assert sum(r["images"] for r in results.values()) == choice.images
+    assert results["zero-shot"]["images"] == 96 * len(TASKS)  # once, whatever they are a part of
+    assert len(tried) == choice.evaluations
     for row in tried:
         assert (row["low"], row["high"]) == pytest.approx(
             wilson(Count(row["correct"], row["total"]))
@@ -91,27 +102,24 @@ def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path,
             )
 
 
-def test_the_front_is_what_nothing_smaller_beats(finished: tuple[Path, Store]):
+def test_the_front_is_what_nothing_smaller_beats(finished: tuple[Path, Store]) -> None:
     _, store = finished
-    names = store.read_json("search/record.json")["metrics"]["front"]
-    rows = [outcome(store, n) for n in names]
-    assert "full" in names or any(
-        outcome(store, n)["objective"] >= outcome(store, "full")["objective"] for n in names
-    )
-    sizes = [r["stored_bytes"] for r in rows]
+    front = [outcome_of(store, name) for name in choice_of(store).front]
+    objectives = [row.objective for row in front if row.objective is not None]
+    full = outcome_of(store, "full").objective
+    assert len(objectives) == len(front) and full is not None and max(objectives) >= full
+    sizes = [row.stored_bytes for row in front]
     assert sizes == sorted(sizes)
-    assert all(
-        a["objective"] < b["objective"]
-        for a, b in itertools.pairwise(rows)
-        if a["stored_bytes"] < b["stored_bytes"]
-    )
+    rows = list(zip(sizes, objectives, strict=True))
+    for (smaller, less), (larger, more) in itertools.pairwise(rows):
+        assert smaller == larger or less < more
 
 
-def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]):
+def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]) -> None:
     """Event files as TensorBoard reads them: records of length, checksum, protocol buffer,
     checksum.
     """
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
     _, store = finished
     events = [k for k in store.keys("search") if "events.out.tfevents" in k]
@@ -128,7 +136,7 @@ def test_tune_leaves_its_own_formats(finished: tuple[Path, Store]):
     assert any(k.endswith("/result.json") for k in store.keys("search"))
 
 
-def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, Store]):
+def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, Store]) -> None:
     _, store = finished
     summary = store.read_json("report/summary.json")
     tested = set(summary["addition"]) | set(summary["random_subset"])
@@ -141,27 +149,27 @@ def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, S
 
 def test_bf16_is_used_where_it_keeps_the_answers(
     finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
-):
+) -> None:
     """In this process, on the images that the finished run left in its store."""
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
 
-    def compared(precision: str) -> dict[str, Any]:
+    def compared(precision: str) -> PrecisionMetrics:
         experiment = load_experiment(file, {"evaluate": {"precision": precision}})
         arrays = {
             t.name: evaluation_split(experiment, fingerprint, t, "val")[1] for t in experiment.tasks
         }
         return compare_precisions(experiment, fingerprint, arrays)
 
-    assert compared("fp32") == compared("auto") == {"use": "fp32", "device": "cpu"}
+    assert compared("fp32") == compared("auto") == PrecisionMetrics(use="fp32", device="cpu")
     found = compared("bf16")
-    assert (
-        found["images"] == 96 * len(TASKS) and 0.9 < found["worst_task"] <= found["agreement"] <= 1
-    )
-    assert found["use"] == ("bf16" if found["agreement"] >= 0.995 else "fp32")
+    assert found.images == 96 * len(TASKS)
+    assert found.worst_task is not None and found.agreement is not None
+    assert 0.9 < found.worst_task <= found.agreement <= 1
+    assert found.use == ("bf16" if found.agreement >= 0.995 else "fp32")
     monkeypatch.setattr("raytvb.evaluation.precision.KEPT_ANSWERS", 1.01)
-    assert compared("bf16")["use"] == "fp32"
+    assert compared("bf16").use == "fp32"
 
 
 @pytest.mark.slow
@@ -170,7 +178,7 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
     tmp_path: Path,
     suite_cache: str,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     """More methods and operations on the same vectors, another search; once in one go, once killed
     on the way.
     """
@@ -225,13 +233,11 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
     results = {r["candidate"]: r for r in table(store, "search/results.parquet")}
     methods = more["basis"]["method"]
     for size in (1, 2):
-        group = {f"{m}-m{size}": outcome(store, f"{m}-m{size}") for m in methods}
-        middle = median(o["objectives"][0] for o in group.values())
-        stopped = {n for n, o in group.items() if o["stopped"]}
-        assert (
-            stopped == {n for n, o in group.items() if o["objectives"][0] < middle}
-            and len(stopped) <= 1
-        )
+        group = {f"{m}-m{size}": outcome_of(store, f"{m}-m{size}") for m in methods}
+        first = {n: o.objectives[0] or 0.0 for n, o in group.items()}
+        stopped = {n for n, o in group.items() if o.stopped}
+        assert stopped == {n for n, value in first.items() if value < median(first.values())}
+        assert len(stopped) <= 1
         assert all(results[n]["share"] == (0.25 if n in stopped else 1.0) for n in group)
         assert stopped & set(summary["addition"]) == (
             stopped if size == 2 else set()
@@ -240,10 +246,7 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
     assert chosen["size"] == 1 and summary["search"]["best"] != chosen["name"]  # the smallest
     weighted = summary["addition"]["full"]["weighted"]
     assert weighted["kind"] == "per-basis" and len(weighted["weights"]) == len(TASKS)
-    assert (
-        weighted["validation_accuracy"]
-        >= outcome(store, "full")["accuracy"][str(len(TASKS))] - 1e-9
-    )
+    assert weighted["validation_accuracy"] >= outcome_of(store, "full").accuracy[len(TASKS)] - 1e-9
     unseen = summary["unseen"]["glyphs/hebrew-fog"]
     assert (unseen["basis"]["coefficients"], unseen["full"]["coefficients"]) == (1, len(TASKS))
     (group,) = summary["additions"]
@@ -258,7 +261,7 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
 @pytest.mark.slow
 def test_where_nothing_helps_the_result_says_so(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     """Coefficients so large that every addition is worse than the pretrained model."""
     store = copy_store(finished[1], tmp_path / "store", "report/", "search/", "evals/")
     file = write_experiment(

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from vector_files import flat, put_vector, values_of
 
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
-from raytvb.experiment.basis_specs import sizes_of
+from raytvb.experiment.basis_specs import BasisSpec, sizes_of
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.experiment.searching import MERGES
 from raytvb.experiment.stored import write_coefficients
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.counts import Count, even_grid, mean
-from raytvb.maths.merge_methods import MATRIX_METHODS, UNSCALED
+from raytvb.maths.merge_registry import MERGE_METHODS, compared_merges
 from raytvb.maths.subsets import edge, task_subsets
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
@@ -36,14 +35,17 @@ from raytvb.search.candidates import (
     merge_candidates,
     random_candidates,
 )
+from raytvb.search.contracts import Invalid, Measured, Setting, TunedWeights, parse_round
 from raytvb.search.directions import method_direction
-from raytvb.search.size_class import Setting, SizeClass, first_round, lengths_to_try
+from raytvb.search.size_class import SizeClass, first_round, lengths_to_try
 from raytvb.search.trial import CandidateSearch, objective
 from raytvb.storage.basis_writer import write_combinations
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.masks import Mask
 from raytvb.storage.store import Store
-from raytvb.suite.glyphs import task_names
+from raytvb.storage.store_errors import StoreError
+from raytvb.suite.names import task_names
 
 COUNT, CLASSES, SIZE = 5, 3, 2
 NAMES = task_names()[:COUNT]
@@ -128,7 +130,7 @@ class Small:
             *basis_candidates(self.asked()),
             *random_candidates(self.asked(), self.gram),
             *merge_candidates(self.asked(merges=["ties", "tsv-m"])),
-            Candidate(f"ae-anchored-m{SIZE}-sum", "sum", "ae-anchored", SIZE),
+            Candidate.basis_sum(BasisSpec("ae-anchored", SIZE)),
         ]
         return {c.name: c for c in found}
 
@@ -145,7 +147,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Small:
 
 @pytest.fixture(params=["masked", "dense"])
 def small(request: pytest.FixtureRequest) -> Small:
-    return request.getfixturevalue(request.param)
+    made: Small = request.getfixturevalue(request.param)
+    return made
 
 
 CANDIDATES = (
@@ -165,7 +168,7 @@ SUBSETS = task_subsets(COUNT, 0)
 def subsets_of(small: Small, candidate: Candidate) -> list[tuple[int, ...]]:
     """Some that the candidate can add."""
     return list(candidate.subsets({2: SUBSETS[2], COUNT: SUBSETS[COUNT]})[COUNT]) + (
-        [] if candidate.kind == "sum" else SUBSETS[2]
+        [] if candidate.kind == "basis-sum" else SUBSETS[2]
     )
 
 
@@ -180,14 +183,16 @@ def expected_direction(
     V, table = small.V, torch.eye(COUNT, dtype=torch.float64)
     if candidate.kind == "decoded":
         table = small.fit.B @ small.fit.W * (small.ratios if own else 1.0)
-    elif candidate.kind == "sum":
+    elif candidate.kind == "basis-sum":
         return V @ small.fit.B.sum(dim=1)
     elif candidate.table is not None:
         table = torch.tensor(candidate.table, dtype=torch.float64)
-    if candidate.merge == "sum":
+    if candidate.adds:
         return V @ table[:, list(subset)].sum(dim=1)
     vectors, stored = candidate.open(small.asked())
-    return method_direction(vectors, stored[:, list(subset)], candidate.merge, seed=0).double()
+    return method_direction(
+        vectors, stored[:, list(subset)], candidate.merge_method, seed=0
+    ).double()
 
 
 # Additions ----------------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def test_directions_are_what_subsets_add_up_to(small: Small, name: str) -> None:
     assert all(
         a is None or a.untyped_storage().nbytes() == a.nbytes for a in found
     )  # and nothing beside it
-    every = small.mask is not None and candidate.merge in MATRIX_METHODS
+    every = small.mask is not None and MERGE_METHODS[candidate.merge_method].matrices
     if found[0] is not None:
         assert len(found[0]) == (
             sum(map(math.prod, PARAMETERS.values())) if every else len(small.V)
@@ -261,9 +266,16 @@ def test_directions_of_other_subsets_are_not_those_that_are_held(small: Small) -
             next(found)  # and no further: nothing may be held of that
             continue
         for direction, subset in zip(found, subsets, strict=True):
-            torch.testing.assert_close(
-                direction.double(), small.V[:, list(subset)].sum(dim=1), rtol=1e-4, atol=1e-5
-            )
+            expected = small.V[:, list(subset)].sum(dim=1)
+            assert direction is not None
+            torch.testing.assert_close(direction.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def tensors(directions: Iterable[Tensor | None]) -> list[Tensor]:
+    """All of them, none of which is missing."""
+    present = [direction for direction in directions if direction is not None]
+    assert present
+    return present
 
 
 def test_directions_that_are_too_large_to_hold_are_made_again(
@@ -272,12 +284,11 @@ def test_directions_that_are_too_large_to_hold_are_made_again(
     monkeypatch.setattr("raytvb.search.additions.COMBINED_BYTES", 4 * 2 * len(small.V))
     additions = Additions(small.asked(), FULL, small.evaluator())
     for subsets, held in ((SUBSETS[1], False), (SUBSETS[1][:2], True), (SUBSETS[1][:3], False)):
-        first, second = list(additions.directions(subsets)), list(additions.directions(subsets))
+        first, second, third = (tensors(additions.directions(subsets)) for _ in range(3))
+        assert len(first) == len(subsets)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert [
-            a.data_ptr() == b.data_ptr()
-            for a, b in zip(additions.directions(subsets), second, strict=True)
-        ] == ([held] * len(subsets))
+        for a, b in zip(second, third, strict=True):
+            assert (a.data_ptr() == b.data_ptr()) == held
 
 
 def fresh_count(small: Small, direction: Tensor | None, alpha: float, task: int) -> Count:
@@ -316,9 +327,9 @@ def test_equal_weights_say_the_same_as_one_coefficient(small: Small, per_basis: 
         additions = Additions(small.asked(), small.candidates()[name], small.evaluator())
         for alpha in (0.2, 0.7):
             own = alpha > 0.5 and name != "full"
-            weights = additions.start_weights(alpha, own=own, per_basis=per_basis)
+            weights = additions.start_weights(Setting(alpha, own), per_basis=per_basis)
             assert weights.shape == (length if per_basis else COUNT,)
-            (weighted,) = additions.weighted(weights, per_basis=per_basis)
+            weighted = additions.weighted(weights, per_basis=per_basis)
             (one,) = additions.counts(SUBSETS[COUNT], alpha, own)
             for task in NAMES:
                 assert (
@@ -333,7 +344,7 @@ def test_weights_are_of_the_tasks_or_of_the_stored_vectors(small: Small) -> None
     for per_basis, length in ((False, COUNT), (True, SIZE)):
         weights = torch.randn(length, generator=generator, dtype=torch.float64)
         direction = small.V @ small.fit.B @ (weights if per_basis else small.fit.W @ weights)
-        (found,) = additions.weighted(weights, per_basis=per_basis)
+        found = additions.weighted(weights, per_basis=per_basis)
         for t, task in enumerate(NAMES):
             expected = fresh_count(small, direction.float(), 1.0, t)
             assert (
@@ -348,6 +359,20 @@ def test_weights_are_of_the_tasks_or_of_the_stored_vectors(small: Small) -> None
 SHARES = ((0.25, 1.0), (0.1, 0.3, 0.7, 1.0), (1.0,))
 
 
+def counts_of(
+    additions: Additions,
+    subsets: Sequence[Sequence[int]],
+    setting: Setting,
+    start: float = 0.0,
+    stop: float = 1.0,
+) -> list[Count]:
+    """Of each task of each subset."""
+    every: list[Count] = []
+    for counts in additions.counts(subsets, setting.coefficient, setting.own_lengths, start, stop):
+        every += counts.values()
+    return every
+
+
 @pytest.mark.parametrize("shares", SHARES)
 def test_a_value_does_not_depend_on_what_was_measured_when(
     small: Small, shares: tuple[float, ...]
@@ -355,13 +380,13 @@ def test_a_value_does_not_depend_on_what_was_measured_when(
     """On the last share it is that of a direct count of all images; nothing goes through the tower
     twice.
     """
-    rng, settings = random.Random(len(shares)), [(0.1, False), (0.4, True), (0.4, False)]
-    candidate, direct = small.candidates()["ae-anchored-m2"], {}
+    rng = random.Random(len(shares))
+    settings = [Setting(0.1, False), Setting(0.4, True), Setting(0.4, False)]
+    candidate = small.candidates()["ae-anchored-m2"]
+    direct: dict[tuple[int, Setting], list[Count]] = {}
     for size, setting in itertools.product((2, COUNT), settings):
-        counts = Additions(small.asked(), candidate, small.evaluator()).counts(
-            SUBSETS[size], *setting
-        )
-        direct[size, setting] = [c for found in counts for c in found.values()]
+        additions = Additions(small.asked(), candidate, small.evaluator())
+        direct[size, setting] = counts_of(additions, SUBSETS[size], setting)
     before: dict[Any, tuple[float, float]] = {}
     for _ in range(2):
         used = small.evaluator()
@@ -383,19 +408,19 @@ def test_a_value_does_not_depend_on_what_was_measured_when(
                 for t in subset
             )
         for (size, setting), counts in direct.items():
-            row = classes[size].row(size, setting, len(shares))
+            row = classes[size].row(setting, len(shares))
             total = sum(counts, Count(0, 0))
             assert (
-                row["accuracy"]
+                row.accuracy
                 == classes[size].value(setting, len(shares))
                 == mean([c.accuracy for c in counts])
             )
-            assert row["expected"] == pytest.approx(
+            assert row.expected == pytest.approx(
                 mean([c.expected / c.total for c in counts]), rel=1e-5
             )
-            assert (row["correct"], row["total"]) == (total.correct, total.total)
-            assert (row["size"], row["coefficient"], row["own_lengths"]) == (size, *setting)
-    assert len({before[COUNT, (0.4, own), len(shares)] for own in (False, True)}) == 2
+            assert (row.correct, row.total) == (total.correct, total.total)
+            assert (row.size, row.setting) == (size, setting)
+    assert len({before[COUNT, Setting(0.4, own), len(shares)] for own in (False, True)}) == 2
 
 
 def test_a_value_of_a_share_is_the_mean_over_tasks_of_the_images_so_far(small: Small) -> None:
@@ -403,13 +428,11 @@ def test_a_value_of_a_share_is_the_mean_over_tasks_of_the_images_so_far(small: S
     size_class = SizeClass(Additions(small.asked(), FULL, used), SUBSETS[2], (0.3, 1.0))
     direct = Additions(small.asked(), FULL, small.evaluator())
     for alpha, (number, share) in itertools.product((0.3, 0.6), enumerate((0.3, 1.0), 1)):
-        every = [
-            c for found in direct.counts(SUBSETS[2], alpha, stop=share) for c in found.values()
-        ]
-        assert size_class.value((alpha, False), number) == math.fsum(
+        every = counts_of(direct, SUBSETS[2], Setting(alpha), stop=share)
+        assert size_class.value(Setting(alpha), number) == math.fsum(
             c.correct / c.total for c in every
         ) / len(every)
-        assert size_class.expected((alpha, False), number) == pytest.approx(
+        assert size_class.expected(Setting(alpha), number) == pytest.approx(
             math.fsum(c.expected / c.total for c in every) / len(every), rel=1e-5
         )
         assert sum(c.total for c in every) == sum(
@@ -422,16 +445,23 @@ def test_a_value_of_a_share_is_the_mean_over_tasks_of_the_images_so_far(small: S
 
 def run_rounds(
     search: CandidateSearch, rounds: int, counter: Evaluator
-) -> list[tuple[dict[str, Any], int]]:
+) -> list[tuple[Measured, int]]:
     """Results of the rounds one after the other, each with the images that went through the
     tower.
     """
-    found: list[tuple[dict[str, Any], int]] = []
+    found: list[tuple[Measured, int]] = []
     for number in range(1, rounds + 1):
         before = counter.images
         result = search.round(number, found[-1][0] if found else None)
         found.append((result, counter.images - before))
     return found
+
+
+def stored(result: Measured) -> Measured:
+    """As it is read back from a record."""
+    read = parse_round(json.loads(json.dumps(result.to_json())), "a record")
+    assert isinstance(read, Measured)
+    return read
 
 
 ASKED: tuple[dict[str, Any], ...] = (
@@ -462,15 +492,15 @@ def test_rounds_depend_on_the_candidate_alone(masked: Small, asked: dict[str, An
     for name in names:
         candidate, used = masked.candidates()[name], masked.evaluator()
         results = run_rounds(CandidateSearch(experiment, candidate, used), rounds, used)
-        assert all(result["images"] == went for result, went in results)
+        assert all(result.images == went for result, went in results)
         for number in range(1, rounds + 1):
-            known = json.loads(json.dumps(results[number - 2][0])) if number > 1 else None
+            known = stored(results[number - 2][0]) if number > 1 else None
             disturbed = masked.evaluator()  # by what another candidate did in the same worker
             disturbed.merge(torch.ones(sum(map(math.prod, PARAMETERS.values()))), 1.0)
             fresh = CandidateSearch(experiment, candidate, disturbed).round(number, known)
-            assert fresh == results[number - 1][0] == json.loads(json.dumps(fresh))
-            assert fresh["share"] == experiment.search.shares[number - 1]
-            assert ("vector" in fresh) == (number == rounds and vector is not None)
+            assert fresh == results[number - 1][0] == stored(fresh)
+            assert fresh.share == experiment.search.shares[number - 1]
+            assert (fresh.vector is not None) == (number == rounds and vector is not None)
 
 
 @pytest.mark.parametrize(
@@ -495,99 +525,143 @@ def test_what_a_round_says_is_what_a_direct_count_gives(
         experiment.search.coefficients,
         Additions(experiment, candidate, masked.evaluator()),
     )
-    sizes = [COUNT] if candidate.kind == "sum" else list(SUBSETS)
+    sizes = [COUNT] if candidate.kind == "basis-sum" else list(SUBSETS)
     for result, _ in results:
-        assert all(
-            list(result[k]) == list(map(str, sizes))
-            for k in ("coefficient", "own_lengths", "accuracy")
-        )
-        assert result["evaluations"] == len(result["tried"]) and {
-            t["size"] for t in result["tried"]
-        } == set(sizes)
+        for by_size in (result.coefficient, result.own_lengths, result.accuracy):
+            assert set(by_size) == set(sizes)
+        assert result.evaluations == len(result.tried)
+        assert {row.size for row in result.tried} == set(sizes)
         for size in sizes:
-            rows = [t for t in result["tried"] if t["size"] == size]
-            tried = {(t["coefficient"], t["own_lengths"]): t for t in rows}
-            setting = result["coefficient"][str(size)], result["own_lengths"][str(size)]
-            assert result["accuracy"][str(size)] == tried[setting]["accuracy"] and len(
-                tried
-            ) == len(rows)
-            assert name == "zero-shot" or all(limits.low <= a <= limits.high for a, _ in tried)
-            assert {own for _, own in tried} <= set(lengths_to_try(experiment, candidate, size))
-            for some, row in {s: tried[s] for s in (min(tried), setting)}.items():
-                counts = [
-                    c
-                    for found in direct.counts(
-                        candidate.subsets(SUBSETS)[size], *some, stop=result["share"]
-                    )
-                    for c in found.values()
-                ]
+            rows = result.tried_of(size)
+            tried = {row.setting: row for row in rows}
+            setting = result.setting(size)
+            assert result.accuracy[size] == tried[setting].accuracy and len(tried) == len(rows)
+            for each in tried:
+                assert name == "zero-shot" or limits.low <= each.coefficient <= limits.high
+                assert each.own_lengths in lengths_to_try(experiment, candidate, size)
+            for each in {min(tried), setting}:
+                subsets = candidate.subsets(SUBSETS)[size]
+                counts = counts_of(direct, subsets, each, stop=result.share)
                 total = sum(counts, Count(0, 0))
-                assert row["accuracy"] == mean([c.accuracy for c in counts])
-                assert (row["correct"], row["total"]) == (total.correct, total.total)
-        accuracy = list(result["accuracy"].values())
-        assert (
-            result["objective"]
-            == {
-                "subsets": math.fsum(accuracy) / len(accuracy),
-                "all": accuracy[-1],
-                "single": accuracy[0],
-            }[experiment.search.objective]
-        )
+                assert tried[each].accuracy == mean([c.accuracy for c in counts])
+                assert (tried[each].correct, tried[each].total) == (total.correct, total.total)
+        accuracy = list(result.accuracy.values())
+        expected = {
+            "subsets": math.fsum(accuracy) / len(accuracy),
+            "all": result.accuracy[COUNT],
+            "single": result.accuracy[min(sizes)],
+        }
+        assert result.objective == expected[experiment.search.objective]
     last = results[-1][0]
-    assert last["share"] == 1.0
-    assert ("vector" in last) == (limits.vector != "none" and name in ("full", "ae-anchored-m2"))
-    if "vector" in last:
-        vector = last["vector"]
-        assert vector["kind"] == limits.vector and vector["trials"] == limits.trials
-        assert len(vector["weights"]) == (
-            SIZE if limits.vector == "per-basis" and candidate.is_basis else COUNT
-        )
-        assert vector["images"] == limits.trials * sum(IMAGES.values())
-        (counts,) = direct.weighted(
-            torch.tensor(vector["weights"], dtype=torch.float64),
-            per_basis=limits.vector == "per-basis",
-        )
-        assert vector["accuracy"] == mean([c.accuracy for c in counts.values()])
-        start = direct.start_weights(
-            last["coefficient"][str(COUNT)],
-            own=last["own_lengths"][str(COUNT)],
-            per_basis=limits.vector == "per-basis",
-        )
-        assert limits.trials > 1 or vector["weights"] == start.tolist()
-        (counts,) = direct.weighted(start, per_basis=limits.vector == "per-basis")
-        assert vector["accuracy"] >= mean([c.accuracy for c in counts.values()])
+    assert last.share == 1.0
+    has_vector = limits.vector != "none" and name in ("full", "ae-anchored-m2")
+    assert (last.vector is not None) == has_vector
+    if last.vector is not None:
+        check_weights(direct, last, last.vector, experiment)
+
+
+def check_weights(
+    direct: Additions, last: Measured, vector: TunedWeights, experiment: Experiment
+) -> None:
+    """Tuned weights have the accuracy that a direct count gives, no less than the start's."""
+    limits = experiment.search.coefficients
+    per_basis = limits.vector == "per-basis"
+    assert (vector.kind, vector.per_basis, vector.trials) == (
+        limits.vector,
+        per_basis,
+        limits.trials,
+    )
+    assert len(vector.weights) == (SIZE if per_basis and direct.candidate.is_basis else COUNT)
+    assert vector.images == limits.trials * sum(IMAGES.values())
+    weights = torch.tensor(vector.weights, dtype=torch.float64)
+    counts = direct.weighted(weights, per_basis=per_basis)
+    assert vector.accuracy == mean([c.accuracy for c in counts.values()])
+    start = direct.start_weights(last.setting(COUNT), per_basis=per_basis)
+    assert limits.trials > 1 or list(vector.weights) == start.tolist()
+    counts = direct.weighted(start, per_basis=per_basis)
+    assert vector.accuracy >= mean([c.accuracy for c in counts.values()])
 
 
 def test_the_zero_shot_candidate_is_measured_as_it_is(small: Small) -> None:
     used = small.evaluator()
     results = run_rounds(CandidateSearch(small.asked(), ZERO_SHOT, used), 2, used)
     expected = mean([used.zero_shot(n).accuracy for n in NAMES])
-    assert all(
-        set(r["coefficient"].values()) == {0.0} and len(r["tried"]) == len(SUBSETS)
-        for r, _ in results
-    )
-    assert results[-1][0]["accuracy"]["1"] == results[-1][0]["accuracy"][str(COUNT)] == expected
+    for result, _ in results:
+        assert set(result.coefficient.values()) == {0.0} and len(result.tried) == len(SUBSETS)
+    assert results[-1][0].accuracy[1] == results[-1][0].accuracy[COUNT] == expected
+
+
+def test_without_anything_added_the_images_of_a_task_pass_once_for_all_subsets(
+    small: Small,
+) -> None:
+    asked, used = small.asked(shares=[0.25, 0.5, 1.0]), small.evaluator()
+    edges = itertools.pairwise((0.0, *asked.search.shares))
+    results = run_rounds(CandidateSearch(asked, ZERO_SHOT, used), 3, used)
+    for (result, images), (start, stop) in zip(results, edges, strict=True):
+        new = sum(edge(stop, n) - edge(start, n) for n in IMAGES.values())
+        assert result.images == images == new
+    assert used.images == sum(IMAGES.values())
+    # In the rows each subset still has the images of all its tasks.
+    for row in results[-1][0].tried:
+        assert row.total == sum(IMAGES[NAMES[t]] for s in SUBSETS[row.size] for t in s)
+    one_size = small.evaluator()
+    (result, images), *_ = run_rounds(CandidateSearch(asked, ZERO_SHOT, one_size, [2]), 1, one_size)
+    reached = {t for subset in SUBSETS[2] for t in subset}
+    assert result.images == images == sum(edge(0.25, IMAGES[NAMES[t]]) for t in reached)
 
 
 def test_a_poor_search_on_the_first_share_measures_less_than_all_images(small: Small) -> None:
     used = small.evaluator()
     (first, _), (second, _) = run_rounds(CandidateSearch(small.asked(), FULL, used), 2, used)
-    assert len(second["tried"]) < len(first["tried"])
-    for size in map(str, SUBSETS):
-        seen, again = (
-            {(t["coefficient"], t["own_lengths"]) for t in r["tried"] if str(t["size"]) == size}
-            for r in (first, second)
-        )
-        assert again <= seen
+    assert len(second.tried) < len(first.tried)
+    for size in SUBSETS:
+        seen = {row.setting for row in first.tried_of(size)}
+        assert {row.setting for row in second.tried_of(size)} <= seen
+
+
+def test_rounds_are_read_as_they_are_written() -> None:
+    """Numbers of tasks are strings in JSON, and a measured round without a vector says nothing of
+    one: so earlier versions wrote them too.
+    """
+    fields: JsonObject = {
+        "objective": 0.5,
+        "share": 0.25,
+        "coefficient": {"1": 1.0, "16": 0.25},
+        "own_lengths": {"1": False, "16": True},
+        "accuracy": {"1": 0.75, "16": 0.25},
+        "tried": [
+            {
+                "size": 16,
+                "coefficient": 0.25,
+                "own_lengths": True,
+                "accuracy": 0.25,
+                "expected": 0.2,
+                "correct": 1,
+                "total": 4,
+            }
+        ],
+        "images": 8,
+        "evaluations": 1,
+    }
+    measured = parse_round(fields, "a record")
+    assert isinstance(measured, Measured) and measured.to_json() == fields
+    assert measured.setting(16) == Setting(0.25, True) and measured.tried_of(1) == []
+    assert measured.tried_of(16)[0].setting == Setting(0.25, True)
+    reason: JsonObject = {"invalid": "no finite values", "objective": None, "accuracy": {}}
+    invalid = parse_round(reason, "a record")
+    assert isinstance(invalid, Invalid) and invalid.to_json() == reason
+    with pytest.raises(StoreError, match="a record cannot be read: share"):
+        parse_round({k: v for k, v in fields.items() if k != "share"}, "a record")
 
 
 def test_the_first_round_of_a_grid_is_its_points(small: Small) -> None:
     asked = small.asked(coefficients={"strategy": "grid", "low": 0.1, "high": 0.9, "points": 5})
     used = small.evaluator()
     size_class = SizeClass(Additions(asked, FULL, used), SUBSETS[2], asked.search.shares)
-    assert sorted(first_round(asked, size_class, 2)) == [(a, False) for a in even_grid(0.1, 0.9, 5)]
+    points = even_grid(0.1, 0.9, 5)
+    assert sorted(first_round(asked, size_class, 2)) == [Setting(point) for point in points]
     assert sorted(first_round(asked, size_class, 2, (False, True))) == [
-        (a, own) for a in even_grid(0.1, 0.9, 5) for own in (False, True)
+        Setting(*both) for both in itertools.product(points, (False, True))
     ]
 
 
@@ -601,23 +675,23 @@ def test_the_first_round_of_a_line_search_stays_within_the_limits(
     additions = Additions(asked, masked.candidates()["ae-anchored-m2"], used)
     size_class = SizeClass(additions, SUBSETS[addends], asked.search.shares)
     lengths: tuple[bool, ...] = (False, True) if addends == 2 else (addends == 1,)
-    found: list[Setting] = first_round(asked, size_class, addends, lengths)
+    found = first_round(asked, size_class, addends, lengths)
     low, high = asked.search.coefficients.low, asked.search.coefficients.high
-    assert found and len(set(found)) == len(found) and {own for _, own in found} == set(lengths)
-    assert all(low <= a <= high and a > 0.0 for a, _ in found)
+    assert found and len(set(found)) == len(found)
+    assert {setting.own_lengths for setting in found} == set(lengths)
+    assert all(low <= s.coefficient <= high and s.coefficient > 0.0 for s in found)
     images = used.images
     assert all(0.0 <= size_class.value(s, 1) <= 1.0 for s in found)
     assert used.images == images  # they have been measured
 
 
 def test_the_objective_is_of_the_size_classes_that_there_are(masked: Small) -> None:
-    accuracy = {"1": 0.5, "2": 0.25, str(COUNT): 0.75}
+    accuracy = {1: 0.5, 2: 0.25, COUNT: 0.75}
     assert [
         objective(masked.asked(objective=o), accuracy) for o in ("subsets", "all", "single")
     ] == [0.5, 0.75, 0.5]
     assert [
-        objective(masked.asked(objective=o), {str(COUNT): 0.4})
-        for o in ("subsets", "all", "single")
+        objective(masked.asked(objective=o), {COUNT: 0.4}) for o in ("subsets", "all", "single")
     ] == [0.4] * 3
 
 
@@ -630,19 +704,21 @@ def test_each_merge_method_is_on_the_full_vectors_and_on_each_basis() -> None:
             "store": "/s",
             "tasks": list(NAMES),
             "basis": {"method": ["svd", "ae"], "online": True},
-            "search": {"sizes": [1, 4], "merges": list(MERGES)},
+            "search": {"sizes": [1, 4], "merges": compared_merges()},
         }
     )
     bases, found = basis_candidates(asked), merge_candidates(asked)
-    assert len(found) == len(MERGES) * (len(bases) + 1) and len(bases) == 2 * 2 * len(
+    assert len(found) == len(compared_merges()) * (len(bases) + 1) and len(bases) == 2 * 2 * len(
         sizes_of(asked)
     )
     assert [c.name for c in found] == [
-        f"{b}-{m}" for m in MERGES for b in ("full", *(c.name for c in bases))
+        f"{b}-{m}" for m in compared_merges() for b in ("full", *(c.name for c in bases))
     ]
     for c in found:
         assert (
-            c.group is None and not c.is_basis and c.addends(5) == (1 if c.merge in UNSCALED else 5)
+            c.group is None
+            and not c.is_basis
+            and c.addends(5) == (1 if MERGE_METHODS[c.merge_method].coefficient == "one" else 5)
         )
         assert c.subsets(SUBSETS) == SUBSETS
     by_name = {c.name: c for c in (*found, *bases)}
@@ -671,7 +747,7 @@ def test_bases_of_one_size_are_a_group_and_what_they_are_compared_with_is_in_non
         FULL,
         *basis_candidates(asked),
         *random_candidates(asked, masked.gram),
-        Candidate("ae-m4-sum", "sum", "ae", 4),
+        Candidate.basis_sum(BasisSpec("ae", 4)),
     ):
         groups.setdefault(c.group, []).append(c.name)
     assert groups.pop(None) == [
@@ -686,7 +762,8 @@ def test_bases_of_one_size_are_a_group_and_what_they_are_compared_with_is_in_non
 
 
 def test_a_plain_sum_adds_as_many_vectors_as_the_basis_has_and_all_tasks_only() -> None:
-    plain = Candidate("ae-m3-sum", "sum", "ae", 3)
+    plain = Candidate.basis_sum(BasisSpec("ae", 3))
+    assert plain.name == "ae-m3-sum"
     assert (
         plain.addends(5) == 3
         and plain.subsets(SUBSETS) == {COUNT: SUBSETS[COUNT]}

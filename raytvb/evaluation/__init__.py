@@ -1,1 +1,5 @@
-"""What is measured after the search has chosen: additions, negation, unseen tasks, and more."""
+"""What is measured once on the test images, after the search has chosen.
+
+Read `plan` first: which evaluations there are, and what the other modules do. Nothing here knows
+Ray: `orchestration.service` runs the evaluations.
+"""

@@ -1,101 +1,144 @@
-"""What is measured on the test split once all is chosen: single models, additions, negations, tasks
-arriving over time, unseen tasks and the disentanglement of pairs. Bodies of Ray tasks; each writes
-its rows (see `rows`) as the last thing.
+"""Accuracy of additions: those of the seeded subsets that the search saw, and those that the
+experiment lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from raytvb.evaluation.rows import row, write_rows
+from raytvb.evaluation.base import Context, Evaluation, chosen_settings
+from raytvb.evaluation.names import additions_name
+from raytvb.evaluation.rows import Row, write_rows
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.stored import vector_set
+from raytvb.experiment.searching import CoefficientConfig
 from raytvb.maths.subsets import task_subsets
-from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Outcome, Setting, TunedWeights
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try, most_accurate
-from raytvb.storage.store import Store
-
-Identity = Mapping[str, Any]
+from raytvb.storage.contract import JsonObject
 
 
-def evaluate_candidate(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    coefficients: Mapping[str, float],
-    own_lengths: Mapping[str, bool],
-    weights: Mapping[str, Any] | None,
-    test: Evaluator,
-) -> None:
-    """Test accuracy of a candidate with what was chosen on validation data for each size;
-    `weights`: a vector.
+@dataclass(frozen=True)
+class SubsetAdditions(Evaluation):
+    """Test accuracy of a candidate with what validation chose for each number of tasks.
+
+    Rows of the model with the candidate's name; also `per-task` or `per-basis` for the addition of
+    all tasks with tuned weights, if there are any.
     """
-    additions, found = Additions(experiment, candidate, test), []
-    for size, subsets in candidate.subsets(
-        task_subsets(len(experiment.tasks), experiment.seed)
-    ).items():
-        alpha = coefficients[str(size)]
-        for number, counts in enumerate(additions.counts(subsets, alpha, own_lengths[str(size)])):
-            found += [
-                row(candidate.name, "test", size, number, t, alpha, c) for t, c in counts.items()
-            ]
-    if weights is not None:
-        kind = weights["kind"]
-        (counts,) = additions.weighted(
-            torch.tensor(weights["weights"]), per_basis=kind == "per-basis"
-        )
-        found += [row(kind, "test", len(counts), 0, t, None, c) for t, c in counts.items()]
-    write_rows(Store(experiment.store), name, found, identity)
+
+    candidate: Candidate
+    outcome: Outcome
+
+    @property
+    def name(self) -> str:
+        """The candidate's name."""
+        return self.candidate.name
+
+    @property
+    def choices(self) -> JsonObject:
+        """The settings by number of tasks, and the tuned weights."""
+        vector = None if self.outcome.vector is None else self.outcome.vector.to_json()
+        return {**chosen_settings(self.outcome), "vector": vector}
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows."""
+        additions = Additions(context.experiment, self.candidate, context.evaluator("test"))
+        rows = self._subset_rows(context.experiment, additions)
+        if self.outcome.vector is not None:
+            rows += _weighted_rows(additions, self.outcome.vector)
+        write_rows(context.store, self.name, rows, self.identity)
+
+    def _subset_rows(self, experiment: Experiment, additions: Additions) -> list[Row]:
+        rows: list[Row] = []
+        every_size = task_subsets(len(experiment.tasks), experiment.seed)
+        for size, subsets in self.candidate.subsets(every_size).items():
+            setting = self.outcome.setting(size)
+            counted = additions.counts(subsets, setting.coefficient, setting.own_lengths)
+            for number, counts in enumerate(counted):
+                for task, count in counts.items():
+                    rows.append(
+                        Row.of(self.name, "test", size, number, task, setting.coefficient, count)
+                    )
+        return rows
 
 
-def evaluate_models(experiment: Experiment, name: str, identity: Identity, test: Evaluator) -> None:
-    """Test accuracy of the pretrained model on every task, and of each fine-tuned model on its
-    own.
+def _weighted_rows(additions: Additions, vector: TunedWeights) -> list[Row]:
+    """Rows of the addition of all tasks with tuned weights."""
+    weights = torch.tensor(vector.weights)
+    counts = additions.weighted(weights, per_basis=vector.per_basis)
+    rows: list[Row] = []
+    for task, count in counts.items():
+        rows.append(Row.of(vector.kind, "test", len(counts), 0, task, None, count))
+    return rows
+
+
+@dataclass(frozen=True)
+class NamedAdditions(Evaluation):
+    """Test accuracy of the additions that the experiment lists, each with a setting of its own that
+    is chosen on validation images.
+
+    Rows of the model with the candidate's name; `subset` is the position in the list.
     """
-    found = [
-        row("zero-shot", "test", 0, 0, task, 0.0, test.zero_shot(task))
-        for task in experiment.task_names
-    ]
-    vectors = vector_set(experiment.store, experiment.task_names)
-    each = vectors.combinations(torch.eye(len(experiment.tasks), dtype=torch.float64))
-    for index, (task, direction) in enumerate(zip(experiment.task_names, each, strict=True)):
-        test.merge(direction, 1.0)
-        found.append(row("fine-tuned", "test", 1, index, task, 1.0, test.count(task)))
-    write_rows(Store(experiment.store), name, found, identity)
 
+    candidate: Candidate
+    groups: tuple[tuple[str, ...], ...]
+    """Names of the tasks of each addition."""
+    coefficients: CoefficientConfig
+    lengths: str
 
-def evaluate_additions(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    validation: Evaluator,
-    test: Evaluator,
-) -> None:
-    """Test accuracy of the additions of `evaluate.additions`, each with a coefficient of its own
-    from validation.
-    """
-    names, found = experiment.task_names, []
-    on_val, on_test = (Additions(experiment, candidate, e) for e in (validation, test))
-    for number, group in enumerate(experiment.evaluate.additions):
-        subset = tuple(names.index(n) for n in group)
-        size_class = SizeClass(on_val, [subset], (1.0,))
+    splits: ClassVar[tuple[str, ...]] = ("val", "test")
+
+    @property
+    def name(self) -> str:
+        """`additions/` and the candidate's name."""
+        return additions_name(self.candidate.name)
+
+    @property
+    def choices(self) -> JsonObject:
+        """The additions, and how their settings are searched."""
+        return {
+            "additions": [list(group) for group in self.groups],
+            "coefficients": self.coefficients.model_dump(mode="json"),
+            "lengths": self.lengths,
+        }
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows."""
+        experiment = context.experiment
+        on_validation = Additions(experiment, self.candidate, context.evaluator("val"))
+        on_test = Additions(experiment, self.candidate, context.evaluator("test"))
+        rows: list[Row] = []
+        for number, group in enumerate(self.groups):
+            subset = tuple(experiment.task_names.index(task) for task in group)
+            best = self._best_setting(experiment, on_validation, subset)
+            (counts,) = on_test.counts([subset], best.coefficient, best.own_lengths)
+            for task, count in counts.items():
+                rows.append(
+                    Row.of(
+                        self.candidate.name,
+                        "test",
+                        len(subset),
+                        number,
+                        task,
+                        best.coefficient,
+                        count,
+                    )
+                )
+        write_rows(context.store, self.name, rows, self.identity)
+
+    def _best_setting(
+        self, experiment: Experiment, additions: Additions, subset: tuple[int, ...]
+    ) -> Setting:
+        """The most accurate setting on all validation images."""
+        size_class = SizeClass(additions, [subset], (1.0,))
         settings = first_round(
             experiment,
             size_class,
-            candidate.addends(len(subset)),
-            lengths_to_try(experiment, candidate, len(subset)),
+            self.candidate.addends(len(subset)),
+            lengths_to_try(experiment, self.candidate, len(subset)),
         )
-        best = most_accurate([size_class.row(len(subset), s, 1) for s in settings])
-        alpha = best["coefficient"]
-        (counts,) = on_test.counts([subset], alpha, best["own_lengths"])
-        found += [
-            row(candidate.name, "test", len(subset), number, t, alpha, c) for t, c in counts.items()
-        ]
-    write_rows(Store(experiment.store), name, found, identity)
+        return most_accurate([size_class.row(setting, 1) for setting in settings]).setting

@@ -1,16 +1,18 @@
-"""Accuracy after each arrival of an online basis."""
+"""Accuracy after each arrival of a task at an online basis."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
-from raytvb.evaluation.additions import Identity
-from raytvb.evaluation.rows import row, write_rows
+from raytvb.evaluation.base import Context, Evaluation, chosen_settings
+from raytvb.evaluation.names import online_name
+from raytvb.evaluation.rows import Row, write_rows
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import online_prefix, online_tables
 from raytvb.experiment.stored import basis_vector_set, vector_set
@@ -19,70 +21,126 @@ from raytvb.maths.mixes import length_ratios
 from raytvb.maths.online_basis import arrivals, watched
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Outcome
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState
-from raytvb.storage.store import Store
+from raytvb.storage.vector_set import VectorSet
 
 
-def evaluate_online(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    chosen: Mapping[str, Mapping[str, Any]],
-    test: Evaluator,
-) -> None:
-    """Test accuracy after each arrival: from the online basis, from one that is fitted to all
-    vectors so far, and from these vectors themselves.
+@dataclass(frozen=True)
+class _Decoded:
+    """The n tasks that have arrived, as combinations of stored vectors."""
 
-    chosen: by `online`, `offline` and `full`, the outcomes of the search for all tasks; an addition
-    of n of T tasks has the coefficient of all times T/n. At most 16 arrivals are looked at, and 16
-    tasks (see `online.watched`).
+    model: str
+    outcome: Outcome
+    """What the search chose for it, with all tasks present."""
+    vectors: VectorSet
+    """Those of all T tasks."""
+    table: Tensor
+    """(n, n) float64: column t represents task t."""
+    ratios: Tensor
+    """(n,) float64: length of each task vector over that of its decoded one."""
+
+    def weights(self, total: int, tasks: Sequence[int]) -> Tensor:
+        """Weights (T, len(tasks) + 1) of the T = `total` vectors: each task by itself, then all
+        tasks that have arrived.
+        """
+        arrived = len(self.table)
+        with_own_lengths = self.table * self.ratios
+        single = with_own_lengths if self.outcome.own_lengths[1] else self.table
+        together = with_own_lengths if self.outcome.own_lengths[total] else self.table
+        weights = torch.zeros(total, len(tasks) + 1, dtype=torch.float64)
+        weights[:arrived, :-1] = single[:, list(tasks)]
+        weights[:arrived, -1] = together.sum(dim=1)
+        return weights
+
+
+@dataclass(frozen=True)
+class OnlineArrivals(Evaluation):
+    """Test accuracy after each arrival from three sources: the online basis, a basis that is fitted
+    to all vectors so far, and these vectors themselves.
+
+    The addition of n of T tasks has the coefficient for all tasks times T/n. At most 16 arrivals
+    are measured, on at most 16 tasks (see `maths.online_basis.watched`).
+    Rows of the models `online`, `offline` and `full`; `size` is 1 for a task by itself and 0 for
+    the addition of all tasks so far; `subset` is the number of tasks so far.
     """
-    store, names = Store(experiment.store), experiment.task_names
-    gram = GramState.read(store).ordered(names)
-    looks, total, found = arrivals(len(names), experiment.basis.buffer), len(names), []
-    prepared, raw = basis_vector_set(experiment), vector_set(experiment.store, names)
-    for n in looks:
-        tables = load(store.read(f"{online_prefix(candidate.name)}/{online_tables(n)}"))
+
+    candidate: Candidate
+    online: Outcome
+    offline: Outcome
+    full: Outcome
+
+    @property
+    def name(self) -> str:
+        """`online/` and the candidate's name."""
+        return online_name(self.candidate.name)
+
+    @property
+    def choices(self) -> JsonObject:
+        """The settings of all three."""
+        return {
+            "online": chosen_settings(self.online),
+            "offline": chosen_settings(self.offline),
+            "full": chosen_settings(self.full),
+        }
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows."""
+        experiment, test = context.experiment, context.evaluator("test")
+        total = len(experiment.tasks)
+        rows: list[Row] = []
+        for arrived in arrivals(total, experiment.basis.buffer):
+            tasks = [t for t in watched(total) if t < arrived]
+            for decoded in self._decoded(context, arrived):
+                rows += _rows(experiment, test, decoded, tasks)
+        write_rows(context.store, self.name, rows, self.identity)
+
+    def _decoded(self, context: Context, arrived: int) -> Iterator[_Decoded]:
+        """The three sources after `arrived` tasks."""
+        experiment = context.experiment
+        names = experiment.task_names
+        prepared = basis_vector_set(experiment)
+        gram = GramState.read(context.store).ordered(names)[:arrived, :arrived]
+        key = f"{online_prefix(self.candidate.name)}/{online_tables(arrived)}"
+        stored = load(context.store.read(key))
+        online = stored["H"] @ stored["W"]
+        yield _Decoded("online", self.online, prepared, online, length_ratios(gram, online))
+        offline = self._fitted(experiment, gram)
+        yield _Decoded("offline", self.offline, prepared, offline, length_ratios(gram, offline))
+        own = torch.eye(arrived, dtype=torch.float64)
+        ones = torch.ones(arrived, dtype=torch.float64)
+        yield _Decoded("full", self.full, vector_set(experiment.store, names), own, ones)
+
+    def _fitted(self, experiment: Experiment, gram: Tensor) -> Tensor:
+        """The coefficient table (n, n) of a basis that is fitted to the vectors so far."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # as many vectors as tasks, or more than their rank
+            # A warning of as many basis vectors as tasks, or more than their rank.
+            warnings.simplefilter("ignore", UserWarning)
             fit = fit_basis(
-                gram[:n, :n],
-                candidate.size,
-                method=candidate.method,
+                gram,
+                self.candidate.size,
+                method=self.candidate.method,
                 generator=torch.Generator().manual_seed(experiment.seed),
             )
-        for kind, table, vectors in (
-            ("online", tables["H"] @ tables["W"], prepared),
-            ("offline", fit.B @ fit.W, prepared),
-            ("full", torch.eye(n, dtype=torch.float64), raw),
-        ):
-            seen = [t for t in watched(total) if t < n]
-            weights = torch.zeros(total, len(seen) + 1, dtype=torch.float64)
-            alpha, own = chosen[kind]["coefficient"], chosen[kind]["own_lengths"]
-            ratios = (
-                length_ratios(gram[:n, :n], table)
-                if kind != "full"
-                else torch.ones(n, dtype=torch.float64)
-            )
-            weights[:n, :-1] = (table * ratios if own["1"] else table)[:, seen]
-            weights[:n, -1] = (table * ratios if own[str(total)] else table).sum(dim=1)
-            single, together = alpha["1"], alpha[str(total)] * total / n
-            for position, direction in enumerate(vectors.combinations(weights)):
-                alone = position < len(seen)
-                test.merge(direction, single if alone else together)
-                for t in seen[position : position + 1] if alone else seen:
-                    found.append(
-                        row(
-                            kind,
-                            "test",
-                            1 if alone else 0,
-                            n,
-                            names[t],
-                            single if alone else together,
-                            test.count(names[t]),
-                        )
-                    )
-    write_rows(store, name, found, identity)
+        return fit.B @ fit.W
+
+
+def _rows(
+    experiment: Experiment, test: Evaluator, decoded: _Decoded, tasks: Sequence[int]
+) -> list[Row]:
+    """Each of the tasks by itself, then all of them on the model with everything added so far."""
+    total, arrived = len(experiment.tasks), len(decoded.table)
+    single = decoded.outcome.coefficient[1]
+    together = decoded.outcome.coefficient[total] * total / arrived
+    models: list[tuple[int, float, Sequence[int]]] = [(1, single, [task]) for task in tasks]
+    models.append((0, together, tasks))
+    directions = decoded.vectors.combinations(decoded.weights(total, tasks))
+    rows: list[Row] = []
+    for (size, coefficient, measured), direction in zip(models, directions, strict=True):
+        test.merge(direction, coefficient)
+        for task in measured:
+            name = experiment.task_names[task]
+            count = test.count(name)
+            rows.append(Row.of(decoded.model, "test", size, arrived, name, coefficient, count))
+    return rows

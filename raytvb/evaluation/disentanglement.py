@@ -2,79 +2,92 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from raytvb.evaluation.additions import Identity
-from raytvb.evaluation.rows import write_rows
-from raytvb.experiment.config import Experiment
+from raytvb.evaluation.base import Context, Evaluation
+from raytvb.evaluation.names import pair_name
+from raytvb.evaluation.rows import PairRow, write_pair_rows
+from raytvb.experiment.evaluating import DisentanglementConfig
 from raytvb.maths.counts import even_grid
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
-from raytvb.storage.store import Store
-
-PAIR_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()),
-        ("split", pa.string()),
-        ("first", pa.string()),
-        ("second", pa.string()),
-        ("alpha", pa.float64()),
-        ("beta", pa.float64()),
-        ("disagree", pa.int64()),
-        ("total", pa.int64()),
-        ("error", pa.float64()),
-    ]
-)
+from raytvb.storage.contract import JsonObject
 
 
-def evaluate_disentanglement(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    pair: tuple[str, str],
-    test: Evaluator,
-) -> None:
+@dataclass(frozen=True)
+class Disentanglement(Evaluation):
     """Weight disentanglement error of two tasks over a grid of their coefficients.
 
     error(a, b) = sum over both tasks of the share of its images that theta_0 + a tau_1 + b tau_2
-    answers otherwise than the model with that task's part alone (0 to 2; Ortiz-Jimenez et al.,
+    answers differently from the model with that task's part alone (0 to 2; Ortiz-Jimenez et al.,
     NeurIPS 2023, arXiv 2305.12827, eq. 4).
     """
-    asked = experiment.evaluate.disentanglement
-    assert asked is not None
-    points = even_grid(asked.low, asked.high, asked.points)
-    index = [experiment.task_names.index(n) for n in pair]
-    first, second = Additions(experiment, candidate, test).directions([(i,) for i in index])
-    assert first is not None and second is not None
-    alone: list[list[Tensor]] = []
-    for task, direction in zip(pair, (first, second), strict=True):
-        alone.append([])
-        for alpha in points:
-            test.merge(direction, alpha)
-            alone[-1].append(test.answers(task)[0])
-    found = []
-    for a, alpha in enumerate(points):
-        for b, beta in enumerate(points):
-            test.merge(alpha * first + beta * second, 1.0)
-            wrong = [
-                int((test.answers(task)[0] != own).sum())
-                for task, own in zip(pair, (alone[0][a], alone[1][b]), strict=True)
-            ]
-            totals = [len(alone[0][a]), len(alone[1][b])]
-            found.append(
-                {
-                    "model": candidate.name,
-                    "split": "test",
-                    "first": pair[0],
-                    "second": pair[1],
-                    "alpha": alpha,
-                    "beta": beta,
-                    "disagree": sum(wrong),
-                    "total": sum(totals),
-                    "error": sum(w / t for w, t in zip(wrong, totals, strict=True)),
-                }
-            )
-    write_rows(Store(experiment.store), name, found, identity, PAIR_SCHEMA)
+
+    candidate: Candidate
+    pair: tuple[str, str]
+    grid: DisentanglementConfig
+
+    @property
+    def name(self) -> str:
+        """`disentanglement/`, the candidate and the pair."""
+        return pair_name(self.candidate.name, self.pair)
+
+    @property
+    def choices(self) -> JsonObject:
+        """The grid."""
+        return {"grid": self.grid.model_dump(mode="json", exclude={"pairs"})}
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows: a row for each point of the grid."""
+        test = context.evaluator("test")
+        tasks = context.experiment.task_names
+        additions = Additions(context.experiment, self.candidate, test)
+        subsets = [(tasks.index(task),) for task in self.pair]
+        first, second = additions.directions(subsets)
+        if first is None or second is None:
+            raise ValueError(f"{self.candidate.name} adds nothing: it cannot be disentangled")
+        points = even_grid(self.grid.low, self.grid.high, self.grid.points)
+        first_alone = _answers_alone(test, self.pair[0], first, points)
+        second_alone = _answers_alone(test, self.pair[1], second, points)
+        rows: list[PairRow] = []
+        for alpha, first_answers in zip(points, first_alone, strict=True):
+            for beta, second_answers in zip(points, second_alone, strict=True):
+                test.merge(alpha * first + beta * second, 1.0)
+                rows.append(self._row(test, alpha, beta, first_answers, second_answers))
+        write_pair_rows(context.store, self.name, rows, self.identity)
+
+    def _row(
+        self, test: Evaluator, alpha: float, beta: float, first_alone: Tensor, second_alone: Tensor
+    ) -> PairRow:
+        """Compare the present model with the answers (n,) of each task's part alone."""
+        disagree, total, error = 0, 0, 0.0
+        for task, alone in zip(self.pair, (first_alone, second_alone), strict=True):
+            differing = int((test.answers(task)[0] != alone).sum())
+            disagree += differing
+            total += len(alone)
+            error += differing / len(alone)
+        return PairRow(
+            model=self.candidate.name,
+            split="test",
+            first=self.pair[0],
+            second=self.pair[1],
+            alpha=alpha,
+            beta=beta,
+            disagree=disagree,
+            total=total,
+            error=error,
+        )
+
+
+def _answers_alone(
+    test: Evaluator, task: str, direction: Tensor, coefficients: list[float]
+) -> list[Tensor]:
+    """Answers (n,) on the task's images with its direction alone, by coefficient."""
+    answers: list[Tensor] = []
+    for coefficient in coefficients:
+        test.merge(direction, coefficient)
+        answers.append(test.answers(task)[0])
+    return answers

@@ -2,79 +2,105 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from raytvb.data.split_cache import cached_split
 from raytvb.data.splits import Split
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.stored import vector_set
+from raytvb.experiment.stored import common_mask
+from raytvb.experiment.task_store import TaskStore
 from raytvb.experiment.tasks import TaskConfig
-from raytvb.models.base import base_encoder
+from raytvb.models.base import load_base
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.heads import load_head
 from raytvb.models.process import device, threads, worker_setup
 from raytvb.storage.store import Store
 
 
+@dataclass(frozen=True)
+class SplitArrays:
+    """The images of a split as plain arrays: the workers of a node share these in Ray's object
+    store.
+    """
+
+    images: npt.NDArray[np.uint8]
+    """(n, 3, H, W)."""
+    labels: npt.NDArray[np.int64]
+    """(n,)."""
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, split: Split) -> SplitArrays:
+        """The arrays of a split, which share its memory."""
+        return cls(split.images.numpy(), split.labels.numpy(), tuple(split.classes))
+
+    def split(self) -> Split:
+        """The split over these arrays, without a copy. It must not be written to: arrays from Ray's
+        object store are read-only.
+        """
+        return Split(_tensor(self.images), _tensor(self.labels), self.classes)
+
+
 def evaluation_split(
     experiment: Experiment, fingerprint: str, task: TaskConfig, split: str
-) -> tuple[int, dict[str, Any]]:
-    """Images of a split that could not be read, and the rest with labels as plain arrays, which
-    workers of a node share in Ray's object store. They are decoded once and then come from the
-    store."""
+) -> tuple[int, SplitArrays]:
+    """How many images of a split cannot be read, and the rest.
+
+    Images are decoded once and then come from the store.
+    """
     worker_setup()
-    preprocess = base_encoder(experiment.store, fingerprint).preprocess
+    preprocess = load_base(experiment.store, fingerprint).preprocess
     loaded = cached_split(
         Store(experiment.store), task, split, preprocess, threads=threads(experiment)
     )
-    return loaded.skipped, {
-        "images": loaded.images.numpy(),
-        "labels": loaded.labels.numpy(),
-        "classes": loaded.classes,
-    }
+    return loaded.skipped, SplitArrays.of(loaded)
 
 
 def make_evaluator(
     experiment: Experiment,
     fingerprint: str,
-    arrays: Mapping[str, Mapping[str, Any]],
+    arrays: Mapping[str, SplitArrays],
     precision: str = "fp32",
 ) -> Evaluator:
-    """An evaluator over the given splits, whose directions have the coordinates of the experiment's
-    vectors.
+    """An evaluator over one split of several tasks.
+
+    Its directions have the coordinates of the experiment's vectors.
+
+    Args:
+        fingerprint: of the pretrained model.
+        arrays: images by task.
+        precision: of the forward pass, fp32 or bf16.
     """
-    encoder, store = base_encoder(experiment.store, fingerprint), Store(experiment.store)
-    named = {t.name: t for t in experiment.every_task}
-    heads = {n: load_head(store, experiment, named[n], encoder) for n in arrays}
-    # Arrays from Ray's object store are read-only; tensors over them are only read here.
-    splits = {
-        n: Split(_tensor(a["images"]), _tensor(a["labels"]), tuple(a["classes"]))
-        for n, a in arrays.items()
-    }
-    vectors = vector_set(experiment.store, experiment.task_names)
-    model: Any = encoder.model
+    encoder = load_base(experiment.store, fingerprint)
+    heads: dict[str, Tensor] = {}
+    splits: dict[str, Split] = {}
+    for task in experiment.every_task:
+        if task.name in arrays:
+            heads[task.name] = load_head(TaskStore(experiment, task), encoder).weights
+            splits[task.name] = arrays[task.name].split()
+    mask = common_mask(experiment.store, experiment.task_names)
     return Evaluator(
-        copy.deepcopy(model.visual),
+        encoder.fresh_tower(),
         heads,
         splits,
         encoder.preprocess,
         device=device(),
-        mask=None if vectors.mask is None else vectors.mask.load().tensors(),
+        mask=None if mask is None else mask.load().tensors(),
         precision=precision,
     )
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor over an array, without a copy; torch warns of read-only ones, which are never
-    written to here.
-    """
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor over an array, without a copy."""
+    # torch warns that a tensor over a read-only array might be written to.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

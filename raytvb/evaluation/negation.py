@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
-from raytvb.evaluation.additions import Identity
-from raytvb.evaluation.rows import row, write_rows
-from raytvb.experiment.config import Experiment
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from raytvb.evaluation.base import Context, Evaluation
+from raytvb.evaluation.names import negation_name
+from raytvb.evaluation.rows import Row, write_rows
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
-from raytvb.storage.store import Store
+from raytvb.storage.contract import JsonObject
 
 NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
-def evaluate_negation(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    index: int,
-    control: str,
-    validation: Evaluator,
-    test: Evaluator,
-) -> None:
-    """Forget one task: subtract its vector as far as the control keeps its share of accuracy on
-    validation.
+@dataclass(frozen=True)
+class Negation(Evaluation):
+    """Forget one task: subtract its vector as far as the control keeps its share of accuracy.
 
-    The largest such coefficient of the ladder is found by bisection (the control falls as the
-    coefficient grows); if it does not lower the target on validation, nothing is subtracted. The
-    test split is read for that one alone.
+    The largest such coefficient of the ladder is found on validation images by bisection, as the
+    control's accuracy falls while the coefficient grows. If it does not lower the target's accuracy
+    there, nothing is subtracted. The test split is read for the chosen coefficient alone.
+    Rows of the models `before` and `after`, of the control also on the split `val`.
     """
-    task = experiment.task_names[index]
-    direction = next(Additions(experiment, candidate, validation).directions([(index,)]))
-    unchanged = {name: validation.zero_shot(name) for name in (task, control)}
-    floor = experiment.evaluate.keep * unchanged[control].accuracy
-    chosen, kept = 0.0, unchanged[control]
-    low, high = -1, len(NEGATION_LADDER)
-    while high - low > 1:
-        middle = (low + high) // 2
-        validation.merge(direction, -NEGATION_LADDER[middle])
-        held = validation.count(control)
-        if held.accuracy >= floor:
-            low, chosen, kept = middle, NEGATION_LADDER[middle], held
-        else:
-            high = middle
-    validation.merge(direction, -chosen)
-    if validation.count(task).accuracy >= unchanged[task].accuracy:
-        chosen, kept = 0.0, unchanged[control]
-    found = [
-        row("before", "val", 0, 0, control, 0.0, unchanged[control]),
-        row("after", "val", 0, 0, control, chosen, kept),
-    ]
-    found += [row("before", "test", 0, 0, n, 0.0, test.zero_shot(n)) for n in (task, control)]
-    test.merge(direction, -chosen)
-    found += [row("after", "test", 0, 0, n, chosen, test.count(n)) for n in (task, control)]
-    write_rows(Store(experiment.store), name, found, identity)
+
+    candidate: Candidate
+    task: str
+    """The task to forget."""
+    control: TaskConfig
+    keep: float
+    """Share of its zero-shot accuracy that the control must keep, 0 to 1."""
+
+    splits: ClassVar[tuple[str, ...]] = ("val", "test")
+
+    @property
+    def name(self) -> str:
+        """`negation-`, the candidate and the task."""
+        return negation_name(self.candidate.name, self.task)
+
+    @property
+    def choices(self) -> JsonObject:
+        """The control and its share."""
+        return {"control": self.control.model_dump(mode="json"), "keep": self.keep}
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows."""
+        control = self.control.name
+        validation, test = context.evaluator("val"), context.evaluator("test")
+        index = context.experiment.task_names.index(self.task)
+        additions = Additions(context.experiment, self.candidate, validation)
+        direction = next(additions.directions([(index,)]))
+        control_before = validation.zero_shot(control)
+        coefficient, control_after = self._strongest(validation, direction, control_before)
+        rows = [
+            Row.of("before", "val", 0, 0, control, 0.0, control_before),
+            Row.of("after", "val", 0, 0, control, coefficient, control_after),
+        ]
+        for task in (self.task, control):
+            rows.append(Row.of("before", "test", 0, 0, task, 0.0, test.zero_shot(task)))
+        test.merge(direction, -coefficient)
+        for task in (self.task, control):
+            rows.append(Row.of("after", "test", 0, 0, task, coefficient, test.count(task)))
+        write_rows(context.store, self.name, rows, self.identity)
+
+    def _strongest(
+        self, validation: Evaluator, direction: Tensor | None, control_before: Count
+    ) -> tuple[float, Count]:
+        """The coefficient to subtract with, and the control's correct answers with it."""
+        target_before = validation.zero_shot(self.task)
+        floor = self.keep * control_before.accuracy
+        chosen, control_after = 0.0, control_before
+        low, high = -1, len(NEGATION_LADDER)
+        while high - low > 1:
+            middle = (low + high) // 2
+            validation.merge(direction, -NEGATION_LADDER[middle])
+            control = validation.count(self.control.name)
+            if control.accuracy >= floor:
+                low, chosen, control_after = middle, NEGATION_LADDER[middle], control
+            else:
+                high = middle
+        validation.merge(direction, -chosen)
+        if validation.count(self.task).accuracy >= target_before.accuracy:
+            return 0.0, control_before
+        return chosen, control_after

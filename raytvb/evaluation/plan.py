@@ -1,154 +1,97 @@
-"""Which evaluations an experiment has, given what its search chose: each from the full vectors and
-from the basis.
+"""Which evaluations an experiment has, given what its search chose.
+
+This room measures each result once, after the choice. `plan` lists the evaluations, one class each,
+in the files that it imports from; `base` says what they have in common; `rows` is what they write,
+under the names of `names`. `images` gives them images and evaluators, and `precision` decides
+whether these may compute in bf16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from raytvb.evaluation.additions import evaluate_additions, evaluate_candidate, evaluate_models
-from raytvb.evaluation.arrivals import evaluate_online
-from raytvb.evaluation.disentanglement import evaluate_disentanglement
-from raytvb.evaluation.negation import evaluate_negation
-from raytvb.evaluation.unseen import evaluate_unseen
+from raytvb.evaluation.additions import NamedAdditions, SubsetAdditions
+from raytvb.evaluation.arrivals import OnlineArrivals
+from raytvb.evaluation.base import Evaluation
+from raytvb.evaluation.disentanglement import Disentanglement
+from raytvb.evaluation.negation import Negation
+from raytvb.evaluation.single_models import SingleModels
+from raytvb.evaluation.unseen import UnseenTask
 from raytvb.experiment.config import Experiment, half
 from raytvb.search.candidates import FULL, Candidate
+from raytvb.search.contracts import Choice, Outcome
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: its name in the store, what it depends on, and `function(experiment, name,
-    identity, *arguments, *evaluators)` on some splits."""
-
-    name: str
-    function: Callable[..., None]
-    arguments: tuple[Any, ...] = ()
-    splits: tuple[str, ...] = ("test",)
-    identity: Mapping[str, Any] = field(default_factory=dict)
-
-
-Outcomes = Mapping[str, Mapping[str, Any]]
-
-
-def is_tested(experiment: Experiment, candidate: Candidate, outcome: Mapping[str, Any]) -> bool:
-    """The test split is read for it: it went through all rounds of the search, or every method is
-    reported at its M.
+def is_tested(experiment: Experiment, candidate: Candidate, outcome: Outcome) -> bool:
+    """Whether the test split is read for a candidate: it went through all rounds of the search, or
+    its size is M = T/2, at which every method is reported.
     """
-    if outcome["invalid"] or candidate.kind == "zero-shot":
+    if outcome.invalid is not None or candidate.kind == "zero-shot":
         return False
-    return not outcome["stopped"] or candidate.size == half(len(experiment.tasks))
+    return not outcome.stopped or candidate.size == half(len(experiment.tasks))
 
 
-def subjects(candidates: Sequence[Candidate], choice: Mapping[str, Any]) -> list[Candidate]:
-    """What operations are measured on: the full vectors, and the chosen basis where there is
-    one.
-    """
-    return [FULL, *(c for c in candidates if c.name == choice["name"])]
+def chosen_basis(candidates: Sequence[Candidate], choice: Choice) -> Candidate | None:
+    """The basis that the search chose."""
+    return next((c for c in candidates if c.name == choice.name), None)
+
+
+def subjects(candidates: Sequence[Candidate], choice: Choice) -> list[Candidate]:
+    """What operations are measured on: the full vectors, and the chosen basis if there is one."""
+    basis = chosen_basis(candidates, choice)
+    return [FULL] if basis is None else [FULL, basis]
 
 
 def evaluations(
     experiment: Experiment,
     candidates: Sequence[Candidate],
-    outcomes: Outcomes,
-    choice: Mapping[str, Any],
-    fingerprint: str,
+    outcomes: Mapping[str, Outcome],
+    choice: Choice,
     precision: str,
 ) -> list[Evaluation]:
-    """All that is to be evaluated, whether done or not."""
-    found = [Evaluation("models", evaluate_models)]
-    for c in candidates:
-        if is_tested(experiment, c, outcomes[c.name]):
-            chosen = {k: outcomes[c.name][k] for k in ("coefficient", "own_lengths", "vector")}
-            found.append(
-                Evaluation(c.name, evaluate_candidate, (c, *chosen.values()), identity=chosen)
-            )
-    found += _online(experiment, candidates, outcomes)
-    asked = experiment.evaluate
-    for c in subjects(candidates, choice):
-        found += _negations(experiment, c)
-        if asked.additions:
-            identity = {
-                "additions": asked.additions,
-                "coefficients": experiment.search.coefficients.model_dump(),
-                "lengths": experiment.search.lengths,
-            }
-            found.append(
-                Evaluation(
-                    f"additions/{c.name}", evaluate_additions, (c,), ("val", "test"), identity
-                )
-            )
-        for pair in experiment.pairs:
-            assert asked.disentanglement is not None
-            identity = {"grid": asked.disentanglement.model_dump(exclude={"pairs"})}
-            found.append(
-                Evaluation(
-                    pair_name(c.name, pair), evaluate_disentanglement, (c, pair), identity=identity
-                )
-            )
-    if experiment.unseen and choice["name"] is not None:
-        basis = subjects(candidates, choice)[1]
-        assert asked.unseen is not None
-        for index, task in enumerate(experiment.unseen):
-            identity = {
-                "basis": basis.name,
-                "task": task.model_dump(mode="json"),
-                "learning": asked.unseen.model_dump(exclude={"tasks"}),
-            }
-            found.append(
-                Evaluation(
-                    f"unseen/{task.name}",
-                    evaluate_unseen,
-                    (basis, fingerprint, index),
-                    identity=identity,
-                )
-            )
-    return [
-        Evaluation(
-            e.name, e.function, e.arguments, e.splits, {**e.identity, "precision": precision}
-        )
-        for e in found
-    ]
+    """All evaluations of the experiment, made or not. outcomes: by candidate."""
+    planned: list[Evaluation] = [SingleModels(precision)]
+    tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
+    for candidate in tested:
+        planned.append(SubsetAdditions(precision, candidate, outcomes[candidate.name]))
+    for candidate in tested:
+        if candidate.online and candidate.is_basis:
+            planned += _arrivals(candidate, outcomes, precision)
+    for candidate in subjects(candidates, choice):
+        planned += _operations(experiment, candidate, precision)
+    basis, learning = chosen_basis(candidates, choice), experiment.evaluate.unseen
+    if basis is not None and learning is not None:
+        for task in experiment.unseen:
+            planned.append(UnseenTask(precision, basis, task, learning))
+    return planned
 
 
-def pair_name(candidate: str, pair: tuple[str, str]) -> str:
-    """Name of the disentanglement of two tasks, whose own names may have slashes."""
-    return f"disentanglement/{candidate}/{'+'.join(t.replace('/', '-') for t in pair)}"
-
-
-def _online(
-    experiment: Experiment, candidates: Sequence[Candidate], outcomes: Outcomes
+def _arrivals(
+    candidate: Candidate, outcomes: Mapping[str, Outcome], precision: str
 ) -> list[Evaluation]:
-    found = []
-    for c in (
-        c
-        for c in candidates
-        if c.online and c.is_basis and is_tested(experiment, c, outcomes[c.name])
-    ):
-        chosen = {
-            k: {f: outcomes[n][f] for f in ("coefficient", "own_lengths")}
-            for k, n in (("online", c.name), ("offline", c.offline.name), ("full", "full"))
-        }
-        if all(each["coefficient"] for each in chosen.values()):
-            found.append(
-                Evaluation(f"online/{c.name}", evaluate_online, (c, chosen), identity=chosen)
-            )
-    return found
-
-
-def _negations(experiment: Experiment, candidate: Candidate) -> list[Evaluation]:
-    control = experiment.control
-    if control is None:
+    """The arrivals of an online basis, unless something that it is compared with is invalid."""
+    online = outcomes[candidate.name]
+    offline = outcomes[candidate.offline.name]
+    full = outcomes[FULL.name]
+    if offline.invalid is not None or full.invalid is not None:
         return []
-    identity = {"control": control.model_dump(mode="json"), "keep": experiment.evaluate.keep}
-    return [
-        Evaluation(
-            f"negation-{candidate.name}/{task}",
-            evaluate_negation,
-            (candidate, index, control.name),
-            ("val", "test"),
-            identity,
+    return [OnlineArrivals(precision, candidate, online, offline, full)]
+
+
+def _operations(experiment: Experiment, candidate: Candidate, precision: str) -> list[Evaluation]:
+    """What is measured on one of the `subjects`: negations, named additions, disentanglement."""
+    planned: list[Evaluation] = []
+    evaluate, search = experiment.evaluate, experiment.search
+    if experiment.control is not None:
+        for task in experiment.task_names:
+            planned.append(Negation(precision, candidate, task, experiment.control, evaluate.keep))
+    if evaluate.additions:
+        planned.append(
+            NamedAdditions(
+                precision, candidate, evaluate.additions, search.coefficients, search.lengths
+            )
         )
-        for index, task in enumerate(experiment.task_names)
-    ]
+    if evaluate.disentanglement is not None:
+        for pair in experiment.pairs:
+            planned.append(Disentanglement(precision, candidate, pair, evaluate.disentanglement))
+    return planned

@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from raytvb.evaluation.images import make_evaluator
+from raytvb.evaluation.images import SplitArrays, make_evaluator
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.stored import vector_set
+from raytvb.models.evaluator import Evaluator
 from raytvb.models.process import device
 
-KEPT_ANSWERS = 0.995  # share of them that bf16 must not change
+KEPT_ANSWERS = 0.995
+"""Share of the answers of fp32 that bf16 must keep."""
 
 
 def compare_precisions(
-    experiment: Experiment, fingerprint: str, arrays: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Whether bf16 may be used: on validation images, it must keep KEPT_ANSWERS of the answers of
-    float32.
+    experiment: Experiment, fingerprint: str, arrays: Mapping[str, SplitArrays]
+) -> PrecisionMetrics:
+    """Whether evaluations compute in bf16: it must keep KEPT_ANSWERS of the answers of fp32.
 
-    Of the pretrained model, and of that with the mean task vector added. Returns `use`, the
-    `agreement` on all images (of the worse model), that of the worst task, the number of images,
-    and the device. On a CPU only `precision: bf16` asks for it, as most compute it slower.
+    Two models are compared on validation images: the pretrained one, and that with the mean task
+    vector added. The worse one counts. On a CPU, most of which compute bf16 slower, it is tried
+    only for `precision: bf16`.
+
+    arrays: validation images by task.
     """
     place = device()
-    if experiment.evaluate.precision == "fp32" or (
-        experiment.evaluate.precision == "auto" and place.type == "cpu"
-    ):
-        return {"use": "fp32", "device": place.type}
-    evaluators = {p: make_evaluator(experiment, fingerprint, arrays, p) for p in ("fp32", "bf16")}
+    setting = experiment.evaluate.precision
+    if setting == "fp32" or (setting == "auto" and place.type == "cpu"):
+        return PrecisionMetrics(use="fp32", device=place.type)
+    exact = make_evaluator(experiment, fingerprint, arrays, "fp32")
+    rough = make_evaluator(experiment, fingerprint, arrays, "bf16")
     count = len(experiment.tasks)
     mean_vector = next(
         vector_set(experiment.store, experiment.task_names).combinations(
             torch.full((count, 1), 1.0 / count, dtype=torch.float64)
         )
     )
-    agreements, worst, images = [], 1.0, 0
-    for direction in (None, mean_vector):
-        same, total = 0, 0
-        for evaluator in evaluators.values():
-            evaluator.merge(direction, 1.0)
-        for task in arrays:
-            left, right = (e.answers(task)[0] for e in evaluators.values())
-            agree = int((left == right).sum())
-            same, total, worst = same + agree, total + len(left), min(worst, agree / len(left))
-        agreements.append(same / total)
-        images = total
-    agreement = min(agreements)
-    return {
-        "use": "bf16" if agreement >= KEPT_ANSWERS else "fp32",
-        "agreement": agreement,
-        "worst_task": worst,
-        "images": images,
-        "device": place.type,
-    }
+    models = [
+        _equal_answers(exact, rough, direction, list(arrays)) for direction in (None, mean_vector)
+    ]
+    agreement = min(model.share for model in models)
+    return PrecisionMetrics(
+        use="bf16" if agreement >= KEPT_ANSWERS else "fp32",
+        device=place.type,
+        agreement=agreement,
+        worst_task=min(model.worst_task for model in models),
+        images=models[0].images,
+    )
+
+
+@dataclass(frozen=True)
+class _EqualAnswers:
+    """How often two precisions give the same answer for one model."""
+
+    share: float
+    """Of all images, 0 to 1."""
+    worst_task: float
+    """Of the images of the task where it is lowest."""
+    images: int
+
+
+def _equal_answers(
+    exact: Evaluator, rough: Evaluator, direction: Tensor | None, tasks: Sequence[str]
+) -> _EqualAnswers:
+    """Compare two evaluators on the pretrained model with a direction added."""
+    exact.merge(direction, 1.0)
+    rough.merge(direction, 1.0)
+    equal, images, worst = 0, 0, 1.0
+    for task in tasks:
+        answers = exact.answers(task)[0]
+        equal_here = int((answers == rough.answers(task)[0]).sum())
+        equal += equal_here
+        images += len(answers)
+        worst = min(worst, equal_here / len(answers))
+    return _EqualAnswers(equal / images, worst, images)

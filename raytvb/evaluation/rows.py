@@ -1,24 +1,93 @@
-"""Evaluations in a store: Parquet files of counts, each written as one object, so that it is there
-whole or not at all.
+"""The results of evaluations in a store: one Parquet file for each evaluation.
 
-What a file depends on beside the experiment's frozen part (coefficients, the control …) is in its
-metadata: an evaluation that was made with something else is made again.
+Most evaluations count correct answers (`Row`); disentanglement compares pairs of tasks
+(`PairRow`). A file is written as one object, so it is either whole or absent. Its metadata hold the
+identity: everything the rows depend on beside the frozen part of the experiment, such as
+coefficients or the control. If that changes, the evaluation is made again.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytvb.errors import UserError
 from raytvb.maths.counts import Count
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
 from raytvb.storage.tables import parquet_bytes
+
+_IDENTITY = b"raytvb"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Correct answers of one model on the images of one task."""
+
+    model: str
+    """What was measured: a candidate's name, `zero-shot`, `before`, `after` and so on."""
+    split: str
+    size: int
+    """Number of tasks added (an unseen task: number of coefficients learned)."""
+    subset: int
+    """Number of the subset among those of its size (online: tasks that had arrived; an unseen task:
+    training images)."""
+    task: str
+    coefficient: float | None
+    """None if the model has no single coefficient."""
+    correct: int
+    total: int
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        split: str,
+        size: int,
+        subset: int,
+        task: str,
+        coefficient: float | None,
+        count: Count,
+    ) -> Row:
+        """The row of a count; its expected correct answers are not kept."""
+        return cls(model, split, size, subset, task, coefficient, count.correct, count.total)
+
+    @property
+    def count(self) -> Count:
+        """Correct answers out of the images."""
+        return Count(self.correct, self.total)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers, 0 to 1."""
+        return self.count.accuracy
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """Answers of one model with two tasks added that differ from the answers with one of them."""
+
+    model: str
+    split: str
+    first: str
+    second: str
+    alpha: float
+    """Coefficient of the first task."""
+    beta: float
+    """Coefficient of the second task."""
+    disagree: int
+    """Images of both tasks with a different answer."""
+    total: int
+    """Images of both tasks."""
+    error: float
+    """Sum over the two tasks of the share of images with a different answer, 0 to 2."""
+
 
 SCHEMA = pa.schema(
     [
@@ -32,71 +101,89 @@ SCHEMA = pa.schema(
         ("total", pa.int64()),
     ]
 )
+"""Columns of a file of `Row`."""
 
+PAIR_SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),
+        ("split", pa.string()),
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("alpha", pa.float64()),
+        ("beta", pa.float64()),
+        ("disagree", pa.int64()),
+        ("total", pa.int64()),
+        ("error", pa.float64()),
+    ]
+)
+"""Columns of a file of `PairRow`."""
 
-_IDENTITY = b"raytvb"
-
-
-def row(
-    model: str, split: str, size: int, subset: int, task: str, alpha: float | None, count: Count
-) -> dict[str, Any]:
-    """One row: `correct` of `total` images of a task's split, for a model with a subset of `size`
-    tasks added.
-
-    alpha: None where there is no one coefficient.
-    """
-    return {
-        "model": model,
-        "split": split,
-        "size": size,
-        "subset": subset,
-        "task": task,
-        "coefficient": alpha,
-        "correct": count.correct,
-        "total": count.total,
-    }
+AnyRow = TypeVar("AnyRow", Row, PairRow)
 
 
 def key(name: str) -> str:
-    """Where an evaluation lies."""
+    """Key of an evaluation's file in the store."""
     return f"evals/{name}.parquet"
 
 
-def write_rows(
+def write_rows(store: Store, name: str, rows: Sequence[Row], identity: JsonObject) -> None:
+    """Write the rows of an evaluation with its identity."""
+    _write(store, name, rows, identity, SCHEMA)
+
+
+def write_pair_rows(store: Store, name: str, rows: Sequence[PairRow], identity: JsonObject) -> None:
+    """Write the rows of a disentanglement evaluation with its identity."""
+    _write(store, name, rows, identity, PAIR_SCHEMA)
+
+
+def _write(
     store: Store,
     name: str,
-    rows: Sequence[Mapping[str, Any]],
-    identity: Mapping[str, Any],
-    schema: pa.Schema = SCHEMA,
+    rows: Sequence[Row] | Sequence[PairRow],
+    identity: JsonObject,
+    schema: pa.Schema,
 ) -> None:
-    """Write an evaluation, with what it depends on."""
-    store.write(key(name), parquet_bytes(rows, schema.with_metadata({_IDENTITY: _json(identity)})))
+    described = schema.with_metadata({_IDENTITY: _identity_bytes(identity)})
+    store.write(key(name), parquet_bytes([asdict(row) for row in rows], described))
 
 
-def _json(identity: Mapping[str, Any]) -> bytes:
-    return json.dumps(dict(identity), sort_keys=True).encode()
+def _identity_bytes(identity: JsonObject) -> bytes:
+    return json.dumps(identity, sort_keys=True).encode()
 
 
-def has_rows(store: Store, name: str, identity: Mapping[str, Any] | None = None) -> bool:
-    """The evaluation has been done, with that identity where one is given."""
-    if not store.exists(key(name)):
-        return False
+def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> bool:
+    """Whether the evaluation has been made, and with this identity if one is given."""
     if identity is None:
-        return True
+        return store.exists(key(name))
+    data = store.find(key(name))
+    if data is None:
+        return False
     try:
-        metadata = pq.read_table(io.BytesIO(store.read(key(name)))).schema.metadata or {}
+        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
     except (pa.ArrowException, OSError):
-        return False  # damaged: it is made again
-    return bool(metadata.get(_IDENTITY) == _json(identity))
+        return False  # a damaged file: the evaluation is made again
+    return bool(metadata.get(_IDENTITY) == _identity_bytes(identity))
 
 
-def read_rows(store: Store, name: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation. Raises UserError that names a damaged file."""
+def read_rows(store: Store, name: str) -> list[Row]:
+    """The rows of an evaluation.
+
+    Raises StoreKeyError if it has not been made, UserError that names the file if it is damaged.
+    """
+    return _read(store, name, Row, SCHEMA)
+
+
+def read_pair_rows(store: Store, name: str) -> list[PairRow]:
+    """The rows of a disentanglement evaluation; raises as `read_rows`."""
+    return _read(store, name, PairRow, PAIR_SCHEMA)
+
+
+def _read(store: Store, name: str, row_type: type[AnyRow], schema: pa.Schema) -> list[AnyRow]:
     data = store.read(key(name))
     try:
-        found: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(io.BytesIO(data)).select(schema.names)
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(
             f"{store.where(key(name))} is damaged ({error}): `raytvb evaluate` makes it again"
         ) from None
-    return found
+    return [row_type(**fields) for fields in table.to_pylist()]

@@ -1,84 +1,123 @@
-"""Tasks without a vector."""
+"""Tasks without a vector: coefficients of stored vectors, learned on a few training images."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from raytvb.data.loading import load_split
-from raytvb.evaluation.additions import Identity
-from raytvb.evaluation.rows import row, write_rows
+from raytvb.data.splits import Split
+from raytvb.evaluation.base import Context, Evaluation
+from raytvb.evaluation.names import unseen_name
+from raytvb.evaluation.rows import Row, write_rows
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.evaluating import UnseenConfig
 from raytvb.experiment.stored import load_coefficients
+from raytvb.experiment.task_store import TaskStore
+from raytvb.experiment.tasks import TaskConfig
 from raytvb.maths.seeds import task_seed
-from raytvb.models.base import base_encoder
-from raytvb.models.classifier import ImageClassifier
-from raytvb.models.evaluator import Evaluator
+from raytvb.models.base import load_base
 from raytvb.models.few_shot import few_shot_sample, learn_coefficients
-from raytvb.models.heads import load_head
+from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.process import device, threads
 from raytvb.search.candidates import FULL, Candidate
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
 
 
-def evaluate_unseen(
-    experiment: Experiment,
-    name: str,
-    identity: Identity,
-    candidate: Candidate,
-    fingerprint: str,
-    index: int,
-    test: Evaluator,
-) -> None:
-    """Test accuracy on a task without a vector: zero-shot, and with coefficients learned on a few
-    training images.
+@dataclass(frozen=True)
+class _FewImages:
+    """What coefficients are learned on."""
 
-    One coefficient for each vector of the candidate's basis, and one for each of the T task
-    vectors. Rows of the kinds `zero-shot`, `basis` and `full`; `size` is the number of
-    coefficients, `subset` that of the images.
+    split: Split
+    """All training images of the task."""
+    sample: Tensor
+    """(n,) positions of the few in it."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class UnseenTask(Evaluation):
+    """Test accuracy on a task without a vector, zero-shot and with coefficients learned on a few
+    training images: one for each vector of a basis, and one for each of the T task vectors.
+
+    Rows of the models `zero-shot`, `basis` and `full`; `size` is the number of coefficients,
+    `subset` that of the training images.
     """
-    asked = experiment.evaluate.unseen
-    assert asked is not None
-    task, place = asked.tasks[index], device()
-    encoder = base_encoder(experiment.store, fingerprint)
-    head = load_head(Store(experiment.store), experiment, task, encoder)
-    split = load_split(task, "train", encoder.preprocess, threads=threads(experiment))
-    seed = task_seed(experiment.seed, f"{task.name}/few-shot")
-    few = few_shot_sample(split.labels, asked.shots, seed)
-    found = [row("zero-shot", "test", 0, 0, task.name, 0.0, test.zero_shot(task.name))]
-    gram = GramState.read(Store(experiment.store)).ordered(experiment.task_names)
-    length = gram.diagonal().sqrt().mean()
-    subjects = {"basis": candidate, "full": FULL}
-    for kind, subject in subjects.items():
-        vectors, table = subject.open(experiment)
-        if subject.kind == "full":
-            lengths = gram.diagonal().sqrt()
-        else:
-            B = load_coefficients(Store(experiment.store), subject.basis)[0]
-            lengths = (B * (gram @ B)).sum(dim=0).clamp(min=0).sqrt()
-        scales = torch.where(
-            lengths > 0, length / lengths.clamp(min=torch.finfo(torch.float64).tiny), 0.0
-        )
-        model: Any = encoder.model
-        classifier = ImageClassifier(copy.deepcopy(model.visual), head).eval().to(place)
+
+    basis: Candidate
+    task: TaskConfig
+    learning: UnseenConfig
+
+    @property
+    def name(self) -> str:
+        """`unseen/` and the task's name."""
+        return unseen_name(self.task.name)
+
+    @property
+    def choices(self) -> JsonObject:
+        """The basis, the task and how it is learned."""
+        return {
+            "basis": self.basis.name,
+            "task": self.task.model_dump(mode="json"),
+            "learning": self.learning.model_dump(mode="json", exclude={"tasks"}),
+        }
+
+    def run(self, context: Context) -> None:
+        """Measure, and write the rows."""
+        test, task = context.evaluator("test"), self.task.name
+        few = self._few_images(context)
+        rows = [Row.of("zero-shot", "test", 0, 0, task, 0.0, test.zero_shot(task))]
+        for model, candidate in (("basis", self.basis), ("full", FULL)):
+            size, direction = self._learned(context, candidate, few)
+            test.merge(direction, 1.0)
+            rows.append(Row.of(model, "test", size, len(few.sample), task, None, test.count(task)))
+        write_rows(context.store, self.name, rows, self.identity)
+
+    def _few_images(self, context: Context) -> _FewImages:
+        experiment = context.experiment
+        preprocess = load_base(experiment.store, context.fingerprint).preprocess
+        split = load_split(self.task, "train", preprocess, threads=threads(experiment))
+        seed = task_seed(experiment.seed, f"{self.task.name}/few-shot")
+        return _FewImages(split, few_shot_sample(split.labels, self.learning.shots, seed), seed)
+
+    def _learned(
+        self, context: Context, candidate: Candidate, few: _FewImages
+    ) -> tuple[int, Tensor]:
+        """The number of coefficients, and the direction that they give."""
+        experiment, place = context.experiment, device()
+        task_store = TaskStore(experiment, self.task)
+        pretrained = PretrainedTask.load(task_store, context.fingerprint)
+        vectors, table = candidate.open(experiment)
         learned = learn_coefficients(
-            classifier,
+            pretrained.classifier(),
             vectors,
-            split.images[few],
-            split.labels[few],
-            scales=scales,
-            preprocess=encoder.preprocess,
-            steps=asked.steps,
-            lr=asked.lr,
-            batch_size=asked.batch_size,
-            seed=seed,
+            few.split.images[few.sample],
+            few.split.labels[few.sample],
+            scales=_scales(experiment, candidate),
+            preprocess=pretrained.preprocess,
+            steps=self.learning.steps,
+            lr=self.learning.lr,
+            batch_size=self.learning.batch_size,
+            seed=few.seed,
             device=place,
         )
-        test.merge(learned.direction, 1.0)
-        found.append(
-            row(kind, "test", table.shape[0], len(few), task.name, None, test.count(task.name))
-        )
-    write_rows(Store(experiment.store), name, found, identity)
+        return len(table), learned.direction
+
+
+def _scales(experiment: Experiment, candidate: Candidate) -> Tensor:
+    """Factors (F,) float64 that give each stored vector the mean length of the task vectors; 0 for
+    a vector without length.
+    """
+    store = Store(experiment.store)
+    gram = GramState.read(store).ordered(experiment.task_names)
+    task_lengths = gram.diagonal().sqrt()
+    lengths = task_lengths
+    if candidate.uses_stored_basis:
+        B = load_coefficients(store, candidate.basis)[0]
+        lengths = (B * (gram @ B)).sum(dim=0).clamp(min=0).sqrt()
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.where(lengths > 0, task_lengths.mean() / lengths.clamp(min=tiny), 0.0)

@@ -10,81 +10,88 @@ from typing import Any
 import ray
 
 from raytvb.errors import UserError
-from raytvb.evaluation.images import make_evaluator
-from raytvb.evaluation.plan import Evaluation
+from raytvb.evaluation.base import Context, Evaluation
+from raytvb.evaluation.images import SplitArrays, make_evaluator
 from raytvb.evaluation.precision import compare_precisions
 from raytvb.evaluation.rows import has_rows
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.process import worker_setup
 from raytvb.orchestration.connect import slots
-from raytvb.storage.store import Store
 
-Refs = tuple[tuple[str, Any], ...]  # (task, object reference of its evaluation split)
+Refs = tuple[tuple[str, Any], ...]
+"""Pairs of a task and the object reference of its `SplitArrays`."""
+
+
+def _fetched(refs: Refs) -> dict[str, SplitArrays]:
+    """The images by task, in the node's shared memory."""
+    arrays: dict[str, SplitArrays] = {}
+    for task, ref in refs:
+        fetched: Any = ray.get(ref)
+        arrays[task] = fetched
+    return arrays
 
 
 @cache
 def evaluator(experiment: Experiment, fingerprint: str, refs: Refs, precision: str) -> Evaluator:
-    """The worker's evaluator, built once a process; the images stay in the node's shared memory."""
+    """The evaluator of a worker, built once a process."""
     worker_setup()
-    return make_evaluator(
-        experiment, fingerprint, {name: ray.get(ref) for name, ref in refs}, precision
-    )
+    return make_evaluator(experiment, fingerprint, _fetched(refs), precision)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What evaluations need beside the store: the pretrained model's fingerprint, the images, and
-    how to compute.
-    """
+    """What a worker needs beside the store to evaluate."""
 
     experiment: Experiment
     fingerprint: str
+    """Of the pretrained model."""
     splits: Mapping[str, Refs]
+    """Images by split."""
     precision: str
 
     def evaluator(self, split: str) -> Evaluator:
         """The worker's evaluator of a split."""
         return evaluator(self.experiment, self.fingerprint, self.splits[split], self.precision)
 
+    @property
+    def context(self) -> Context:
+        """What evaluations are run with."""
+        return Context(self.experiment, self.fingerprint, self.evaluator)
+
 
 def compare_precisions_on_refs(
     experiment: Experiment, fingerprint: str, refs: Refs
-) -> dict[str, Any]:
+) -> PrecisionMetrics:
     """`compare_precisions` on images in Ray's object store."""
     worker_setup()
-    return compare_precisions(experiment, fingerprint, {name: ray.get(ref) for name, ref in refs})
+    return compare_precisions(experiment, fingerprint, _fetched(refs))
 
 
 def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, str]:
-    """Evaluations one after the other with the worker's evaluators; name -> reason of those that
-    failed.
-    """
-    failed = {}
-    for each in group:
+    """Run evaluations one after the other; returns the reasons of those that failed, by name."""
+    context = service.context
+    failed: dict[str, str] = {}
+    for evaluation in group:
         try:
-            if not has_rows(
-                Store(service.experiment.store), each.name, each.identity
-            ):  # it has where this is a retry
-                each.function(
-                    service.experiment,
-                    each.name,
-                    each.identity,
-                    *each.arguments,
-                    *(service.evaluator(s) for s in each.splits),
-                )
+            # If Ray repeats this task, the first evaluations of the group have been made.
+            if not has_rows(context.store, evaluation.name, evaluation.identity):
+                evaluation.run(context)
         except (UserError, ValueError) as error:
-            failed[each.name] = str(error)
+            failed[evaluation.name] = str(error)
     return failed
 
 
 def evaluation_groups(
     experiment: Experiment, evaluations: Sequence[Evaluation]
 ) -> list[Sequence[Evaluation]]:
-    """One a task on CPUs. A GPU task starts a process, so there two groups for each that the
-    cluster holds at once.
+    """The evaluations by Ray task.
+
+    A CPU task gets one, so that all workers end at about the same time. A GPU task starts a process
+    of its own, so there are only twice as many groups as the cluster runs at once.
     """
     if not experiment.resources.gpus_per_task:
-        return [[e] for e in evaluations]
+        return [[evaluation] for evaluation in evaluations]
     count = min(len(evaluations), 2 * slots(experiment))
-    return [evaluations[i::count] for i in range(count)]
+    return [evaluations[first::count] for first in range(count)]

@@ -1,12 +1,13 @@
-"""The search with Ray Tune: one trial for each way to add tasks (method x M, and what it is
-compared with).
+"""The search with Ray Tune: one trial for each candidate.
 
-A trial chooses its coefficients by itself, so that the model, the images and the vectors are set up
-once. It goes through rounds, on growing shares of the validation images; each is a record in the
-store, so that a search that was killed goes on where it was. ASHA ends the poorer trials of a size
-early. What it lets through depends on which trial was quicker, so it decides what is measured,
-never what is chosen: the choice is that of successive halving over all trials of a size
-(`selection.halve`), and rounds which that wants and ASHA ended are made up for.
+A trial chooses the coefficients of its candidate by itself, so that the model, the images and the
+vectors are set up once. It goes through rounds on growing shares of the validation images. Each
+round is a record in the store, so a search that was killed continues where it was.
+
+ASHA ends the poorer trials of a size early. Which trials it ends depends on which were quicker, so
+ASHA decides only what is measured first, never what is chosen. The choice is that of successive
+halving over all trials of a size (`maths.halving.halve`). Where halving grants a candidate a round
+that ASHA ended it before, another pass of `run_search` measures that round.
 """
 
 from __future__ import annotations
@@ -14,202 +15,291 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SEARCH, search_prefix
+from raytvb.experiment.layout import SEARCH
 from raytvb.maths.halving import LEAST
 from raytvb.orchestration.progress import Stage
 from raytvb.orchestration.service import Service
 from raytvb.search.additions import InvalidCandidateError
 from raytvb.search.candidates import Candidate
-from raytvb.search.decision import halving_state
+from raytvb.search.contracts import Invalid, Measured, RoundResult
+from raytvb.search.decision import comparable, halving_state
 from raytvb.search.identities import search_identity
-from raytvb.search.rounds import known_rounds
+from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage import records
 from raytvb.storage.store import Store
 
 StageOf = Callable[[str, int], AbstractContextManager[Stage]]
+"""Opens a stage of the progress display, given its name and number of steps."""
+
+Report = dict[str, float | int | str]
+"""What a trial tells Tune of one round."""
+
+MAX_FAILURES = 3
+"""Most repetitions of a trial whose worker died."""
+
+# The trial, in a worker ---------------------------------------------------------------------------
+
+
+class _Rounds:
+    """The rounds of one candidate: reads those in the store, measures and commits the next one."""
+
+    def __init__(self, service: Service, candidate: Candidate) -> None:
+        self._service = service
+        self._candidate = candidate
+        self._store = Store(service.experiment.store)
+        self.results = known_rounds(self._store, service.experiment, candidate)
+
+    @cached_property
+    def _search(self) -> CandidateSearch:
+        evaluator = self._service.evaluator("val")
+        return CandidateSearch(self._service.experiment, self._candidate, evaluator)
+
+    def measure_next(self) -> RoundResult:
+        """The first round that is not in the store."""
+        before = self.results[-1] if self.results else None
+        if isinstance(before, Invalid):
+            return before  # more images cannot be measured either
+        try:
+            return self._search.round(len(self.results) + 1, before)
+        except InvalidCandidateError as error:
+            return Invalid(invalid=str(error))
+
+    def commit(self, result: RoundResult) -> None:
+        """Write the first round that is not in the store."""
+        records.commit(
+            self._store,
+            round_prefix(self._candidate, len(self.results) + 1),
+            identity=search_identity(self._service.experiment, self._candidate),
+            metrics=result,
+        )
+        self.results = known_rounds(self._store, self._service.experiment, self._candidate)
 
 
 def _trial(
-    config: dict[str, Any], service: Service, candidates: Sequence[Candidate], limits: Sequence[int]
+    config: Mapping[str, int],
+    service: Service,
+    candidates: Sequence[Candidate],
+    limits: Sequence[int],
 ) -> None:
-    """The rounds of a candidate up to its limit, each reported to Tune; those that the store has
-    are not repeated.
-    """
-    experiment, candidate = service.experiment, candidates[config["index"]]
-    store, search = Store(experiment.store), None
-    known = known_rounds(store, experiment, candidate)
-    for number in range(1, limits[config["index"]] + 1):
-        if len(known) < number:
+    """The rounds of the candidate `config["index"]` up to its limit, each reported to Tune."""
+    index = config["index"]
+    experiment, candidate = service.experiment, candidates[index]
+    rounds = _Rounds(service, candidate)
+    for number in range(1, limits[index] + 1):
+        if len(rounds.results) < number:
             try:
-                search = search or CandidateSearch(experiment, candidate, service.evaluator("val"))
-                result = search.round(number, known[-1] if known else None)
-            except InvalidCandidateError as error:
-                result = {"invalid": str(error), "objective": None, "accuracy": {}}
-            except (
-                UserError,
-                ValueError,
-            ) as error:  # fails again: Tune is to repeat only what a dying worker broke
-                tune.report(
-                    {"objective": -math.inf, "time": _time(experiment, number), "error": str(error)}
-                )
+                result = rounds.measure_next()
+            except (UserError, ValueError) as error:
+                # A repetition would fail again. The trial therefore ends as if all were well, for
+                # Tune repeats trials that raise, which is meant for workers that died.
+                tune.report(_failure_report(experiment, number, str(error)))
                 return
-            records.commit(
-                store,
-                f"{search_prefix(candidate.name)}/round-{number}",
-                identity=search_identity(experiment, candidate),
-                metrics=result,
-            )
-            known = known_rounds(store, experiment, candidate)
-        result = known[number - 1]
-        tune.report(
-            {
-                "objective": result["objective"],
-                "time": _time(experiment, number),
-                "method": candidate.method,
-                "size": candidate.size,
-                "share": experiment.search.shares[number - 1],
-                **{f"accuracy_{s}": a for s, a in result["accuracy"].items()},
-            }
-        )
-        if "invalid" in result:
+            rounds.commit(result)
+        result = rounds.results[number - 1]
+        tune.report(_report(experiment, candidate, number, result))
+        if isinstance(result, Invalid):
             return
 
 
-def _time(experiment: Experiment, number: int) -> float:
-    """What ASHA takes for the time of a round: its rounds are powers of the reduction factor."""
+def _report(
+    experiment: Experiment, candidate: Candidate, number: int, result: RoundResult
+) -> Report:
+    """What Tune, and TensorBoard after it, is told of a round."""
+    report: Report = {
+        "objective": comparable(result),
+        "time": _asha_time(experiment, number),
+        "method": candidate.method,
+        "size": candidate.size,
+        "share": experiment.search.shares[number - 1],
+    }
+    if isinstance(result, Measured):
+        for size, accuracy in result.accuracy.items():
+            report[f"accuracy_{size}"] = accuracy
+    return report
+
+
+def _failure_report(experiment: Experiment, number: int, reason: str) -> Report:
+    """What Tune is told of a round that failed."""
+    return {"objective": -math.inf, "time": _asha_time(experiment, number), "error": reason}
+
+
+def _asha_time(experiment: Experiment, number: int) -> float:
+    """The time of a round as ASHA counts it: its milestones are powers of the reduction factor."""
     return float((1.0 / experiment.search.keep) ** (number - 1))
 
 
-class _ByGroup(FIFOScheduler):  # type: ignore[misc]
-    """An ASHA for each group of candidates, which alone are compared: those of one size, whose
-    bytes are equal.
+# Tune's scheduler and callback, in the driver -----------------------------------------------------
+
+
+class _ByGroup(FIFOScheduler):
+    """An ASHA for each group of candidates that compete: the bases of one size, which have as many
+    bytes. Candidates without a group, and groups too small to end anything, run to their end.
     """
 
     def __init__(self, experiment: Experiment, groups: Sequence[str | None]) -> None:
+        """groups: of the candidates, by their index."""
         super().__init__()
-        self._groups, self._ashas = list(groups), dict[str, TrialScheduler]()
+        self._groups = list(groups)
+        self._ashas: dict[str, TrialScheduler] = {}
         for group in groups:
             if group is not None and self._groups.count(group) > LEAST:
-                self._ashas[group] = ASHAScheduler(
-                    time_attr="time",
-                    metric="objective",
-                    mode="max",
-                    grace_period=1,
-                    max_t=_time(experiment, len(experiment.search.shares)) * (1 + 1e-9),
-                    reduction_factor=1.0 / experiment.search.keep,
-                )
+                self._ashas[group] = _asha(experiment)
 
-    def _asha(self, trial: Any) -> TrialScheduler | None:
+    def _asha_of(self, trial: Trial) -> TrialScheduler | None:
         group = self._groups[trial.config["index"]]
         return None if group is None else self._ashas.get(group)
 
-    def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """Tell the trial's ASHA."""
-        if asha := self._asha(trial):
-            asha.on_trial_add(controller, trial)
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand a new trial to the ASHA of its group."""
+        asha = self._asha_of(trial)
+        if asha is not None:
+            asha.on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """What its ASHA says; CONTINUE for others."""
-        asha = self._asha(trial)
-        return (
-            TrialScheduler.CONTINUE
-            if asha is None
-            else asha.on_trial_result(controller, trial, result)
-        )
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: Report) -> str:
+        """What the ASHA of the trial's group decides; without one the trial continues."""
+        asha = self._asha_of(trial)
+        if asha is None:
+            return TrialScheduler.CONTINUE
+        return asha.on_trial_result(tune_controller, trial, result)
 
-    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Tell the trial's ASHA, which needs a result."""
-        if (asha := self._asha(trial)) and result:
-            asha.on_trial_complete(controller, trial, result)
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Report) -> None:
+        """Hand the last result of a trial to the ASHA of its group, unless there is no result."""
+        asha = self._asha_of(trial)
+        if asha is not None and result:
+            asha.on_trial_complete(tune_controller, trial, result)
 
 
-class _Progress(tune.Callback):  # type: ignore[misc]
-    """Reports trials as they end. Tune pickles callbacks into its state: what is left of this one
-    is silent.
+def _asha(experiment: Experiment) -> TrialScheduler:
+    """ASHA over the rounds of an experiment."""
+    last = _asha_time(experiment, len(experiment.search.shares))
+    return ASHAScheduler(
+        time_attr="time",
+        metric="objective",
+        mode="max",
+        grace_period=1,
+        max_t=last * (1 + 1e-9),  # type: ignore[arg-type]  # any number will do, as for the time
+        reduction_factor=1.0 / experiment.search.keep,
+    )
+
+
+class _Progress(tune.Callback):
+    """Reports each trial that ends.
+
+    Tune pickles its callbacks into a file; what is unpickled from there is one that does nothing.
     """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return tune.Callback, ()
 
     def __init__(self, advance: Callable[[str], None], names: Sequence[str]) -> None:
-        self._advance, self._names = advance, names
+        """advance: takes a note on the trial. names: of the candidates, by their index."""
+        self._advance = advance
+        self._names = names
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+        return tune.Callback, ()
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Advance by one trial."""
         last = trial.last_result or {}
         share = last.get("share", 1.0)
-        of = f" on {100 * share:g} % of the images" if share < 1 else ""
-        self._advance(
-            f"{self._names[trial.config['index']]} {100 * last.get('objective', math.nan):.1f} %{of}"
-        )
+        images = f" on {100 * share:g} % of the images" if share < 1 else ""
+        objective = 100 * last.get("objective", math.nan)
+        self._advance(f"{self._names[trial.config['index']]} {objective:.1f} %{images}")
 
 
-def _storage(store: Store) -> dict[str, Any]:
-    """Where Tune keeps its own files: in the store, so that every node and every later run sees
-    them.
+# Passes over what is missing ----------------------------------------------------------------------
+
+
+def run_search(service: Service, candidates: Sequence[Candidate], stage_of: StageOf) -> None:
+    """Measure all rounds that are missing.
+
+    Raises UserError that names the candidates that failed and why.
     """
-    local = store.local_path(SEARCH)
-    if local is not None:
-        return {"storage_path": local}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
+    store = Store(service.experiment.store)
+    missing = halving_state(store, service.experiment, candidates).missing
+    while missing:
+        failed = _run_pass(service, candidates, missing, stage_of)
+        still_missing = halving_state(store, service.experiment, candidates).missing
+        if failed or still_missing == missing:
+            raise UserError(_failure_message(failed, list(still_missing), len(candidates)))
+        missing = still_missing
 
-    return {
-        "storage_path": store.path(SEARCH),
-        "storage_filesystem": PyFileSystem(FSSpecHandler(store.fs)),
-    }
+
+def _run_pass(
+    service: Service,
+    candidates: Sequence[Candidate],
+    missing: Mapping[str, int],
+    stage_of: StageOf,
+) -> dict[str, str]:
+    """One run of Tune over the candidates with missing rounds. Returns reasons of failures by name.
+
+    The first pass lets every candidate go through all rounds, unless ASHA ends it. It is the first
+    as long as some candidate has no round at all. Later passes measure just the rounds that halving
+    still needs.
+    """
+    experiment, store = service.experiment, Store(service.experiment.store)
+    rounds = len(experiment.search.shares)
+    remaining = [candidate for candidate in candidates if candidate.name in missing]
+    is_first = any(not known_rounds(store, experiment, candidate) for candidate in remaining)
+    if is_first:
+        name, limits = "search", [rounds] * len(remaining)
+        may_end_early = rounds > 1 and experiment.search.keep < 1.0
+    else:
+        name, limits = "search, further images", [missing[c.name] for c in remaining]
+        may_end_early = False
+    with stage_of(name, len(remaining)) as stage:
+        return _run_trials(service, remaining, limits, may_end_early, stage)
+
+
+def _failure_message(failed: Mapping[str, str], missing: Sequence[str], total: int) -> str:
+    """Which candidates failed, out of how many, and what to do."""
+    count = len(failed) or len(missing)
+    reasons = [f"{name}: {reason}" for name, reason in sorted(failed.items())]
+    details = "\n  ".join(reasons) or ", ".join(sorted(missing))
+    return (
+        f"search failed for {count} of {total} candidates; the rest is done and kept:\n"
+        f"  {details}\n"
+        f"Once the cause is removed, run the same command again to go on."
+    )
 
 
 def _run_trials(
     service: Service,
     candidates: Sequence[Candidate],
     limits: Sequence[int],
-    early: bool,
+    may_end_early: bool,
     stage: Stage,
 ) -> dict[str, str]:
-    """A Tune trial for each candidate up to its round; errors by name. `early`: ASHA may end them
-    before.
+    """A Tune trial for each candidate up to its limit of rounds. Returns reasons of failures by
+    name.
     """
-    experiment, asked = service.experiment, service.experiment.resources
-    store = Store(experiment.store)
-    attempts = {k.split("/")[1] for k in store.keys(SEARCH) if k.startswith(f"{SEARCH}/tune-")}
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            _trial, service=service, candidates=list(candidates), limits=list(limits)
-        ),
-        {"cpu": asked.cpus_per_task, "gpu": asked.gpus_per_task},
-    )
-    scheduler = _ByGroup(experiment, [c.group for c in candidates]) if early else FIFOScheduler()
-    tuner = tune.Tuner(
-        trainable,
-        param_space={"index": tune.grid_search(list(range(len(candidates))))},
-        tune_config=tune.TuneConfig(
-            reuse_actors=True,
-            max_concurrent_trials=asked.concurrent_trials or None,
-            scheduler=scheduler,
-            **({} if early else {"metric": "objective", "mode": "max"}),
-        ),
-        run_config=tune.RunConfig(
-            name=f"tune-{len(attempts) + 1}",
-            verbose=0,
-            **_storage(store),
-            failure_config=tune.FailureConfig(max_failures=min(asked.max_retries, 3)),
-            callbacks=[_Progress(stage.advance, [c.name for c in candidates])],
-        ),
-    )
     # Else Tune takes Ctrl-C for itself and ends as if all were done.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would tell where its own files are
-    failed = {}
-    for result in tuner.fit():
+    # It would print where its own files are.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tuner = tune.Tuner(
+        _trainable(service, candidates, limits),
+        param_space={"index": tune.grid_search(list(range(len(candidates))))},
+        tune_config=_tune_config(service.experiment, candidates, may_end_early),
+        run_config=_run_config(service.experiment, candidates, stage),
+    )
+    results = tuner.fit()
+    failed: dict[str, str] = {}
+    for position in range(len(results)):
+        result = results[position]
         name = candidates[result.config["index"]].name if result.config else ""
         if result.metrics and "error" in result.metrics:
             failed[name] = str(result.metrics["error"])
@@ -218,30 +308,58 @@ def _run_trials(
     return failed
 
 
-def run_search(service: Service, candidates: Sequence[Candidate], stage_of: StageOf) -> None:
-    """Measure what is missing, round by round. Raises UserError that names the candidates that
-    failed and why.
+def _trainable(service: Service, candidates: Sequence[Candidate], limits: Sequence[int]) -> Any:
+    """`_trial` with its arguments and resources."""
+    resources = service.experiment.resources
+    trial = tune.with_parameters(
+        _trial, service=service, candidates=list(candidates), limits=list(limits)
+    )
+    return tune.with_resources(
+        trial, {"cpu": resources.cpus_per_task, "gpu": resources.gpus_per_task}
+    )
+
+
+def _tune_config(
+    experiment: Experiment, candidates: Sequence[Candidate], may_end_early: bool
+) -> tune.TuneConfig:
+    """How trials are scheduled."""
+    concurrent = experiment.resources.concurrent_trials or None
+    if may_end_early:
+        # Each ASHA has the metric of its own.
+        scheduler = _ByGroup(experiment, [candidate.group for candidate in candidates])
+        return tune.TuneConfig(
+            reuse_actors=True, max_concurrent_trials=concurrent, scheduler=scheduler
+        )
+    return tune.TuneConfig(
+        metric="objective",
+        mode="max",
+        reuse_actors=True,
+        max_concurrent_trials=concurrent,
+        scheduler=FIFOScheduler(),
+    )
+
+
+def _run_config(
+    experiment: Experiment, candidates: Sequence[Candidate], stage: Stage
+) -> tune.RunConfig:
+    """Where Tune keeps its own files, and what it does on failures.
+
+    The files are in the store, below a folder for each pass, so that every node and every later run
+    sees them.
     """
-    experiment, store = service.experiment, Store(service.experiment.store)
-    rounds = len(experiment.search.shares)
-    while True:
-        _, _, missing = halving_state(store, experiment, candidates)
-        if not missing:
-            return
-        todo = [c for c in candidates if c.name in missing]
-        first = any(not known_rounds(store, experiment, c) for c in todo)
-        early = first and rounds > 1 and experiment.search.keep < 1.0
-        limits = [rounds if first else missing[c.name] for c in todo]
-        # What ASHA ended too early, or a share that only those get to which went on.
-        with stage_of("search" if first else "search, further images", len(todo)) as stage:
-            failed = _run_trials(service, todo, limits, early, stage)
-        after = halving_state(store, experiment, candidates)[2]
-        if failed or after == missing:
-            reasons = "\n  ".join(f"{n}: {r}" for n, r in sorted(failed.items())) or ", ".join(
-                sorted(after)
-            )
-            raise UserError(
-                f"search failed for {len(failed) or len(after)} of {len(candidates)} candidates; the rest "
-                f"is done and kept:\n  {reasons}\nOnce the cause is removed, run the same command again "
-                f"to go on."
-            )
+    store = Store(experiment.store)
+    passes: set[str] = set()
+    for key in store.keys(SEARCH):
+        if key.startswith(f"{SEARCH}/tune-"):
+            passes.add(key.split("/")[1])
+    failures = min(experiment.resources.max_retries, MAX_FAILURES)
+    local = store.local_path(SEARCH)
+    remote = None if local is not None else PyFileSystem(FSSpecHandler(store.fs))
+    return tune.RunConfig(
+        name=f"tune-{len(passes) + 1}",
+        verbose=0,
+        storage_path=local if local is not None else store.path(SEARCH),
+        storage_filesystem=remote,
+        failure_config=tune.FailureConfig(max_failures=failures),
+        callbacks=[_Progress(stage.advance, [candidate.name for candidate in candidates])],
+    )

@@ -1,9 +1,11 @@
-"""The additions of one candidate: directions streamed from stored files, and their counts."""
+"""The additions of one candidate: directions from stored files, and the correct answers of the
+models that they give.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,84 +14,120 @@ from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Setting
 from raytvb.storage.vector_set import COMBINED_BYTES
 
-Counts = list[dict[str, Count]]  # of each subset, by task
+Counts = list[dict[str, Count]]
+"""Correct answers of each subset, by task."""
 
 
 class InvalidCandidateError(ValueError):
-    """A candidate that cannot be measured, whatever is tried: its text says why."""
+    """A candidate that no repetition can measure; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class _HeldDirections:
+    """Directions of the last subsets, kept for the next coefficient."""
+
+    subsets: tuple[tuple[int, ...], ...]
+    own_lengths: bool
+    directions: tuple[Tensor | None, ...]
 
 
 class Additions:
-    """The additions of one candidate: their directions come from stored files, streamed, a few at a
-    time.
-    """
+    """The additions of one candidate, measured with one evaluator."""
 
     def __init__(self, experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> None:
-        self.names, self.candidate = experiment.task_names, candidate
-        self._evaluator, self._seed = evaluator, experiment.seed
+        self.names = experiment.task_names
+        self.candidate = candidate
+        self._evaluator = evaluator
+        self._seed = experiment.seed
         self._vectors, self._table = candidate.open(experiment)
-        self._ratios = (
-            candidate.ratios(experiment)
-            if candidate.has_lengths
-            else torch.ones(self._table.shape[1])
-        )
-        self._own = self._table * self._ratios
-        self._held: tuple[Any, list[Tensor | None]] = ((), [])
+        self._ratios = torch.ones(self._table.shape[1])
+        if candidate.has_lengths:
+            self._ratios = candidate.ratios(experiment)
+        self._held: _HeldDirections | None = None
+        self._pretrained: dict[tuple[str, float, float], Count] = {}
 
     def directions(
-        self, subsets: Sequence[Sequence[int]], own: bool = False
+        self, subsets: Sequence[Sequence[int]], own_lengths: bool = False
     ) -> Iterator[Tensor | None]:
-        """What each subset adds up to; `own`: of vectors that have the lengths of the task vectors.
+        """The sum (or merge) of each subset's task vectors, float32, one at a time; None if the
+        candidate adds nothing.
 
-        Those of the last subsets are kept, where all of them are 512 MB or less.
+        own_lengths: decoded vectors are given the lengths of the task vectors first. The directions
+        of the last subsets are kept in memory if they take at most 512 MB together.
+        Raises InvalidCandidateError for a direction that is not finite.
         """
-        key = (own, *map(tuple, subsets))
-        if self._held[0] == key:
-            yield from self._held[1]
+        wanted = tuple(map(tuple, subsets))
+        held = self._held
+        if held is not None and (held.subsets, held.own_lengths) == (wanted, own_lengths):
+            yield from held.directions
             return
-        made: list[Tensor | None] = []
-        held, total = True, 0
-        for direction in self.candidate.directions(
-            self._vectors, self._own if own else self._table, subsets, self._seed
-        ):
-            if direction is not None and not bool(torch.isfinite(direction).all()):
-                raise InvalidCandidateError(
-                    f"{self.candidate.name}: its vectors add up to NaN or infinite values"
-                )
-            total += 0 if direction is None else direction.nbytes
-            held = held and total <= COMBINED_BYTES
-            # A view of a larger tensor would keep that.
-            made = [*made, direction if direction is None else direction.clone()] if held else []
+        kept: list[Tensor | None] = []
+        kept_bytes = 0
+        table = self._table * self._ratios if own_lengths else self._table
+        for direction in self.candidate.directions(self._vectors, table, subsets, self._seed):
+            if direction is None:
+                kept.append(None)
+            else:
+                self._check_finite(direction)
+                kept_bytes += direction.nbytes
+                if kept_bytes <= COMBINED_BYTES:
+                    # A copy: the direction may be a view, which would keep a larger tensor alive.
+                    kept.append(direction.clone())
+                else:
+                    kept.clear()
             yield direction
-        self._held = (key, made) if held else ((), [])
+        fits = kept_bytes <= COMBINED_BYTES
+        self._held = _HeldDirections(wanted, own_lengths, tuple(kept)) if fits else None
+
+    def _check_finite(self, direction: Tensor) -> None:
+        if not bool(torch.isfinite(direction).all()):
+            raise InvalidCandidateError(
+                f"{self.candidate.name}: its vectors add up to NaN or infinite values"
+            )
 
     def counts(
         self,
         subsets: Sequence[Sequence[int]],
-        alpha: float,
-        own: bool = False,
+        coefficient: float,
+        own_lengths: bool = False,
         start: float = 0.0,
         stop: float = 1.0,
     ) -> Iterator[dict[str, Count]]:
-        """Correct answers by task for the addition of each subset's tasks, on the images of those
-        tasks.
+        """Correct answers by task for the addition of each subset, on the images of its own tasks
+        from share `start` to share `stop`.
         """
-        for subset, direction in zip(subsets, self.directions(subsets, own), strict=True):
-            self._evaluator.merge(direction, alpha)
-            yield {self.names[t]: self._evaluator.count(self.names[t], start, stop) for t in subset}
+        directions = self.directions(subsets, own_lengths)
+        for subset, direction in zip(subsets, directions, strict=True):
+            tasks = [self.names[t] for t in subset]
+            if direction is None:
+                yield {task: self._pretrained_count(task, start, stop) for task in tasks}
+            else:
+                self._evaluator.merge(direction, coefficient)
+                yield {task: self._evaluator.count(task, start, stop) for task in tasks}
 
-    def weighted(self, weights: Tensor, *, per_basis: bool) -> Counts:
-        """Counts for the addition of all tasks with a weight (T,) for each, or (F,) for each stored
-        vector.
+    def _pretrained_count(self, task: str, start: float, stop: float) -> Count:
+        """Correct answers without anything added: measured once for all subsets with the task."""
+        key = (task, start, stop)
+        if key not in self._pretrained:
+            self._evaluator.merge(None)
+            self._pretrained[key] = self._evaluator.count(task, start, stop)
+        return self._pretrained[key]
+
+    def weighted(self, weights: Tensor, *, per_basis: bool) -> dict[str, Count]:
+        """Correct answers by task for the weighted addition of all tasks.
+
+        weights: (T,) one for each task; with `per_basis` (F,) one for each stored vector.
         """
         combined = weights.double() if per_basis else self._table @ weights.double()
         self._evaluator.merge(next(self._vectors.combinations(combined[:, None])), 1.0)
-        return [{name: self._evaluator.count(name) for name in self.names}]
+        return {name: self._evaluator.count(name) for name in self.names}
 
-    def start_weights(self, alpha: float, *, own: bool, per_basis: bool) -> Tensor:
-        """The weights that say the same as one coefficient for the addition of all tasks."""
-        tasks = torch.full((self._table.shape[1],), alpha, dtype=torch.float64)
-        tasks = tasks * self._ratios if own else tasks
+    def start_weights(self, setting: Setting, *, per_basis: bool) -> Tensor:
+        """The weights, float64, that give the same addition of all tasks as one coefficient."""
+        tasks = torch.full((self._table.shape[1],), setting.coefficient, dtype=torch.float64)
+        if setting.own_lengths:
+            tasks = tasks * self._ratios
         return self._table @ tasks if per_basis else tasks

@@ -1,16 +1,24 @@
 """The ways to add tasks that a search compares.
 
-A candidate is a list of stored vectors (task vectors, or the vectors of a basis) and a table A with
-a column for each
-task: task t is represented by V A[:, t], and a subset is added as the sum of its columns.
+A candidate is a set of stored vectors V (task vectors, or the vectors of a basis) and a coefficient
+table A with a column for each task: task t is represented by V A[:, t], and a subset of the tasks
+is added as the sum of its columns.
 
-    zero-shot       nothing is added full            the task vectors, A = I <method>-m<M>   files
-    are the M basis vectors, A = W: reconstruct each task, then add ...-online      the same, of a
-    basis that followed the tasks one by one ...-<merge>     reconstruct each task, then merge by
-    another method of the literature (also full-<merge>) ...-sum         files are the M basis
-    vectors, one merge only: their plain sum (convex B; the authors') random-own      M random
-    tasks: a task outside of them contributes nothing random-lstsq    M random tasks: every task is
-    its least-squares combination of them
+    zero-shot           nothing is added
+    full                the task vectors, A = I
+    <method>-m<M>       the M vectors of a basis, A = W: reconstruct each task, then add
+    ...-online          the same, of a basis that followed the tasks one by one
+    ...-<merge method>  reconstruct each task, then merge by another method of the literature
+                        (also full-<merge method>)
+    ...-sum             the plain sum of the M vectors of a convex basis (the authors' merge);
+                        it adds all tasks and no other subset
+    random-own-m<M>     M random tasks; a task outside of them contributes nothing
+    random-lstsq-m<M>   M random tasks; every task is its least-squares combination of them
+
+How this room works: `candidates` lists what is compared, `additions` turns a candidate into merged
+models and counts their correct answers, `size_class` and `trial` choose its coefficients round by
+round, `rounds` reads the results back from the store, and `decision` chooses among them. The values
+that these hand to each other are in `contracts`.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import basis_prefix, vector_key
+from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.stored import (
     basis_vector_set,
     load_coefficients,
@@ -35,230 +44,301 @@ from raytvb.experiment.stored import (
     vector_set,
 )
 from raytvb.maths.basis_fit import fit_basis
-from raytvb.maths.merge_methods import UNSCALED
+from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.maths.mixes import length_ratios
 from raytvb.search.directions import method_direction
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.vector_set import Coordinates
 
-Kind = Literal["zero-shot", "full", "decoded", "sum", "random-own", "random-lstsq"]
+Kind = Literal["zero-shot", "full", "decoded", "basis-sum", "random-own", "random-lstsq"]
+"""What stands for a task: nothing, its vector, what a basis decodes; `basis-sum`: the sum of the
+basis vectors stands for all tasks together."""
+
+ADDITION = "sum"
+"""The merge method that adds the tasks' vectors (task arithmetic)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to add tasks. `table` (T, T), float64 as nested tuples, is given where no stored file
-    has it.
-    """
+    """One way to add tasks."""
 
     name: str
+    """In the store and in every report."""
     kind: Kind
-    method: str
-    size: int
+    spec: BasisSpec | None = None
+    """The basis, or the random subset of the tasks; None for the full vectors and for none."""
     table: tuple[tuple[float, ...], ...] | None = None
-    online: bool = False
-    merge: str = "sum"
-    """How the tasks' vectors become one: a method of `methods.MERGE`."""
+    """The coefficient table (T, T) as nested tuples, if no stored file has it."""
+    merge_method: str = ADDITION
+    """How the tasks' vectors become one; a merge method of `maths.merge_registry`."""
 
-    def open(self, experiment: Experiment) -> tuple[Coordinates, Tensor]:
-        """The vectors to combine and the coefficient table (files, T), float64."""
-        url, tasks = experiment.store, experiment.task_names
-        if self.kind in ("decoded", "sum"):
-            basis = stored_basis(url, self.basis)
-            if self.kind == "decoded":
-                return basis, load_coefficients(Store(url), self.basis)[1]
-            # A subset is always the full set here: spread 1 over its tasks so that each basis
-            # vector counts once.
-            return basis, torch.full(
-                (basis.size, len(tasks)), 1.0 / len(tasks), dtype=torch.float64
-            )
-        if self.table is None:
-            return vector_set(url, tasks), torch.eye(len(tasks), dtype=torch.float64)
-        return basis_vector_set(experiment), torch.tensor(self.table, dtype=torch.float64)
+    @classmethod
+    def decoded(cls, spec: BasisSpec) -> Candidate:
+        """The tasks as a basis decodes them, added."""
+        return cls(spec.name, "decoded", spec)
+
+    @classmethod
+    def basis_sum(cls, spec: BasisSpec) -> Candidate:
+        """The plain sum of the vectors of a basis."""
+        return cls(f"{spec.name}-sum", "basis-sum", spec)
+
+    @property
+    def method(self) -> str:
+        """Basis method; the kind where there is no basis."""
+        return self.kind if self.spec is None else self.spec.method
+
+    @property
+    def size(self) -> int:
+        """Number M of basis vectors; 0 where there is no basis."""
+        return 0 if self.spec is None else self.spec.size
+
+    @property
+    def online(self) -> bool:
+        """Its basis followed the tasks one by one."""
+        return self.spec is not None and self.spec.online
+
+    @property
+    def adds(self) -> bool:
+        """The tasks' vectors are added, not merged by another method."""
+        return self.merge_method == ADDITION
+
+    @property
+    def uses_stored_basis(self) -> bool:
+        """Its vectors are those of a basis in the store."""
+        return self.kind in ("decoded", "basis-sum")
+
+    @property
+    def basis(self) -> str:
+        """Name of its basis in the store. Raises ValueError if it has none."""
+        if self.spec is None:
+            raise ValueError(f"{self.name} has no basis")
+        return self.spec.name
+
+    @property
+    def is_random(self) -> bool:
+        """A random subset of the tasks: a baseline. (A basis may also have the basis method
+        `random-subset`; it is none.)
+        """
+        return self.kind in ("random-own", "random-lstsq")
+
+    @property
+    def is_basis(self) -> bool:
+        """A basis whose tasks are decoded and added: the search chooses among these."""
+        return self.kind == "decoded" and self.adds
 
     @property
     def has_lengths(self) -> bool:
-        """Its tasks are decoded from a basis, and can be given the lengths of the task vectors
-        (`length_ratios`).
+        """Decoded vectors, which can be given the lengths of the task vectors."""
+        return self.is_basis
+
+    @property
+    def has_weights(self) -> bool:
+        """Its addition of all tasks can have a coefficient for each task or stored vector."""
+        return self.kind in ("full", "decoded") and self.adds
+
+    @property
+    def group(self) -> str | None:
+        """The candidates that it competes with: bases of one size, which have as many bytes. The
+        poorer ones of a group stop before the last round. None: it competes with no other.
         """
-        return self.kind == "decoded" and self.merge == "sum"
+        if not self.is_basis:
+            return None
+        return f"m{self.size}-online" if self.online else f"m{self.size}"
+
+    @property
+    def offline(self) -> Candidate:
+        """The basis of the same method and size, fitted to all vectors at once."""
+        return Candidate.decoded(BasisSpec(self.method, self.size))
+
+    def open(self, experiment: Experiment) -> tuple[Coordinates, Tensor]:
+        """Its F stored vectors and the coefficient table (F, T), float64."""
+        url, tasks = experiment.store, experiment.task_names
+        if self.kind == "decoded":
+            return stored_basis(url, self.basis), load_coefficients(Store(url), self.basis)[1]
+        if self.kind == "basis-sum":
+            basis = stored_basis(url, self.basis)
+            # All T tasks are added, always: 1/T each counts every basis vector once.
+            shape = (basis.size, len(tasks))
+            return basis, torch.full(shape, 1.0 / len(tasks), dtype=torch.float64)
+        if self.table is not None:
+            return basis_vector_set(experiment), torch.tensor(self.table, dtype=torch.float64)
+        return vector_set(url, tasks), torch.eye(len(tasks), dtype=torch.float64)
 
     def ratios(self, experiment: Experiment) -> Tensor:
-        """`mixes.length_ratios` (T,) float64 of what it decodes."""
-        B, W = load_coefficients(Store(experiment.store), self.basis)
-        return length_ratios(
-            GramState.read(Store(experiment.store)).ordered(experiment.task_names), B @ W
-        )
+        """Length of each task vector over that of its decoded one: (T,) float64, see
+        `maths.mixes.length_ratios`.
+        """
+        store = Store(experiment.store)
+        B, W = load_coefficients(store, self.basis)
+        gram = GramState.read(store).ordered(experiment.task_names)
+        return length_ratios(gram, B @ W)
 
     def directions(
         self, vectors: Coordinates, table: Tensor, subsets: Sequence[Sequence[int]], seed: int
     ) -> Iterator[Tensor | None]:
-        """What each subset of tasks adds up to (see `Evaluator.merge`), for the result of `open`;
-        one at a time.
+        """What each subset of tasks adds up to, float32, one at a time (see `Evaluator.merge`).
+
+        Args:
+            vectors: the F stored vectors, as `open` gives them.
+            table: (F, T) float64.
+            subsets: positions of tasks.
+            seed: of merge methods that draw.
         """
         if self.kind == "zero-shot":
-            yield from (None for _ in subsets)
-        elif self.merge == "sum":
-            yield from vectors.combinations(
-                torch.stack([table[:, list(s)].sum(dim=1) for s in subsets], dim=1)
-            )
+            for _ in subsets:
+                yield None
+        elif self.adds:
+            sums = [table[:, list(subset)].sum(dim=1) for subset in subsets]
+            yield from vectors.combinations(torch.stack(sums, dim=1))
         else:
-            yield from (
-                method_direction(vectors, table[:, list(s)], self.merge, seed=seed) for s in subsets
-            )
-
-    @property
-    def offline(self) -> Candidate:
-        """The basis of the same method and size that is fitted to all vectors at once."""
-        name = BasisSpec(self.method, self.size).name
-        return Candidate(name, "decoded", self.method, self.size)
-
-    @property
-    def basis(self) -> str:
-        """Name of the stored basis behind it, where there is one."""
-        return BasisSpec(self.method, self.size, self.online).name
-
-    @property
-    def is_basis(self) -> bool:
-        """A basis whose tasks are decoded and added: what the search chooses from."""
-        return self.kind == "decoded" and self.merge == "sum"
-
-    @property
-    def group(self) -> str | None:
-        """Candidates of as many bytes, whose poorer ones need no more images; None: it goes through
-        all of them.
-        """
-        return f"m{self.size}{'-online' if self.online else ''}" if self.is_basis else None
+            for subset in subsets:
+                columns = table[:, list(subset)]
+                yield method_direction(vectors, columns, self.merge_method, seed=seed)
 
     def addends(self, count: int) -> int:
-        """Vectors that are summed when `count` tasks are added: the best coefficient is near one
-        over this.
+        """Number of vectors that are summed when `count` tasks are added; the best coefficient is
+        near one over it.
         """
-        return self.size if self.kind == "sum" else 1 if self.merge in UNSCALED else count
+        if self.kind == "basis-sum":
+            return self.size
+        return 1 if MERGE_METHODS.lookup(self.merge_method).coefficient == "one" else count
 
     def subsets(
         self, subsets: Mapping[int, Sequence[tuple[int, ...]]]
     ) -> dict[int, Sequence[tuple[int, ...]]]:
-        """The subsets this candidate can add: all, or for a plain sum of the basis vectors the full
-        set alone.
-        """
+        """The subsets, by size, that it can add: all; for a plain sum only the full set."""
+        if self.kind != "basis-sum":
+            return dict(subsets)
         largest = max(subsets)
-        return {largest: subsets[largest]} if self.kind == "sum" else dict(subsets)
+        return {largest: subsets[largest]}
 
 
-FULL = Candidate("full", "full", "full", 0)
+FULL = Candidate("full", "full")
 
-
-ZERO_SHOT = Candidate("zero-shot", "zero-shot", "zero-shot", 0)
+ZERO_SHOT = Candidate("zero-shot", "zero-shot")
 
 
 def basis_candidates(experiment: Experiment) -> list[Candidate]:
     """A candidate for each basis of the experiment: its tasks decoded and added."""
-    return [
-        Candidate(spec.name, "decoded", spec.method, spec.size, online=spec.online)
-        for spec in basis_specs(experiment)
-    ]
+    return [Candidate.decoded(spec) for spec in basis_specs(experiment)]
 
 
 def merge_candidates(experiment: Experiment) -> list[Candidate]:
-    """The other merge methods that are asked for, on the full vectors and on what each basis
-    reconstructs.
+    """The other merge methods that the experiment names, each on the full vectors and on what each
+    basis decodes.
     """
-    return [
-        replace(c, name=f"{c.name}-{merge}", merge=merge)
-        for merge in experiment.search.merges
-        for c in (FULL, *basis_candidates(experiment))
-    ]
+    candidates: list[Candidate] = []
+    for method in experiment.search.merges:
+        for adding in (FULL, *basis_candidates(experiment)):
+            name = f"{adding.name}-{method}"
+            candidates.append(replace(adding, name=name, merge_method=method))
+    return candidates
 
 
-def sum_candidates(experiment: Experiment) -> list[Candidate]:
-    """The plain sums of the stored bases whose B is convex. Raises FileNotFoundError where one is
-    not there.
-    """
-    store = Store(experiment.store)
-    offline = [c for c in basis_candidates(experiment) if not c.online]
-    return [
-        Candidate(f"{c.name}-sum", "sum", c.method, c.size)
-        for c in offline
-        if store.read_json(f"{basis_prefix(c.name)}/{records.RECORD}")["metrics"]["convex"]
-    ]
+def sum_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
+    """The plain sums of the bases with convex B. Raises StoreKeyError if a basis is missing."""
+    candidates: list[Candidate] = []
+    for spec in basis_specs(experiment):
+        if spec.online:
+            continue
+        prefix = basis_prefix(spec.name)
+        record = records.read_record(store, f"{prefix}/{records.RECORD}")
+        if record.metrics_as(BasisMetrics, store.where(prefix)).convex:
+            candidates.append(Candidate.basis_sum(spec))
+    return candidates
 
 
 def random_candidates(experiment: Experiment, gram: Tensor) -> list[Candidate]:
     """Baselines at every size: seeded random subsets of the tasks, by themselves and with
     least-squares coefficients.
 
-    Of `search.random_subsets` draws the first has no number in its name, the others have `-2`, `-3`
-    and so on.
+    gram: (T, T) float64. There are `search.random_subsets` draws of each size; the first has no
+    number in its name, the others end in `-2`, `-3` and so on.
     """
-    found = []
+    candidates: list[Candidate] = []
     for size in sizes_of(experiment):
-        for draw in range(experiment.search.random_subsets if size < len(experiment.tasks) else 1):
-            generator = torch.Generator().manual_seed(experiment.seed + draw)
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # of a basis that is exact: said when bases are written
-                fit = fit_basis(gram, size, method="random-subset", generator=generator)
-            own = torch.diag((fit.B.sum(dim=1) > 0).double())
-            tables: list[tuple[Kind, Tensor]] = [
-                ("random-own", own),
-                ("random-lstsq", fit.B @ fit.W),
-            ]
-            found += [
-                Candidate(
-                    f"{kind}-m{size}{f'-{draw + 1}' if draw else ''}",
-                    kind,
-                    "random-subset",
-                    size,
-                    tuple(tuple(r) for r in table.tolist()),
-                )
-                for kind, table in tables
-            ]
-    return found
+        draws = experiment.search.random_subsets if size < len(experiment.tasks) else 1
+        for draw in range(draws):
+            candidates += _random_pair(gram, size, draw, experiment.seed)
+    return candidates
+
+
+def _random_pair(gram: Tensor, size: int, draw: int, seed: int) -> list[Candidate]:
+    """Both baselines on one random subset of the tasks."""
+    generator = torch.Generator().manual_seed(seed + draw)
+    with warnings.catch_warnings():
+        # A warning of an exact basis is given when bases are written.
+        warnings.simplefilter("ignore", UserWarning)
+        fit = fit_basis(gram, size, method="random-subset", generator=generator)
+    ending = f"m{size}" if draw == 0 else f"m{size}-{draw + 1}"
+    spec = BasisSpec("random-subset", size)
+    is_drawn = fit.B.sum(dim=1) > 0
+    own = Candidate(
+        f"random-own-{ending}", "random-own", spec, _rows(torch.diag(is_drawn.double()))
+    )
+    lstsq = Candidate(f"random-lstsq-{ending}", "random-lstsq", spec, _rows(fit.B @ fit.W))
+    return [own, lstsq]
+
+
+def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
 
 
 def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
-    """Everything that is searched. Raises UserError where the bases are not there yet."""
+    """Everything that is searched. Raises UserError that names the bases that are missing."""
     gram = load_gram(store, experiment)
-    missing = [
-        c.name
-        for c in basis_candidates(experiment)
-        if records.find(store, basis_prefix(c.name)) is None
-    ]
+    missing: list[str] = []
+    for spec in basis_specs(experiment):
+        if records.find(store, basis_prefix(spec.name)) is None:
+            missing.append(spec.name)
     if gram is None or missing:
-        raise UserError(
-            f"bases are missing ({', '.join(missing) or 'no Gram matrix'}): run `raytvb basis` first"
-        )
+        names = ", ".join(missing) or "no Gram matrix"
+        raise UserError(f"bases are missing ({names}): run `raytvb basis` first")
     return [
         ZERO_SHOT,
         FULL,
         *basis_candidates(experiment),
-        *sum_candidates(experiment),
+        *sum_candidates(store, experiment),
         *random_candidates(experiment, gram),
         *merge_candidates(experiment),
     ]
 
 
+def _vector_bytes(store: Store, experiment: Experiment) -> int:
+    """Bytes of all task vectors, from one listing. Raises StoreKeyError where one is missing."""
+    sizes = store.sizes("vectors")
+    total = 0
+    for task in experiment.task_names:
+        key = vector_key(task)
+        if key not in sizes:
+            raise StoreKeyError(f"no such key: {store.where(key)}")
+        total += sizes[key]
+    return total
+
+
 def candidate_bytes(
     store: Store, experiment: Experiment, candidates: Sequence[Candidate]
 ) -> dict[str, int]:
-    """Stored bytes of each candidate: its basis with the tables, or the task vectors it needs;
-    without masks.
+    """Stored bytes by candidate: its basis with the coefficient tables, or the task vectors that it
+    needs; without masks.
     """
-    vectors = sum(store.size(vector_key(t)) for t in experiment.task_names)
-    bases = {c.basis: 0 for c in candidates if c.kind in ("decoded", "sum")}
-    for name in bases:
-        record = records.find(store, basis_prefix(name))
-        bases[name] = sum(f["size"] for f in record["files"].values()) if record is not None else 0
-    return {
-        c.name: bases[c.basis]
-        if c.kind in ("decoded", "sum")
-        else 0
-        if c.kind == "zero-shot"
-        else vectors
-        if c.kind == "full"
-        else vectors * c.size // len(experiment.tasks)
-        for c in candidates
-    }
+    vectors = _vector_bytes(store, experiment)
+    bases: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for candidate in candidates:
+        match candidate.kind:
+            case "zero-shot":
+                sizes[candidate.name] = 0
+            case "full":
+                sizes[candidate.name] = vectors
+            case "decoded" | "basis-sum":
+                if candidate.basis not in bases:
+                    record = records.find(store, basis_prefix(candidate.basis))
+                    bases[candidate.basis] = 0 if record is None else record.size
+                sizes[candidate.name] = bases[candidate.basis]
+            case "random-own" | "random-lstsq":
+                sizes[candidate.name] = vectors * candidate.size // len(experiment.tasks)
+    return sizes

@@ -1,17 +1,14 @@
-"""Merge methods of the literature on stored vectors, one parameter at a time: merged, or prepared
-for a basis.
-"""
+"""Merge methods of the literature on stored vectors, one parameter at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from raytvb.maths.merge_methods import MATRIX_METHODS, MERGE
+from raytvb.maths.merge_registry import MERGE_METHODS, MergeMethod
 from raytvb.maths.thresholds import global_thresholds
 from raytvb.storage.vector_set import Coordinates, VectorSet
 
@@ -20,64 +17,100 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
     """method(tau_1, ..., tau_n) float32, with tau_i = sum_f tasks[f, i] * vectors[f].
 
     Args:
-        vectors: the F stored ones.
+        vectors: the F stored vectors.
         tasks: (F, n) float64.
-        method: of `methods.MERGE`, but for fisher, with the papers' settings.
-        seed: of the draws of dare.
-    Returns the vectors' coordinates (count,) where the method goes entry by entry: of sparse
-    vectors it sees the kept entries only. Methods of matrices see whole ones and fill them, so
-    theirs is of all parameters (D,), names sorted.
-    Memory: beside the result n of one parameter, and the F (of a `VectorSet`: those with weight)
-    they are made of.
-    """
-    vectors, tasks = _used(vectors, tasks)
-    factors = tasks.T.to(torch.float32).contiguous()
-    scales = factors.diagonal()[:, None]
-    diagonal = torch.equal(factors, scales[:, 0].diag())
-    kept = None if vectors.mask is None else vectors.mask.load().tensors()
+        method: a merge method that needs no Fishers (`merge_registry.stored_merges`); it runs with
+            the papers' settings.
+        seed: of the draws of a method that needs a generator.
 
-    def parameters() -> Iterator[tuple[str, Tensor]]:
-        """Each parameter of tau_1 ... tau_n: (n, *shape), or (n, kept) where there is a mask."""
+    Returns the vectors' coordinates (count,) if the method goes entry by entry: it sees only the
+    kept entries of sparse vectors. A method of matrices sees and fills whole parameters; its result
+    has all of these, (D,), by sorted names.
+    Raises ValueError for a method that needs what a store does not have.
+    Memory: the result, and for one parameter the n task vectors and the F stored ones. Vectors of a
+    `VectorSet` without weight are not read.
+    """
+    mixed = _MixedVectors(*_used(vectors, tasks))
+    merge = MERGE_METHODS.lookup(method)
+    options = _options(merge, mixed, seed)
+    filled = mixed.kept if merge.matrices else None
+    total = vectors.count
+    if filled is not None:
+        total = sum(prod(shape) for shape in vectors.parameters.values())
+    direction = torch.empty(total)
+    first = 0
+    for name, rows in mixed.parameters():
+        whole = rows if filled is None else _whole(rows, filled[name])
+        merged = merge(whole, **options).reshape(-1)
+        direction[first : first + len(merged)] = merged
+        first += len(merged)
+    return direction
+
+
+class _MixedVectors:
+    """The n task vectors tau_i = sum_f tasks[f, i] * vectors[f], read one parameter at a time."""
+
+    def __init__(self, vectors: Coordinates, tasks: Tensor) -> None:
+        """tasks: (F, n) float64."""
+        self._vectors = vectors
+        self._factors = tasks.T.to(torch.float32).contiguous()
+        self._scales = self._factors.diagonal()[:, None]
+        self._is_diagonal = torch.equal(self._factors, self._scales[:, 0].diag())
+        self.kept = None if vectors.mask is None else vectors.mask.load().tensors()
+        """Kept entries by parameter, bool; None if every entry is a coordinate."""
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter of all task vectors: (n, *shape), or (n, kept) if there is a mask."""
         first = 0
-        for name, shape in vectors.parameters.items():
-            count = prod(shape) if kept is None else int(kept[name].sum())
-            rows = vectors.read_all(first, count)
-            # Vectors as they are stored need no n^2 products.
-            rows = rows * scales if diagonal else factors @ rows
-            yield name, rows.view(len(rows), *shape) if kept is None else rows
+        for name, shape in self._vectors.parameters.items():
+            count = prod(shape) if self.kept is None else int(self.kept[name].sum())
+            rows = self._mix(self._vectors.read_all(first, count))
+            yield name, rows.view(len(rows), *shape) if self.kept is None else rows
             first += count
 
-    options: dict[str, Any] = {}
-    if method == "ties":
-        options = {"thresholds": global_thresholds(lambda: (rows for _, rows in parameters()))}
-    elif method == "dare":
-        options = {"generator": torch.Generator().manual_seed(seed)}
-    filled = kept if method in MATRIX_METHODS else None
-    total = vectors.count if filled is None else sum(prod(s) for s in vectors.parameters.values())
-    out, first = torch.empty(total), 0
-    for name, rows in parameters():
-        whole = rows if filled is None else _whole(rows, filled[name])
-        merged = MERGE[method](whole, **options).reshape(-1)
-        out[first : first + len(merged)] = merged
-        first += len(merged)
-    return out
+    def values(self) -> Iterator[Tensor]:
+        """As `parameters`, without the names."""
+        for _, rows in self.parameters():
+            yield rows
+
+    def _mix(self, rows: Tensor) -> Tensor:
+        # Vectors as they are stored need no n^2 products.
+        return rows * self._scales if self._is_diagonal else self._factors @ rows
+
+
+def _options(
+    method: MergeMethod, mixed: _MixedVectors, seed: int
+) -> dict[str, Tensor | torch.Generator]:
+    """What the method needs beyond one parameter."""
+    options: dict[str, Tensor | torch.Generator] = {}
+    for need in method.needs:
+        match need:
+            case "thresholds":
+                options[need] = global_thresholds(mixed.values)
+            case "generator":
+                options[need] = torch.Generator().manual_seed(seed)
+            case "fishers":
+                raise ValueError(
+                    f"merge method {method.name!r} needs the Fisher information of each task, "
+                    f"which a store does not have"
+                )
+    return options
 
 
 def _used(vectors: Coordinates, tasks: Tensor) -> tuple[Coordinates, Tensor]:
-    """Without the vectors that no task has weight for, where they can be left unread."""
+    """The vectors that some task has weight for, if the others can be left unread, and their
+    weights.
+    """
     used = tasks.any(dim=1).nonzero()[:, 0].tolist()
     if not isinstance(vectors, VectorSet) or len(used) in (0, len(tasks)):
         return vectors, tasks
-    chosen = VectorSet([vectors.files[i] for i in used])
-    # Some of the vectors may have less in common than all of them.
-    chosen.compact, chosen.mask, chosen.count = vectors.compact, vectors.mask, vectors.count
-    return chosen, tasks[used]
+    return vectors.subset(used), tasks[used]
 
 
 def _whole(rows: Tensor, kept: Tensor) -> Tensor:
     """Kept entries (n, k) in their places, with zeros between them: (n, *shape); kept: bool of that
     shape.
     """
-    out = torch.zeros(len(rows), kept.numel())
-    out[:, kept.reshape(-1)] = rows
-    return out.view(len(rows), *kept.shape)
+    whole = torch.zeros(len(rows), kept.numel())
+    whole[:, kept.reshape(-1)] = rows
+    return whole.view(len(rows), *kept.shape)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from raytvb.experiment.config import Experiment
 from raytvb.search.candidates import Candidate
+from raytvb.storage.contract import JsonObject
 
 
-def search_identity(experiment: Experiment, candidate: Candidate) -> dict[str, Any]:
-    """Identity of a candidate's rounds: everything but which others were searched, and what is
-    chosen by.
+def search_identity(experiment: Experiment, candidate: Candidate) -> JsonObject:
+    """Identity of a candidate's rounds and outcome.
+
+    It holds everything that a measurement depends on. The other candidates, and the objective by
+    which one is chosen, are left out: they may change without another measurement.
     """
-    identity = experiment.identity()
-    asked = {k: identity["search"][k] for k in ("coefficients", "shares", "lengths")}
-    kept = ("model", "seed", "talos", "finetune", "tasks")
-    made = {"prepare": experiment.basis.prepare} if experiment.basis.prepare != "none" else {}
-    return (
-        {k: identity[k] for k in kept}
-        | {"search": asked, "candidate": candidate.name, "precision": experiment.evaluate.precision}
-        | made
-    )
+    whole = experiment.identity()
+    identity: JsonObject = {key: whole[key] for key in _MEASURED_ON}
+    settings = {"coefficients", "shares", "lengths"}
+    identity["search"] = experiment.search.model_dump(mode="json", include=settings)
+    identity["candidate"] = candidate.name
+    identity["precision"] = experiment.evaluate.precision
+    if experiment.basis.prepare != "none":
+        identity["prepare"] = experiment.basis.prepare
+    return identity
 
 
-def choice_identity(experiment: Experiment, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    return {"candidates": [c.name for c in candidates], "search": experiment.identity()["search"]}
+_MEASURED_ON = ("model", "seed", "talos", "finetune", "tasks")
+
+
+def choice_identity(experiment: Experiment, candidates: Sequence[Candidate]) -> JsonObject:
+    """Identity of the choice among candidates."""
+    return {
+        "candidates": [candidate.name for candidate in candidates],
+        "search": experiment.identity()["search"],
+    }

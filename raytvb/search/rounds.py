@@ -1,67 +1,65 @@
-"""Rounds, outcomes and choices of searches in a store."""
+"""Rounds, outcomes and choices of searches, read from a store."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH, search_prefix
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Choice, Invalid, Measured, Outcome, RoundResult, parse_round
 from raytvb.search.identities import choice_identity, search_identity
 from raytvb.search.trial import objective
 from raytvb.storage import records
 from raytvb.storage.store import Store
 
 
-def is_same(record: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> bool:
-    return record is not None and not records.differences(record["identity"], dict(identity))
+def round_prefix(candidate: Candidate, number: int) -> str:
+    """Folder of the record of a candidate's round (numbered from 1)."""
+    return f"{search_prefix(candidate.name)}/round-{number}"
 
 
-def known_rounds(
-    store: Store, experiment: Experiment, candidate: Candidate
-) -> list[dict[str, Any]]:
-    """Results of the first rounds of a candidate, as many as there are. Those of another search do
-    not count.
+def known_rounds(store: Store, experiment: Experiment, candidate: Candidate) -> list[RoundResult]:
+    """The rounds of a candidate that have been measured, from the first up to the first one that is
+    missing.
+
+    Rounds of another search do not count. Objectives are those of this experiment, which may differ
+    from the one in force when the round was measured. Raises StoreError for a record that cannot be
+    read.
     """
-    found: list[dict[str, Any]] = []
+    rounds: list[RoundResult] = []
     for number in range(1, len(experiment.search.shares) + 1):
-        record = records.find(store, f"{search_prefix(candidate.name)}/round-{number}")
-        if record is None or not is_same(record, search_identity(experiment, candidate)):
+        prefix = round_prefix(candidate, number)
+        record = records.find(store, prefix)
+        if record is None or not record.is_of(search_identity(experiment, candidate)):
             break
-        found.append(
-            record["metrics"]
-            | {
-                "objective": objective(experiment, record["metrics"]["accuracy"])
-                if "invalid" not in record["metrics"]
-                else -math.inf
-            }
-        )
-    return found
+        match parse_round(record.metrics, store.where(prefix)):
+            case Measured() as measured:
+                value = objective(experiment, measured.accuracy)
+                rounds.append(measured.model_copy(update={"objective": value}))
+            case Invalid() as invalid:
+                rounds.append(invalid)
+    return rounds
 
 
-def find_result(
-    store: Store, experiment: Experiment, candidate: Candidate
-) -> dict[str, Any] | None:
-    """What a finished search says of a candidate (see `_outcome`), or None where it has not been
-    searched.
+def find_result(store: Store, experiment: Experiment, candidate: Candidate) -> Outcome | None:
+    """What a finished search says of a candidate; None if it has not been searched. Raises
+    StoreError for a record that cannot be read.
     """
-    record = records.find(store, search_prefix(candidate.name))
-    if record is None or not is_same(record, search_identity(experiment, candidate)):
+    prefix = search_prefix(candidate.name)
+    record = records.find(store, prefix)
+    if record is None or not record.is_of(search_identity(experiment, candidate)):
         return None
-    metrics: dict[str, Any] = record["metrics"]
-    return metrics
+    return record.metrics_as(Outcome, store.where(prefix))
 
 
 def find_choice(
     store: Store, experiment: Experiment, candidates: Sequence[Candidate]
-) -> dict[str, Any] | None:
-    """What a finished search chose among the candidates, its Pareto front and how much it measured;
-    else None.
+) -> Choice | None:
+    """What a finished search chose among the candidates; None if there is no such search. Raises
+    StoreError for a record that cannot be read.
     """
     record = records.find(store, SEARCH)
-    if record is None or not is_same(record, choice_identity(experiment, candidates)):
+    if record is None or not record.is_of(choice_identity(experiment, candidates)):
         return None
-    found: dict[str, Any] = record["metrics"]
-    return found
+    return record.metrics_as(Choice, store.where(SEARCH))

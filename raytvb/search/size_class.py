@@ -1,138 +1,170 @@
-"""Settings of additions of one number of tasks: tried, compared, measured on shares of the
+"""Additions of one number of tasks: settings are tried and compared on shares of the validation
 images.
+
+`first_round` chooses the settings to try, `SizeClass` measures them, `promising` and
+`most_accurate` compare what was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.searching import CoefficientConfig
 from raytvb.maths.counts import Count, even_grid, mean
 from raytvb.maths.line_search import best_coefficient, climb, ladder, nearest
 from raytvb.search.additions import Additions, Counts
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Setting, Tried
 
-Setting = tuple[
-    float, bool
-]  # a coefficient, and whether decoded vectors have the task vectors' own lengths
+NOTHING_ADDED = Setting(0.0)
 
 
 class SizeClass:
-    """Accuracy of additions of one number of tasks by setting, on shares of the images; nothing is
-    measured twice.
+    """Accuracy of additions of one number of tasks by setting and share, each measured once.
 
-    `shares` rise; images are measured between one and the next, so that what has been measured when
-    does not matter.
+    Shares rise. Images are measured from one share to the next, each part once, so a value does not
+    depend on the order in which settings and shares are measured.
     """
 
     def __init__(
         self, additions: Additions, subsets: Sequence[Sequence[int]], shares: Sequence[float]
     ) -> None:
-        self._additions, self._subsets, self._shares = additions, subsets, shares
-        self._counts: dict[Setting, list[Counts]] = {}
+        """subsets: those of one size; shares: rising shares of the images, each above 0."""
+        self.size = len(subsets[0])
+        self._additions = additions
+        self._subsets = subsets
+        self._edges = (0.0, *shares)
+        self._parts: dict[Setting, list[Counts]] = {}
+        """Counts on the images from each share to the next, of those shares measured so far."""
 
     def value(self, setting: Setting, number: int) -> float:
-        """Mean accuracy over all tasks of all subsets on the first `number` shares."""
-        return mean(
-            [c.accuracy for counts in self._totals(setting, number) for c in counts.values()]
-        )
+        """Mean accuracy over all tasks of all subsets, on the first `number` shares."""
+        return mean([count.accuracy for count in self._totals(setting, number)])
 
     def expected(self, setting: Setting, number: int) -> float:
-        """As `value`, of the expected share of correct answers."""
-        return mean(
-            [
-                c.expected / c.total
-                for counts in self._totals(setting, number)
-                for c in counts.values()
-            ]
-        )
+        """Mean expected share of correct answers (see `Count`), otherwise as `value`."""
+        return mean([count.expected / count.total for count in self._totals(setting, number)])
 
-    def _totals(self, setting: Setting, number: int) -> Counts:
-        """Counts by subset and task on the first `number` shares."""
-        parts, (alpha, own) = self._counts.setdefault(setting, []), setting
-        while len(parts) < number:
-            start = self._shares[len(parts) - 1] if parts else 0.0
-            stop = self._shares[len(parts)]
-            parts.append(list(self._additions.counts(self._subsets, alpha, own, start, stop)))
-        return [
-            {t: sum((p[k][t] for p in parts[:number]), Count(0, 0)) for t in parts[0][k]}
-            for k in range(len(self._subsets))
-        ]
-
-    def row(self, size: int, setting: Setting, number: int) -> dict[str, Any]:
+    def row(self, setting: Setting, number: int) -> Tried:
         """What the first `number` shares say of a setting."""
-        total = sum(
-            (c for counts in self._totals(setting, number) for c in counts.values()), Count(0, 0)
+        total = sum(self._totals(setting, number), Count(0, 0))
+        return Tried(
+            size=self.size,
+            coefficient=setting.coefficient,
+            own_lengths=setting.own_lengths,
+            accuracy=self.value(setting, number),
+            expected=self.expected(setting, number),
+            correct=total.correct,
+            total=total.total,
         )
-        return {
-            "size": size,
-            "coefficient": setting[0],
-            "own_lengths": setting[1],
-            "accuracy": self.value(setting, number),
-            "expected": self.expected(setting, number),
-            "correct": total.correct,
-            "total": total.total,
-        }
+
+    def new_images(self, setting: Setting, number: int) -> dict[str, int]:
+        """Images by task of share `number` that are not in the shares before it."""
+        images: dict[str, int] = {}
+        for counts in self._measured(setting, number)[number - 1]:
+            for task, count in counts.items():
+                images[task] = count.total
+        return images
+
+    def _measured(self, setting: Setting, number: int) -> list[Counts]:
+        """Counts on the first `number` parts of the images; missing ones are measured."""
+        parts = self._parts.setdefault(setting, [])
+        while len(parts) < number:
+            start, stop = self._edges[len(parts)], self._edges[len(parts) + 1]
+            counts = self._additions.counts(
+                self._subsets, setting.coefficient, setting.own_lengths, start, stop
+            )
+            parts.append(list(counts))
+        return parts[:number]
+
+    def _totals(self, setting: Setting, number: int) -> list[Count]:
+        """Counts on the first `number` shares: one for each task of each subset."""
+        parts = self._measured(setting, number)
+        totals: list[Count] = []
+        for subset, counts in enumerate(parts[0]):
+            for task in counts:
+                totals.append(sum((part[subset][task] for part in parts), Count(0, 0)))
+        return totals
 
 
 def lengths_to_try(experiment: Experiment, candidate: Candidate, size: int) -> tuple[bool, ...]:
-    """Whether additions of `size` tasks are tried with projected lengths (False), the task vectors'
-    own, or both.
+    """Values of `Setting.own_lengths` to try for additions of `size` tasks.
+
+    `auto` tries both, except for the addition of all tasks, whose sum the projection keeps.
     """
-    asked = experiment.search.lengths
-    if not candidate.has_lengths or asked == "projected":
+    if not candidate.has_lengths:
         return (False,)
-    return (
-        (True,) if asked == "own" else (False, True) if size < len(experiment.tasks) else (False,)
-    )
+    match experiment.search.lengths:
+        case "projected":
+            return (False,)
+        case "own":
+            return (True,)
+        case "auto":
+            return (False, True) if size < len(experiment.tasks) else (False,)
 
 
 def first_round(
     experiment: Experiment, size_class: SizeClass, addends: int, lengths: Sequence[bool] = (False,)
 ) -> list[Setting]:
-    """The settings that are measured on the first share: those of a line search, or all of the
-    grid.
+    """The settings to measure on the first share: those of a line search, or the whole grid.
 
-    The line search climbs by the expected number of correct answers (see `Count`), which is less
-    noisy than accuracy on a part of the images. With the second kind of lengths it starts where it
-    ended with the first.
+    addends: number of vectors that are summed; the best coefficient is near one over it.
     """
-    limits, found = experiment.search.coefficients, list[Setting]()
-    if limits.strategy == "grid":
-        return [
-            (a, own) for own in lengths for a in even_grid(limits.low, limits.high, limits.points)
-        ]
-    rungs = ladder(addends, limits.low, limits.high)
-    likely = (1.0 if addends == 1 else 2.0) / addends
+    limits = experiment.search.coefficients
+    if limits.strategy == "line":
+        return _line_search(limits, size_class, addends, lengths)
+    settings: list[Setting] = []
     for own in lengths:
-        tried = climb(rungs, nearest(rungs, likely), partial(_expected, size_class, own))
-        found += [(a, own) for a in tried]
-        likely = best_coefficient(tried)
-    return found
+        for coefficient in even_grid(limits.low, limits.high, limits.points):
+            settings.append(Setting(coefficient, own))
+    return settings
 
 
-def _expected(size_class: SizeClass, own: bool, alpha: float) -> float:
-    return size_class.expected((alpha, own), 1)
+def _line_search(
+    limits: CoefficientConfig, size_class: SizeClass, addends: int, lengths: Sequence[bool]
+) -> list[Setting]:
+    """The settings that a line search visits, one search for each kind of lengths.
 
-
-def promising(tried: Sequence[Mapping[str, Any]], strategy: str) -> list[Setting]:
-    """Settings that are worth more images, out of what was tried for a size class: the one with the
-    most expected answers, and the most accurate where it is more accurate by over a standard error.
-    All of a grid."""
-    if strategy == "grid":
-        return [(t["coefficient"], t["own_lengths"]) for t in tried]
-    likely = min(tried, key=lambda t: (-t["expected"], t["coefficient"], t["own_lengths"]))
-    accurate = most_accurate(tried)
-    error = math.sqrt(likely["accuracy"] * (1 - likely["accuracy"]) / likely["total"])
-    both = [likely, *([accurate] if accurate["accuracy"] > likely["accuracy"] + error else [])]
-    return sorted((t["coefficient"], t["own_lengths"]) for t in both)
-
-
-def most_accurate(tried: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row with the highest accuracy; of equals that of the smallest coefficient, and of
-    projected lengths.
+    It climbs by the expected number of correct answers (see `Count`), which is less noisy than
+    accuracy on a part of the images. The second search starts at the best coefficient of the first.
     """
-    return min(tried, key=lambda t: (-t["accuracy"], t["coefficient"], t["own_lengths"]))
+    rungs = ladder(addends, limits.low, limits.high)
+    start = (1.0 if addends == 1 else 2.0) / addends
+    settings: list[Setting] = []
+    for own in lengths:
+        expected = partial(_expected_on_first_share, size_class, own)
+        tried = climb(rungs, nearest(rungs, start), expected)
+        settings += [Setting(coefficient, own) for coefficient in tried]
+        start = best_coefficient(tried)
+    return settings
+
+
+def _expected_on_first_share(size_class: SizeClass, own: bool, coefficient: float) -> float:
+    return size_class.expected(Setting(coefficient, own), 1)
+
+
+def promising(tried: Sequence[Tried], strategy: str) -> list[Setting]:
+    """Settings of a size class that are worth more images, in rising order.
+
+    Of a line search: the setting with the most expected answers; also the most accurate one, if its
+    accuracy is higher by more than one standard error. Of a grid: all.
+    """
+    if strategy == "grid":
+        return [row.setting for row in tried]
+    likely = min(tried, key=lambda row: (-row.expected, row.setting))
+    accurate = most_accurate(tried)
+    error = math.sqrt(likely.accuracy * (1 - likely.accuracy) / likely.total)
+    settings = {likely.setting}
+    if accurate.accuracy > likely.accuracy + error:
+        settings.add(accurate.setting)
+    return sorted(settings)
+
+
+def most_accurate(tried: Sequence[Tried]) -> Tried:
+    """The row with the highest accuracy; among equals that with the smallest coefficient, then that
+    with projected lengths.
+    """
+    return min(tried, key=lambda row: (-row.accuracy, row.setting))

@@ -1,15 +1,15 @@
 """The body of a search trial: the coefficients of one candidate, chosen on growing shares of the
 validation images.
 
-A round is a share. On the first, the coefficient of every size class is searched; on the later ones
-the best is measured on the images that come to it. The rounds of a candidate depend on nothing but
-the candidate, so a trial that is repeated, or whose first rounds are known, gives the same.
+A round is a share. The first round searches the coefficient of every size class; later rounds
+measure the promising settings on the images that are new in their share. The rounds of a candidate
+depend on nothing but the candidate, so a trial that is repeated, or continued from known rounds,
+gives the same results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -20,8 +20,9 @@ from raytvb.maths.subsets import task_subsets
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Measured, Setting, Tried, TunedWeights
 from raytvb.search.size_class import (
-    Setting,
+    NOTHING_ADDED,
     SizeClass,
     first_round,
     lengths_to_try,
@@ -31,7 +32,7 @@ from raytvb.search.size_class import (
 
 
 class CandidateSearch:
-    """The rounds of one candidate; what a round has measured is kept for the next."""
+    """The rounds of one candidate. What a round has measured is kept for the next."""
 
     def __init__(
         self,
@@ -40,104 +41,129 @@ class CandidateSearch:
         evaluator: Evaluator,
         sizes: Collection[int] | None = None,
     ) -> None:
-        """sizes: the size classes that are looked at; default: all."""
-        self._experiment, self._candidate = experiment, candidate
+        """evaluator: of the validation split. sizes: the size classes to search; default: all."""
+        self._experiment = experiment
+        self._candidate = candidate
         self._additions = Additions(experiment, candidate, evaluator)
+        self._classes: dict[int, SizeClass] = {}
         subsets = candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed))
-        self._classes = {
-            size: SizeClass(self._additions, found, experiment.search.shares)
-            for size, found in subsets.items()
-            if sizes is None or size in sizes
-        }
+        for size, subsets_of_size in subsets.items():
+            if sizes is None or size in sizes:
+                self._classes[size] = SizeClass(
+                    self._additions, subsets_of_size, experiment.search.shares
+                )
 
-    def round(self, number: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Round `number` (from 1); `before` is the result of the round before it.
+    def round(self, number: int, before: Measured | None) -> Measured:
+        """Round `number` (from 1), given the round before it.
 
-        Returns by size the coefficient, whether decoded vectors get their own lengths, and the
-        accuracy; the objective, all that was tried, and how many images that took (in this round;
-        those measured in the one before are not counted again). In the last round also the vector
-        of coefficients that Optuna found, where one is asked for.
+        Raises InvalidCandidateError if its vectors add up to values that are not finite.
         """
-        experiment, shares = self._experiment, self._experiment.search.shares
-        strategy, chosen = experiment.search.coefficients.strategy, dict[str, Mapping[str, Any]]()
-        tried, images = list[dict[str, Any]](), 0
+        tried: list[Tried] = []
+        best: dict[int, Tried] = {}
         for size, size_class in self._classes.items():
-            known = [] if before is None else [t for t in before["tried"] if t["size"] == size]
-            rows = [
-                size_class.row(size, s, number) for s in self._settings(size, size_class, known)
-            ]
-            good = promising(rows, strategy)
-            chosen[str(size)] = most_accurate(
-                [r for r in rows if (r["coefficient"], r["own_lengths"]) in good]
-            )
-            earlier = {(t["coefficient"], t["own_lengths"]): t["total"] for t in known}
-            images += sum(
-                r["total"] - earlier.get((r["coefficient"], r["own_lengths"]), 0) for r in rows
-            )
+            settings = self._settings(size_class, before)
+            rows = [size_class.row(setting, number) for setting in settings]
+            best[size] = self._best(rows)
             tried += rows
-        accuracy = {s: r["accuracy"] for s, r in chosen.items()}
-        result: dict[str, Any] = {
-            "objective": objective(experiment, accuracy),
-            "share": shares[number - 1],
-            "coefficient": {s: r["coefficient"] for s, r in chosen.items()},
-            "own_lengths": {s: r["own_lengths"] for s, r in chosen.items()},
-            "accuracy": accuracy,
-            "tried": tried,
-            "images": images,
-            "evaluations": len(tried),
-        }
-        asked, full = experiment.search.coefficients, str(len(experiment.tasks))
-        tunable = self._candidate.kind in ("full", "decoded") and self._candidate.merge == "sum"
-        if number == len(shares) and asked.vector != "none" and tunable and full in chosen:
-            result["vector"] = self._tuned(chosen[full], asked.vector == "per-basis")
-            result["images"] += result["vector"]["images"]
-        return result
+        accuracy = {size: row.accuracy for size, row in best.items()}
+        vector = self._tuned(number, best)
+        images = self._images(number, tried, before)
+        if vector is not None:
+            images += vector.images
+        return Measured(
+            objective=objective(self._experiment, accuracy),
+            share=self._experiment.search.shares[number - 1],
+            coefficient={size: row.coefficient for size, row in best.items()},
+            own_lengths={size: row.own_lengths for size, row in best.items()},
+            accuracy=accuracy,
+            tried=tuple(tried),
+            images=images,
+            evaluations=len(tried),
+            vector=vector,
+        )
 
-    def _settings(
-        self, size: int, size_class: SizeClass, known: Sequence[Mapping[str, Any]]
-    ) -> list[Setting]:
+    def _settings(self, size_class: SizeClass, before: Measured | None) -> list[Setting]:
+        """The settings that a round measures, in rising order."""
         if self._candidate.kind == "zero-shot":
-            return [(0.0, False)]
-        if known:
-            return promising(known, self._experiment.search.coefficients.strategy)
-        lengths = lengths_to_try(self._experiment, self._candidate, size)
-        return sorted(
-            first_round(self._experiment, size_class, self._candidate.addends(size), lengths)
-        )
+            return [NOTHING_ADDED]
+        if before is not None:
+            strategy = self._experiment.search.coefficients.strategy
+            return promising(before.tried_of(size_class.size), strategy)
+        lengths = lengths_to_try(self._experiment, self._candidate, size_class.size)
+        addends = self._candidate.addends(size_class.size)
+        return sorted(first_round(self._experiment, size_class, addends, lengths))
 
-    def _tuned(self, chosen: Mapping[str, Any], per_basis: bool) -> dict[str, Any]:
-        """Weights of the addition of all tasks, one for each task or stored vector, from those of
-        one coefficient.
+    def _best(self, rows: Sequence[Tried]) -> Tried:
+        """The most accurate of the promising rows."""
+        good = promising(rows, self._experiment.search.coefficients.strategy)
+        return most_accurate([row for row in rows if row.setting in good])
+
+    def _images(self, number: int, tried: Sequence[Tried], before: Measured | None) -> int:
+        """Forward passes that the rows of a round took, in images (see `Measured.images`)."""
+        if self._candidate.kind == "zero-shot":
+            by_task: dict[str, int] = {}
+            for size_class in self._classes.values():
+                by_task |= size_class.new_images(NOTHING_ADDED, number)
+            return sum(by_task.values())
+        earlier: dict[tuple[int, Setting], int] = {}
+        if before is not None:
+            earlier = {(row.size, row.setting): row.total for row in before.tried}
+        images = 0
+        for row in tried:
+            images += row.total - earlier.get((row.size, row.setting), 0)
+        return images
+
+    def _tuned(self, number: int, best: Mapping[int, Tried]) -> TunedWeights | None:
+        """The weights of the addition of all tasks that Optuna finds in the last round; None if the
+        experiment does not ask for them or the candidate has none.
         """
-        asked, images = self._experiment.search.coefficients, 0
-
-        def value(weights: Sequence[float]) -> float:
-            nonlocal images
-            (counts,) = self._additions.weighted(
-                torch.tensor(weights, dtype=torch.float64), per_basis=per_basis
-            )
-            images += sum(c.total for c in counts.values())
-            return mean([c.accuracy for c in counts.values()])
-
-        start = self._additions.start_weights(
-            chosen["coefficient"], own=chosen["own_lengths"], per_basis=per_basis
-        )
+        coefficients = self._experiment.search.coefficients
+        all_tasks = len(self._experiment.tasks)
+        is_last = number == len(self._experiment.search.shares)
+        if not is_last or not self._candidate.has_weights or all_tasks not in best:
+            return None
+        if coefficients.vector == "none":
+            return None
+        value = _WeightsValue(self._additions, per_basis=coefficients.vector == "per-basis")
+        start = self._additions.start_weights(best[all_tasks].setting, per_basis=value.per_basis)
         weights, accuracy = tune_vector(
-            value, start.tolist(), trials=asked.trials, seed=self._experiment.seed
+            value, start.tolist(), trials=coefficients.trials, seed=self._experiment.seed
         )
-        return {
-            "kind": asked.vector,
-            "weights": weights,
-            "accuracy": accuracy,
-            "trials": asked.trials,
-            "images": images,
-        }
+        return TunedWeights(
+            kind=coefficients.vector,
+            weights=tuple(weights),
+            accuracy=accuracy,
+            trials=coefficients.trials,
+            images=value.images,
+        )
 
 
-def objective(experiment: Experiment, accuracy: Mapping[str, float]) -> float:
-    """What is maximised, from the accuracy of each size class that the candidate has."""
-    full = str(len(experiment.tasks))
-    asked = experiment.search.objective
-    if asked == "subsets":
-        return mean(list(accuracy.values()))
-    return accuracy["1"] if asked == "single" and "1" in accuracy else accuracy[full]
+class _WeightsValue:
+    """Mean accuracy of the addition of all tasks, as a function of its weights."""
+
+    def __init__(self, additions: Additions, *, per_basis: bool) -> None:
+        self._additions = additions
+        self.per_basis = per_basis
+        self.images = 0
+        """Forward passes of all calls, in images."""
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        tensor = torch.tensor(weights, dtype=torch.float64)
+        counts = self._additions.weighted(tensor, per_basis=self.per_basis)
+        self.images += sum(count.total for count in counts.values())
+        return mean([count.accuracy for count in counts.values()])
+
+
+def objective(experiment: Experiment, accuracy: Mapping[int, float]) -> float:
+    """What the search maximises, from the accuracy by number of tasks added.
+
+    A candidate that only adds all tasks has a single size class, which is its objective whatever
+    the experiment asks for.
+    """
+    match experiment.search.objective:
+        case "subsets":
+            return mean(list(accuracy.values()))
+        case "single" if 1 in accuracy:
+            return accuracy[1]
+        case _:
+            return accuracy[len(experiment.tasks)]

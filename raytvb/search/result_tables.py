@@ -1,0 +1,84 @@
+"""The Parquet tables that a search leaves beside its choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import JsonValue
+
+from raytvb.experiment.config import Experiment
+from raytvb.maths.counts import Count, wilson
+from raytvb.search.candidates import Candidate
+from raytvb.search.contracts import Measured, Outcome
+from raytvb.search.rounds import known_rounds
+from raytvb.storage.contract import JsonObject
+from raytvb.storage.store import Store
+
+
+def results_table(
+    candidates: Sequence[Candidate], outcomes: Mapping[str, Outcome]
+) -> list[JsonObject]:
+    """`results.parquet`: a row for each candidate, with columns for each number of tasks added."""
+    sizes: set[int] = set()
+    for outcome in outcomes.values():
+        sizes.update(outcome.accuracy)
+    rising = sorted(sizes)
+    return [_result(candidate, outcomes[candidate.name], rising) for candidate in candidates]
+
+
+def _result(candidate: Candidate, outcome: Outcome, sizes: Sequence[int]) -> JsonObject:
+    row: JsonObject = {
+        "candidate": candidate.name,
+        # The table's word for the plain sum of basis vectors, which programs may look for.
+        "kind": "sum" if candidate.kind == "basis-sum" else candidate.kind,
+        "method": candidate.method,
+        "size": candidate.size,
+        "online": candidate.online,
+        "merge": candidate.merge_method,
+        "objective": outcome.objective,
+        "share": outcome.share,
+        "stopped": outcome.stopped,
+        "invalid": outcome.invalid,
+        "chosen": outcome.chosen,
+        "front": outcome.front,
+        "stored_bytes": outcome.stored_bytes,
+        "evaluations": outcome.evaluations,
+        "images": outcome.images,
+    }
+    by_size: dict[str, Mapping[int, JsonValue]] = {
+        "accuracy": outcome.accuracy,
+        "coefficient": outcome.coefficient,
+        "own_lengths": outcome.own_lengths,
+    }
+    for column, values in by_size.items():
+        for size in sizes:
+            row[f"{column}_{size}"] = values.get(size)
+    return row
+
+
+def tried_table(
+    store: Store,
+    experiment: Experiment,
+    candidates: Sequence[Candidate],
+    outcomes: Mapping[str, Outcome],
+) -> list[JsonObject]:
+    """`tried.parquet`: a row for each setting of each size class that a round measured, with the
+    counts and their Wilson interval.
+    """
+    table: list[JsonObject] = []
+    for candidate in candidates:
+        counted = len(outcomes[candidate.name].objectives)
+        rounds = known_rounds(store, experiment, candidate)[:counted]
+        for number, result in enumerate(rounds, 1):
+            if isinstance(result, Measured):
+                table += _tried_in_round(candidate, number, result)
+    return table
+
+
+def _tried_in_round(candidate: Candidate, number: int, result: Measured) -> list[JsonObject]:
+    rows: list[JsonObject] = []
+    for tried in result.tried:
+        low, high = wilson(Count(tried.correct, tried.total))
+        row: JsonObject = {"candidate": candidate.name, "round": number, "share": result.share}
+        rows.append(row | tried.to_json() | {"low": low, "high": high})
+    return rows
