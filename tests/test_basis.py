@@ -10,10 +10,10 @@ from scipy.optimize import linprog, minimize
 from scipy.special import softmax
 
 from raytvb.maths.basis_fit import BasisFit, best_weights, fit_bases, fit_basis, relative_loss
-from raytvb.maths.basis_methods import METHODS
+from raytvb.maths.basis_registry import BASIS_METHODS, convex_methods
 
-FAST = sorted(set(METHODS) - {"ae-adam"})
-CONVEX = ["ae", "ae-adam", "ae-anchored", "greedy", "kmeans", "random-subset", "spectral"]
+FAST = sorted(set(BASIS_METHODS) - {"ae-adam"})
+CONVEX = convex_methods()
 DETERMINISTIC = ["ae", "ae-anchored", "greedy", "pca", "svd"]
 
 
@@ -101,7 +101,7 @@ def best_softmax_loss(G: torch.Tensor, size: int, restarts: int = 8) -> float:
     )
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 def test_loss_is_the_loss_of_the_explicit_vectors(method: str) -> None:
     for kind in ("clustered", "uneven")[: 2 if method in FAST else 1]:
         V = vectors(kind, 9)
@@ -114,7 +114,7 @@ def test_loss_is_the_loss_of_the_explicit_vectors(method: str) -> None:
         assert fit.seconds > 0
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ae-adam", "pca"}))
+@pytest.mark.parametrize("method", sorted(set(BASIS_METHODS) - {"ae-adam", "pca"}))
 def test_weights_are_least_squares(method: str) -> None:
     V = vectors("positive", 9)
     fit = quietly(V.T @ V, 4, method)
@@ -252,7 +252,7 @@ def test_ae_anchored_when_the_vectors_sum_to_zero() -> None:
 
 def test_convex_is_true_for_bases_on_the_simplex_only() -> None:
     G = gram("positive", 10)
-    for method in METHODS:
+    for method in BASIS_METHODS:
         fit = quietly(G, 4, method)
         assert fit.convex == (method in CONVEX), method
         if fit.convex:
@@ -280,7 +280,7 @@ def test_order_of_the_tasks_does_not_matter(method: str, kind: str) -> None:
     assert permuted.loss == pytest.approx(plain.loss, rel=1e-7)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ae-adam", "pca"}))
+@pytest.mark.parametrize("method", sorted(set(BASIS_METHODS) - {"ae-adam", "pca"}))
 def test_decoded_sum_is_the_projection_of_the_task_sum(method: str) -> None:
     V = vectors("clustered", 10)
     fit = quietly(V.T @ V, 4, method)
@@ -289,7 +289,7 @@ def test_decoded_sum_is_the_projection_of_the_task_sum(method: str) -> None:
     torch.testing.assert_close((V @ fit.B @ fit.W).sum(1), Q @ (Q.T @ total), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 def test_same_generator_same_fit(method: str) -> None:
     G = gram("signed", 8)
     first = quietly(G, 3, method)
@@ -316,7 +316,7 @@ def test_ae_adam_comes_near_the_floor_on_small_vectors() -> None:
     assert fit.loss <= 1.05 * fit.floor
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 @pytest.mark.parametrize("size", [4, 5])
 def test_above_the_rank_the_basis_is_exact_and_no_larger_than_needed(
     method: str, size: int
@@ -346,7 +346,7 @@ def test_a_mean_that_vanishes_takes_one_vector_more_than_the_rank(
 
 
 @pytest.mark.parametrize(
-    "method", sorted(set(METHODS) - {"ae-adam", "kmeans", "spectral", "random-subset", "pca"})
+    "method", sorted(set(BASIS_METHODS) - {"ae-adam", "kmeans", "spectral", "random-subset", "pca"})
 )
 def test_as_many_vectors_as_rank_are_exact(method: str) -> None:
     V = vectors("positive", 8)[:, :4]
@@ -355,7 +355,7 @@ def test_as_many_vectors_as_rank_are_exact(method: str) -> None:
     assert fit.size == 4 and fit.loss < 1e-12
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 def test_zero_and_duplicate_vectors(method: str) -> None:
     V = vectors("positive", 10)
     V[:, 3] = 0
@@ -366,14 +366,14 @@ def test_zero_and_duplicate_vectors(method: str) -> None:
         assert fit.loss <= 1.01 * fit.floor and fit.convex
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 def test_size_one(method: str) -> None:
     fit = quietly(gram("positive", 6), 1, method)
     assert fit.size == 1 and fit.condition == pytest.approx(1)
     assert fit.floor * (1 - 1e-9) <= fit.loss < 1
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 @pytest.mark.parametrize(("tasks", "size"), [(1, 1), (1, 3), (4, 4), (4, 9)])
 def test_size_at_or_above_the_number_of_vectors_keeps_them(
     method: str, tasks: int, size: int
@@ -390,7 +390,7 @@ def test_any_real_dtype(dtype: torch.dtype) -> None:
     assert quietly(G, 3, "ae").loss == pytest.approx(quietly(G.double(), 3, "ae").loss)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", list(BASIS_METHODS))
 def test_fits_of_several_sizes_are_those_of_each(method: str) -> None:
     G = gram("signed", 9)
     generator = torch.Generator().manual_seed(7)

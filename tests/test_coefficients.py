@@ -5,6 +5,7 @@ others.
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -21,12 +22,17 @@ def counted(function: Callable[[float], float]) -> tuple[list[float], Callable[[
     return seen, value
 
 
+def peaked(top: float, a: float) -> float:
+    """A function of a with its maximum, 0, at `top`."""
+    return -abs(math.log(a / top))
+
+
 @pytest.mark.parametrize("rungs", range(1, 10))
 def test_climbing_finds_the_maximum_wherever_it_lies(rungs: int) -> None:
     points = [0.1 * 1.5**r for r in range(rungs)]
     for peak in range(rungs):
         for start in range(rungs):
-            seen, value = counted(lambda a, top=points[peak]: -abs(math.log(a / top)))
+            seen, value = counted(partial(peaked, points[peak]))
             tried = climb(points, start, value)
             assert best_coefficient(tried) == points[peak]
             assert len(seen) == len(set(seen)) and seen[0] == points[start]

@@ -13,7 +13,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
-from raytvb.maths.fisher import _add_batch, _labels_and_weights, fisher_scores
+from raytvb.maths.fisher import Draws, _add_batch, _labels_and_weights, fisher_scores
 from raytvb.maths.mask_selection import flatten
 from raytvb.models.classifier import ImageClassifier
 
@@ -35,15 +35,17 @@ def tiny_vit(seed: int = 0) -> nn.Module:
 def tiny_conv_net(seed: int = 0) -> nn.Module:
     """A convolution with BatchNorm whose running statistics are not the trivial ones."""
     torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2),
-        nn.BatchNorm2d(6),
+        norm,
         nn.GELU(),
         nn.Flatten(),
         nn.Linear(6 * 7 * 7, CLASSES),
     )
-    net[1].running_mean.normal_()
-    net[1].running_var.uniform_(0.5, 2.0)
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
     return net.eval()
 
 
@@ -54,7 +56,7 @@ def tower(visual: nn.Module, width: int, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in visual.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return ImageClassifier(visual, torch.randn(CLASSES, width, generator=generator)).eval()
 
 
@@ -148,7 +150,9 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
     "convnext": lambda: timm_tower("test_convnext", pool="avg"),
     "efficientnet": lambda: timm_tower("test_efficientnet", pool="avg"),
 }
-SLOW = {  # the pools at the end, whose queries and biases meet the batch in ways that have no rule; interpolation
+# Interpolated embeddings, and the pools at the end: no rule covers how their queries and biases
+# meet the batch.
+SLOW = {
     "timm-vit": {"visual.trunk.pos_embed"},
     "resnet": {
         f"visual.attnpool.{n}" for n in ("positional_embedding", "q_proj.bias", "v_proj.bias")
@@ -212,7 +216,7 @@ def assert_same_scores(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("draws", [1, 3, "exact"])
 @pytest.mark.parametrize("model", MODELS)
-def test_scores_are_those_of_a_plain_loop_in_double_precision(model: str, draws: int | str) -> None:
+def test_scores_are_those_of_a_plain_loop_in_double_precision(model: str, draws: Draws) -> None:
     classifier, images = MODELS[model](), some_images(5)
     labels = None if draws == "exact" else sampled(classifier, images, draws, seed=3)
     expected = loop_scores(copy.deepcopy(classifier).double(), images.double(), labels)
@@ -297,7 +301,9 @@ def test_many_draws_approach_the_exact_expectation() -> None:
     """
     classifier, images = tiny_conv_net(), some_images(3)
     with torch.no_grad():
-        classifier[-1].weight *= 4  # so that the distribution over classes is far from uniform
+        classifier.get_parameter("4.weight").mul_(
+            4
+        )  # so that the distribution over classes is far from uniform
     exact = flatten(fisher_scores(classifier, images, draws="exact"))
     drawn = flatten(fisher_scores(classifier, images.repeat(250, 1, 1, 1), draws=4, batch_size=256))
     uniform = flatten(loop_scores(classifier, images, torch.arange(CLASSES).expand(3, -1)))
@@ -319,7 +325,7 @@ def test_frozen_parameters_are_left_out_and_change_nothing() -> None:
 
 @pytest.mark.parametrize("draws", [1, 2, "exact"])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_batch_size_does_not_matter(model: str, draws: int | str) -> None:
+def test_the_batch_size_does_not_matter(model: str, draws: Draws) -> None:
     classifier, images = MODELS[model](), some_images(11)
     whole = fisher_scores(classifier, images, draws=draws, batch_size=32)
     for size in (1, 4):

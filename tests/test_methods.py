@@ -2,13 +2,18 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from raytvb.maths.merge_methods import MERGE, iso_c, ties, tsv_m
+from raytvb.maths.merge_methods.iso_c import iso_c
+from raytvb.maths.merge_methods.ties import ties
+from raytvb.maths.merge_methods.tsv_m import tsv_m
+from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.maths.thresholds import Thresholds, global_thresholds
 from raytvb.maths.trimming import PREPARE
 
@@ -27,7 +32,7 @@ def some_vectors(kind: str, seed: int) -> Model:
     """
     rng = np.random.default_rng(seed)
     tasks = {"single": 1, "many": 8}.get(kind, 3)
-    flat = rng.normal(size=(tasks, D)) * 10.0 ** rng.integers(-4, 2, size=(tasks, 1))
+    flat: np.ndarray = rng.normal(size=(tasks, D)) * 10.0 ** rng.integers(-4, 2, size=(tasks, 1))
     if kind == "sparse":
         flat *= rng.random(flat.shape) < 0.3
     if kind == "levels":
@@ -191,7 +196,9 @@ def test_a_method_is_its_dense_reference(name: str, kind: str) -> None:
     for seed in range(3):
         model = some_vectors(kind, seed)
         assert_close(
-            merged(model, MERGE[name]), REFERENCES[name](dense(model)), SPECTRAL.get(name, 1e-6)
+            merged(model, MERGE_METHODS[name]),
+            REFERENCES[name](dense(model)),
+            SPECTRAL.get(name, 1e-6),
         )
 
 
@@ -230,7 +237,7 @@ def test_fisher_is_the_weighted_average_of_every_entry(kind: str) -> None:
         scales = rng.random(len(flat)) + 0.1
         fishers = by_name(torch.tensor(information, dtype=torch.float32))
         parts = [
-            MERGE["fisher"](v, fishers=fishers[n], weights=torch.tensor(scales))
+            MERGE_METHODS["fisher"](v, fishers=fishers[n], weights=torch.tensor(scales))
             for n, v in model.items()
         ]
         expected = np.zeros(D)
@@ -253,15 +260,10 @@ def test_thresholds_are_exact_for_magnitudes_of_all_sizes(dtype: torch.dtype) ->
         vectors[2, :4500] = 0
         vectors = vectors.to(dtype)
         for density in (1e-6, 0.01, 0.2, 0.5, 0.99, 1.0):
-            expected = (
-                vectors.float()
-                .abs()
-                .sort(dim=1, descending=True)
-                .values[:, max(1, round(5000 * density)) - 1]
-            )
-            assert torch.equal(
-                global_thresholds(lambda v=vectors: v.split(777, dim=1), density), expected
-            )
+            falling = vectors.float().abs().sort(dim=1, descending=True).values
+            expected = falling[:, max(1, round(5000 * density)) - 1]
+            parameters = partial(vectors.split, 777, dim=1)
+            assert torch.equal(global_thresholds(parameters, density), expected)
 
 
 def test_bf16_needs_one_pass_and_float32_two() -> None:
@@ -294,29 +296,45 @@ def test_a_second_pass_that_differs_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(set(MERGE) - {"dare", "fisher"}))
+@pytest.mark.parametrize("name", sorted(set(MERGE_METHODS) - {"dare", "fisher"}))
 def test_the_order_of_the_tasks_does_not_matter(name: str, kind: str) -> None:
     for seed in range(2):
         model = some_vectors(kind, seed)
         order = torch.randperm(len(model["bias"]), generator=torch.Generator().manual_seed(seed))
         other = {n: v[order] for n, v in model.items()}
         found, expected = (
-            merged(m, MERGE[name], **({"thresholds": thresholds_of(m)} if name == "ties" else {}))
+            merged(
+                m,
+                MERGE_METHODS[name],
+                **({"thresholds": thresholds_of(m)} if name == "ties" else {}),
+            )
             for m in (other, model)
         )
         assert_close(found, expected, SPECTRAL.get(name, 1e-6))
+
+
+def required_keywords(function: Callable[..., Tensor]) -> list[str]:
+    """Keyword arguments without a default."""
+    names = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            names.append(parameter.name)
+    return names
+
+
+@pytest.mark.parametrize("name", list(MERGE_METHODS))
+def test_a_method_registers_what_its_function_needs(name: str) -> None:
+    method = MERGE_METHODS[name]
+    assert required_keywords(method.function) == list(method.needs)
 
 
 def test_inputs_stay_as_they_are() -> None:
     model = some_vectors("dense", 0)
     before = {n: v.clone() for n, v in model.items()}
     given = {"thresholds": thresholds_of(model), "generator": torch.Generator(), "fishers": None}
-    for method in (*MERGE.values(), *PREPARE.values()):
-        needed = [
-            p.name
-            for p in inspect.signature(method).parameters.values()
-            if p.kind == p.KEYWORD_ONLY and p.default is p.empty
-        ]
+    functions = [method.function for method in MERGE_METHODS.values()]
+    for method in (*functions, *PREPARE.values()):
+        needed = required_keywords(method)
         assert set(needed) <= set(given)
         for vectors in model.values():
             method(vectors, **{n: vectors.abs() if n == "fishers" else given[n] for n in needed})
@@ -339,11 +357,11 @@ def test_ties_leaves_out_those_that_disagree() -> None:
 
 def test_consensus_needs_as_many_masks_as_asked() -> None:
     model = some_vectors("dense", 3)
-    whole = merged(model, MERGE["sum"])
-    consensus = MERGE["consensus"]
+    whole = merged(model, MERGE_METHODS["sum"])
+    consensus = MERGE_METHODS["consensus"]
     assert np.array_equal(merged(model, consensus, least=0), whole)
     assert not merged(model, consensus, least=4).any()
-    assert np.array_equal(merged(model, consensus, least=1), merged(model, MERGE["tall"]))
+    assert np.array_equal(merged(model, consensus, least=1), merged(model, MERGE_METHODS["tall"]))
     kept = [(merged(model, consensus, least=k) != 0).sum() for k in range(5)]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) > 2
 
@@ -354,7 +372,9 @@ def test_consensus_takes_another_merge_such_as_ties() -> None:
     for vectors in model.values():
         multi = ties(vectors, thresholds=limits)
         masks = vectors.double().abs() > 0.4 * (multi.double() - vectors.double()).abs()
-        assert torch.equal(MERGE["consensus"](vectors, merged=multi), multi * (masks.sum(0) >= 2))
+        assert torch.equal(
+            MERGE_METHODS["consensus"](vectors, merged=multi), multi * (masks.sum(0) >= 2)
+        )
 
 
 def test_dare_depends_on_its_generator_only() -> None:
@@ -362,7 +382,7 @@ def test_dare_depends_on_its_generator_only() -> None:
 
     def drawn(seed: int, name: str = "dare") -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
-        return merged(model, MERGE[name], rate=0.5, generator=generator)
+        return merged(model, MERGE_METHODS[name], rate=0.5, generator=generator)
 
     assert np.array_equal(drawn(1), drawn(1)) and not np.array_equal(drawn(1), drawn(2))
     generator = torch.Generator().manual_seed(1)
@@ -385,7 +405,9 @@ def test_dare_drops_and_rescales_without_bias() -> None:
     # A kept entry is 4 times its value: the standard deviation of the mean is sqrt(3 / 4000) = 2.7
     # % of it.
     assert torch.allclose(draws.mean(0), vectors, rtol=0.1)
-    assert torch.equal(MERGE["dare"](vectors, rate=0.0, generator=generator), vectors.sum(0))
+    assert torch.equal(
+        MERGE_METHODS["dare"](vectors, rate=0.0, generator=generator), vectors.sum(0)
+    )
 
 
 def test_dare_drops_the_entries_of_each_task_independently() -> None:
@@ -436,14 +458,14 @@ def test_a_task_of_zeros_disturbs_no_other_one_in_tsv_m() -> None:
 
 def test_vectors_of_zeros_merge_to_zero() -> None:
     model = by_name(torch.zeros(3, D))
-    needed = {
+    needed: dict[str, dict[str, Any]] = {
         "ties": {"thresholds": thresholds_of(model)},
         "dare": {"generator": torch.Generator()},
     }
-    for name in sorted(set(MERGE) - {"fisher"}):
-        assert not merged(model, MERGE[name], **needed.get(name, {})).any(), name
+    for name in sorted(set(MERGE_METHODS) - {"fisher"}):
+        assert not merged(model, MERGE_METHODS[name], **needed.get(name, {})).any(), name
     for vectors in model.values():
-        assert not MERGE["fisher"](vectors, fishers=vectors).any()
+        assert not MERGE_METHODS["fisher"](vectors, fishers=vectors).any()
 
 
 def test_fisher_with_equal_information_is_the_mean() -> None:
@@ -453,20 +475,22 @@ def test_fisher_with_equal_information_is_the_mean() -> None:
             vectors.shape
         )
         assert torch.allclose(
-            MERGE["fisher"](vectors, fishers=equal), MERGE["mean"](vectors), atol=1e-7
+            MERGE_METHODS["fisher"](vectors, fishers=equal),
+            MERGE_METHODS["mean"](vectors),
+            atol=1e-7,
         )
 
 
-@pytest.mark.parametrize("name", sorted(MERGE))
+@pytest.mark.parametrize("name", list(MERGE_METHODS))
 def test_what_is_no_stack_of_vectors_is_an_error(name: str) -> None:
-    needed = {
+    needed: dict[str, dict[str, Any]] = {
         "ties": {"thresholds": torch.zeros(0)},
         "dare": {"generator": torch.Generator()},
         "fisher": {"fishers": torch.zeros(0)},
     }
     for bad in (torch.tensor(1.0), torch.zeros(0, 3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="T >= 1 vectors"):
-            MERGE[name](bad, **needed.get(name, {}))
+            MERGE_METHODS[name](bad, **needed.get(name, {}))
 
 
 @pytest.mark.parametrize(
@@ -488,4 +512,4 @@ def test_what_is_no_stack_of_vectors_is_an_error(name: str) -> None:
 )
 def test_wrong_options_are_errors(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MERGE[name](torch.ones(2, 4), **options)
+        MERGE_METHODS[name](torch.ones(2, 4), **options)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raytvb.maths.basis_fit import fit_basis
+from raytvb.maths.basis_registry import online_methods
 from raytvb.maths.online_basis import (
-    ONLINE_METHODS,
     OnlineState,
     advance,
     arrivals,
@@ -146,7 +146,7 @@ def incremental_svd(V: Tensor, size: int, batch: int) -> list[Tensor]:
     return rebuilt
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 @pytest.mark.parametrize("kind", ["clustered", "signed", "uneven"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_bounds_and_coefficients_are_those_of_the_explicit_vectors(
@@ -159,7 +159,7 @@ def test_bounds_and_coefficients_are_those_of_the_explicit_vectors(
         assert a.loss >= floor * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 @pytest.mark.parametrize("batch", BATCHES)
 def test_as_many_vectors_as_the_size_are_kept_exactly(method: str, batch: int) -> None:
     arrivals = stream(method, 6, vectors("uneven", 6), batch)
@@ -223,7 +223,7 @@ def test_ae_anchored_keeps_the_mean_and_decodes_the_sum_exactly(
         torch.testing.assert_close(a.rebuilt.sum(1), a.V.sum(1), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize(("size", "batch"), [(1, 1), (1, 3), (3, 1), (3, 3), (3, 5), (5, 1)])
 def test_fewer_directions_than_vectors(method: str, kind: str, size: int, batch: int) -> None:
@@ -237,7 +237,7 @@ def test_fewer_directions_than_vectors(method: str, kind: str, size: int, batch:
     assert (relative_bounds(arrivals[-1].state)[V.norm(dim=0) == 0] == 0).all()
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 def test_loss_on_clustered_vectors_comes_near_the_offline_floor(method: str) -> None:
     V = vectors("clustered", 40)
     floor = fit_basis(V.T @ V, 8, method="svd").floor
@@ -293,7 +293,7 @@ def test_ae_anchored_gives_each_refit_its_least_weighted_loss(kind: str) -> None
         torch.testing.assert_close((after.rebuilt - tasks).square().sum(), least, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_scale_of_the_vectors_does_not_matter(method: str, scale: float) -> None:
     V = vectors("clustered", 9)
@@ -322,7 +322,7 @@ def test_looks_are_after_arrivals(count: int, buffer: int, looks: list[int]) -> 
     assert len(many) == 16 and many[-1] == 1001 and all(n % 3 == 0 for n in many[:-1])
 
 
-@pytest.mark.parametrize("method", ONLINE_METHODS)
+@pytest.mark.parametrize("method", online_methods())
 def test_same_stream_same_basis(method: str) -> None:
     V = vectors("signed", 9)
     first, again = stream(method, 3, V, 1)[-1], stream(method, 3, V.clone(), 1)[-1]
@@ -343,7 +343,7 @@ def test_a_state_is_frozen_and_inputs_are_left_alone() -> None:
 
 
 def test_errors_name_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"'kmeans'.*svd, ae, ae-anchored"):
+    with pytest.raises(ValueError, match=r"'kmeans' has no online form.* ae, ae-anchored, svd"):
         start("kmeans", 3)
     with pytest.raises(ValueError, match="at least 1"):
         start("svd", 0)

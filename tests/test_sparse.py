@@ -80,6 +80,7 @@ def test_steps_are_those_of_adamw_on_the_kept_entries(
         nn.functional.cross_entropy(reference(images), split.labels).backward()
         for name, parameter in reference.named_parameters():
             if name in kept:
+                assert parameter.grad is not None
                 kept[name].grad = parameter.grad[mask[name]].clone()
             parameter.grad = None
         norm = nn.utils.clip_grad_norm_(kept.values(), math.inf if clip is None else clip)
@@ -115,7 +116,7 @@ def test_everything_that_is_not_kept_stays_the_same_bits() -> None:
 
 def test_tensors_without_kept_entries_need_no_gradient() -> None:
     net = toy_net()
-    net[4].bias.requires_grad_(False)
+    net.get_parameter("4.bias").requires_grad_(False)
     MaskedAdamW(dict(net.named_parameters()), random_mask(net), lr=0.1, weight_decay=0.0)
     assert {n for n, p in net.named_parameters() if not p.requires_grad} == {"2.weight"}
 
@@ -290,7 +291,7 @@ def test_bf16_trains_float32_weights_to_about_the_same() -> None:
     mask = random_mask(toy_net())
     seen: list[torch.dtype] = []
     net = toy_net()
-    net[1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    net.get_submodule("1").register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     half, full = trained(net, mask, precision="bf16"), trained(toy_net(), mask)
     assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in net.parameters())
     left, right = (torch.cat([r.values[n] for n in sorted(mask)]) for r in (half, full))
@@ -361,8 +362,9 @@ def test_a_kept_parameter_that_the_forward_pass_does_not_use_only_decays() -> No
     loss_before = net(torch.ones(2, 3, 4, 4)).square().sum()
     loss_before.backward()
     optimizer.step(0.1)
-    torch.testing.assert_close(net.spare.detach(), torch.full((3,), 0.99))
-    assert not torch.equal(net[4].bias, toy_net()[4].bias)
+    spare = net.get_parameter("spare").detach()
+    torch.testing.assert_close(spare, torch.full((3,), 0.99))
+    assert not torch.equal(net.get_parameter("4.bias"), toy_net().get_parameter("4.bias"))
 
 
 def test_a_fine_tune_goes_on_from_any_checkpoint_to_the_same_bits() -> None:

@@ -101,7 +101,7 @@ def test_staged_rounds_never_take_back_a_rejected_entry() -> None:
                 chosen, sorted_mask(barred, sum(int(m.sum()) for m in chosen.values()))
             )
         kept = chosen
-    assert sum(int(m.sum()) for m in kept.values()) == 11
+    assert kept is not None and sum(int(m.sum()) for m in kept.values()) == 11
 
 
 def test_one_round_is_a_plain_threshold() -> None:

@@ -4,8 +4,12 @@ Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. With task vectors
 S = V B and the vectors come back as V̂ = S W. Everything here needs only the Gram matrix G = VᵀV,
 never a D-sized vector:
 
-    L(B, W) = ‖V B W − V‖² / ‖V‖² = tr((BW − I)ᵀ G (BW − I)) / tr(G),    best W for a given B:
-    (BᵀGB)⁺ BᵀG.
+    L(B, W) = ‖V B W − V‖² / ‖V‖² = tr((BW − I)ᵀ G (BW − I)) / tr(G),
+    best W for a given B: (BᵀGB)⁺ BᵀG.
+
+Read here first how a fit is asked for and what it gives; then `gram_factor` (what a method knows of
+the vectors), `basis_registry` and the methods in `basis_methods`. `online_basis` is the same for
+vectors that arrive a few at a time.
 
 Shape suffixes: T tasks, M basis vectors, R numerical rank of G, K any number of directions; G_TT,
 F_RT (G = FᵀF, F Fᵀ diagonal and falling), B_TM, W_MT. Everything is float64 on the CPU, and G is
@@ -22,8 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytvb.maths.basis_methods import METHODS, greedy
+from raytvb.maths.basis_registry import BASIS_METHODS, BasisMethod
 from raytvb.maths.gram_factor import GramFactor, condition, factor, least_squares
+
+EXACT = 1e-12
+"""A loss below this is rounding."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,7 @@ def fit_basis(
     method: str = "ae",
     generator: torch.Generator | None = None,
 ) -> BasisFit:
-    """Fit `size` basis vectors to the vectors whose Gram matrix is `gram`: `fit_bases` with one
-    size.
-    """
+    """Fit `size` basis vectors to the vectors whose Gram matrix is `gram`: see `fit_bases`."""
     return fit_bases(gram, [size], method=method, generator=generator)[0]
 
 
@@ -79,20 +84,22 @@ def fit_bases(
     method: str = "ae",
     generator: torch.Generator | None = None,
 ) -> list[BasisFit]:
-    """Fit a basis of each size; the eigenvectors are computed once, and each fit is the one
-    `fit_basis` makes.
+    """Fit a basis of each size. Eigenvectors are computed once; each fit is that of `fit_basis`.
 
-    gram: (T, T) symmetric positive semi-definite, any real dtype. method: a key of METHODS.
-    generator: the source of every random draw, taken back to its state for each size; None is one
-    seeded with 0. With `size` ≥ T the basis is the vectors themselves, and above their rank an
-    exact one of as few vectors as the method needs, both with a warning.
+    With `size` ≥ T the basis is the vectors themselves. Above their rank it is an exact one of as
+    few vectors as the method needs. Both give a warning.
+
+    Args:
+        gram: (T, T) symmetric positive semi-definite, any real dtype.
+        sizes: numbers of basis vectors M, each at least 1.
+        method: a name in `basis_registry.BASIS_METHODS`.
+        generator: the source of every random draw, taken back to its state for each size; None is
+            one seeded with 0.
+
     Raises ValueError for an unknown method, a size below 1, and a Gram that is not square, finite,
     symmetric, positive semi-definite and non-zero.
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"unknown basis method {method!r}; there are: {', '.join(sorted(METHODS))}"
-        )
+    entry = BASIS_METHODS.lookup(method)
     sizes = list(sizes)
     for size in sizes:
         if not isinstance(size, int) or size < 1:
@@ -105,7 +112,7 @@ def fit_bases(
     for size in sizes:
         started = time.perf_counter() - shared
         generator.set_state(state)
-        B_TM, W_MT = _fit(vectors, size, method, generator)
+        B_TM, W_MT = _fit(vectors, size, entry, generator)
         loss, floor = vectors.loss(B_TM, W_MT), vectors.floor(B_TM.shape[1])
         conditioned = condition(vectors.F_RT, B_TM)
         fits.append(
@@ -115,52 +122,84 @@ def fit_bases(
 
 
 def _fit(
-    vectors: GramFactor, size: int, method: str, generator: torch.Generator
+    vectors: GramFactor, size: int, method: BasisMethod, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    tasks, rank = len(vectors.G_TT), vectors.rank
+    """B and W of at most `size` vectors; fewer, with a warning, where fewer are exact."""
+    tasks = len(vectors.G_TT)
     if size >= tasks:
         warnings.warn(
             f"basis size {size} is not below the {tasks} vectors: they are kept as they are",
             stacklevel=4,
         )
         return torch.eye(tasks, dtype=torch.float64), torch.eye(tasks, dtype=torch.float64)
-    if size <= rank:
-        return METHODS[method](vectors, size, generator)
-    # With a first column that is given, the others may have to explain all by themselves.
-    for enough in (rank, rank + 1) if method in ("ae-anchored", "pca") else (rank,):
-        B_TM, W_MT = METHODS[method](vectors, enough, generator)
-        if vectors.loss(B_TM, W_MT) < 1e-12:
-            break
-    else:
-        B_TM, W_MT = greedy(vectors, rank, generator)
+    if size <= vectors.rank:
+        return _run(vectors, size, method, generator)
+    B_TM, W_MT = _exact(vectors, method, generator)
     warnings.warn(
-        f"the vectors have rank {rank}: {B_TM.shape[1]} basis vectors are exact, of the {size} asked for",
+        f"the vectors have rank {vectors.rank}: {B_TM.shape[1]} basis vectors are exact, of the "
+        f"{size} asked for",
         stacklevel=4,
     )
     return B_TM, W_MT
 
 
-def best_weights(gram: Tensor, B: Tensor) -> Tensor:
-    """The W (M, T) float64 of least loss for a given B (T, M): (BᵀGB)⁺ BᵀG, min ‖F (B W − I)‖² with
-    G = FᵀF.
+def _exact(
+    vectors: GramFactor, method: BasisMethod, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The smallest exact basis that the method finds; where it finds none, one of the vectors
+    themselves.
+    """
+    # Where a column of B is given, the others may have to explain all by themselves.
+    for enough in range(vectors.rank, vectors.rank + method.extra + 1):
+        B_TM, W_MT = _run(vectors, enough, method, generator)
+        if vectors.loss(B_TM, W_MT) < EXACT:
+            return B_TM, W_MT
+    return vectors.subset(vectors.pivots)
 
-    Solved by least squares on F B with unit columns, which has the square root of the condition
-    number of BᵀGB.
+
+def _run(
+    vectors: GramFactor, size: int, method: BasisMethod, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """B (T, M) and W (M, T) of the method; ValueError where it gives tables of another shape or
+    dtype.
+    """
+    B_TM, W_MT = method.fit(vectors, size, generator)
+    tasks, double = len(vectors.G_TT), torch.float64
+    if B_TM.shape != (tasks, size) or W_MT.shape != (size, tasks):
+        raise ValueError(
+            f"basis method {method.name!r} ({method.place}) gave B {tuple(B_TM.shape)} and W "
+            f"{tuple(W_MT.shape)} for {tasks} vectors and {size} basis vectors"
+        )
+    if B_TM.dtype != double or W_MT.dtype != double:
+        raise ValueError(
+            f"basis method {method.name!r} ({method.place}) gave B {B_TM.dtype} and W "
+            f"{W_MT.dtype}: both must be float64"
+        )
+    return B_TM, W_MT
+
+
+def best_weights(gram: Tensor, B: Tensor) -> Tensor:
+    """The W (M, T) float64 of least loss for a given B (T, M): (BᵀGB)⁺ BᵀG.
+
+    It minimises ‖F (B W − I)‖² with G = FᵀF. That is solved by least squares on F B with unit
+    columns, whose condition number is the square root of that of BᵀGB.
     """
     return least_squares(factor(gram.double()), B.double())
 
 
 def relative_loss(gram: Tensor, B: Tensor, W: Tensor) -> float:
-    """L(B, W) as ‖F (B W − I)‖² / ‖F‖² with G = FᵀF: unlike the trace it cannot come out
-    negative.
+    """L(B, W) for G (T, T), B (T, M) and W (M, T).
+
+    Computed as ‖F (B W − I)‖² / ‖F‖² with G = FᵀF, which unlike the trace cannot come out negative.
     """
     F_RT = factor(gram.double())
     return float((F_RT @ B.double() @ W.double() - F_RT).square().sum() / F_RT.square().sum())
 
 
 def task_errors(gram: Tensor, fit: BasisFit) -> Tensor:
-    """Relative squared error ‖S w_t − v_t‖² / ‖v_t‖² of each task (T,) float64; 0 for a zero
-    vector.
+    """Relative squared error ‖S w_t − τ_t‖² / ‖τ_t‖² of each task (T,) float64.
+
+    It is 0 for a zero vector.
     """
     rest = fit.B @ fit.W - torch.eye(len(gram), dtype=torch.float64)
     error, norm = (rest * (gram.double() @ rest)).sum(dim=0).clamp(min=0), gram.double().diagonal()

@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Bool (D,) to uint8 (ceil(D/8),): entry i is bit i % 8, lowest first, of byte i // 8; the rest
-    is zero.
+    """Bool (D,) to uint8 (ceil(D/8),): entry i is bit i % 8, lowest first, of byte i // 8.
+
+    Bits beyond the last entry are zero.
     """
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
 

@@ -14,8 +14,8 @@ class Count:
     correct: int
     total: int
     expected: float = field(default=0.0, compare=False)
-    """Sum of the probabilities that the model gives to the right classes: as many of its answers
-    would be right if they were drawn. It moves in smaller steps than `correct`, so that
+    """Sum of the probabilities that the model gives to the right classes: the number of right
+    answers to expect if answers were drawn. It moves in smaller steps than `correct`, so that
     coefficients can be compared on fewer images."""
 
     @property
@@ -30,17 +30,17 @@ class Count:
 
 
 def wilson(count: Count, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of an accuracy (95 % by default)."""
+    """Wilson score interval (low, high) of an accuracy; z = 1.96 is for 95 %."""
     p, n = count.accuracy, count.total
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, min(p, centre - reach)), min(
-        1.0, max(p, centre + reach)
-    )  # rounding would leave p out at 0 and 1
+    # Rounding would leave p out of its interval at 0 and 1.
+    low, high = min(p, centre - reach), max(p, centre + reach)
+    return max(0.0, low), min(1.0, high)
 
 
 def even_grid(low: float, high: float, points: int) -> list[float]:
-    """Even steps from low to high, both included."""
+    """`points` numbers in even steps from low to high, both included."""
     return [low + (high - low) * k / (points - 1) for k in range(points)]
 
 

@@ -5,10 +5,13 @@ arXiv 2504.02620:
 
     F_j = mean over images x of E_{y ~ p(.|x)} [ (d log p(y|x) / d theta_j)^2 ],
 
-with the labels y drawn from the model itself. One forward and one backward pass a batch: the
-per-sample gradients of a layer are formed from its input and the gradient of its output when the
-backward pass gets there, squared, and dropped. Each sample's gradient is its own because no sample
-of a batch touches another (batch norm uses running statistics).
+with the labels y drawn from the model itself.
+
+A batch takes one forward and one backward pass. When the backward pass reaches a layer, the
+gradients of each sample are formed from the layer's input and the gradient of its output, squared,
+added to the scores, and dropped. This holds because no sample of a batch touches another (batch
+norm uses running statistics). `fisher_recorder` has these rules; `fisher_rewrites` takes fused
+layers apart for it. Parameters that no rule covers are scored by the plain definition.
 
 Shape suffixes: N images, L positions (tokens, pixels), I and O features in and out.
 """
@@ -26,26 +29,28 @@ from raytvb.maths.fisher_recorder import Recorder
 
 Model = Callable[[Tensor], Tensor]
 
+Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Logits (N, C) to labels (N, R) and their weights (N, R)."""
 
-Draw = Callable[
-    [Tensor], tuple[Tensor, Tensor]
-]  # logits (N, C) to labels (N, R) and weights (N, R)
+Draws = int | Literal["exact"]
+
+Precision = Literal["fp32", "bf16"]
 
 
 def fisher_scores(
     classifier: nn.Module,
     images: Tensor,
     *,
-    draws: int | Literal["exact"] = 1,
+    draws: Draws = 1,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every parameter that requires grad, averaged over the images.
 
     Linear, convolution, normalisation and attention layers, scales and additive embeddings take one
-    pass a batch. What is used in another way is found out on the first image, by comparing with
-    plain autograd, and scored image by image; a warning says so.
+    pass a batch. Parameters that are used in another way are found on the first image, by comparing
+    with plain autograd. They are scored image by image, and a warning names them.
 
     Args:
         classifier: images (N, 3, H, W) to logits (N, C); used in the mode it is in (call `.eval()`
@@ -58,22 +63,52 @@ def fisher_scores(
         precision: of the forward and backward pass; "bf16" is autocast to bfloat16. Squares are
             summed in float32.
 
-    Returns: name -> float32 tensor of the parameter's shape. Raises ValueError where there is
-    nothing to score, and for arguments that are none of these.
+    Returns: name -> float32 tensor of the parameter's shape.
+
+    Raises ValueError for other values than these, and where there is nothing to score.
     """
-    if (
-        not (draws == "exact" or isinstance(draws, int))
-        or batch_size < 1
-        or precision not in ("fp32", "bf16")
-    ):
+    _check_options(draws, batch_size, precision)
+    parameters = _parameters_to_score(classifier, images, draws)
+    seeded = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def model(batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return classifier(batch)
+
+    def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return _labels_and_weights(logits.detach(), draws, seeded)
+
+    # Half precision rounds the two ways differently; a wrong rule is off by more than that.
+    whole = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
+    tolerance: float | None = 1e-4 if whole else 0.25
+    slow = set[str]()
+    if precision == "bf16" and len(images) > 1:
+        # Rounding to bfloat16 may exceed any tolerance, so the rules are checked in float32.
+        slow, tolerance = _parameters_without_rule(classifier, parameters, images, tolerance), None
+    scoring = _Scoring(model, draw, parameters, slow, tolerance)
+    for batch in images.split(batch_size):
+        scoring.add(batch)
+    return {name: score.div_(len(images)) for name, score in scoring.scores.items()}
+
+
+def _check_options(draws: Draws, batch_size: int, precision: str) -> None:
+    """ValueError for options that are none of those of `fisher_scores`."""
+    valid = (draws == "exact" or isinstance(draws, int)) and batch_size >= 1
+    if not valid or precision not in ("fp32", "bf16"):
         raise ValueError(
             f'draws = {draws!r} (a number or "exact"), batch_size = {batch_size} (at least 1), '
             f'precision = {precision!r} ("fp32" or "bf16")'
         )
+
+
+def _parameters_to_score(
+    classifier: nn.Module, images: Tensor, draws: Draws
+) -> dict[str, nn.Parameter]:
+    """The parameters that require grad; ValueError where there is nothing to score."""
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
-            f"images are {tuple(images.shape)} {images.dtype}; needed are normalised ones (N, 3, H, W) in "
-            f"floating point"
+            f"images are {tuple(images.shape)} {images.dtype}; needed are normalised ones "
+            f"(N, 3, H, W) in floating point"
         )
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
     if not parameters or len(images) == 0 or (draws != "exact" and draws < 1):
@@ -81,79 +116,105 @@ def fisher_scores(
             f"nothing to score: {len(parameters)} parameters require grad, {len(images)} images, "
             f"draws = {draws}"
         )
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    return parameters
 
-    def model(batch: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return classifier(batch)
 
-    def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return _labels_and_weights(logits.detach(), draws, generator)
+def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores before the first image."""
+    return {n: torch.zeros(p.shape, device=p.device) for n, p in parameters.items()}
 
-    def draw_first(logits: Tensor) -> tuple[Tensor, Tensor]:
+
+def _parameters_without_rule(
+    classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, tolerance: float | None
+) -> set[str]:
+    """Names of the parameters that the first two images show to be used in a way without a rule."""
+
+    def draw_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
         labels = logits.argmax(dim=1, keepdim=True)
         return labels, torch.ones(labels.shape, device=labels.device)
 
-    # Half precision rounds the two ways differently; a wrong rule is off by more than that.
-    whole = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
-    tolerance: float | None = 1e-4 if whole else 0.25
-    scores = {n: torch.zeros(p.shape, device=p.device) for n, p in parameters.items()}
-    slow = set[str]()
-    if (
-        precision == "bf16" and len(images) > 1
-    ):  # where rounding may be larger than any tolerance: checked in float32
-        _, _, slow = _add_batch(classifier, parameters, images[:2], draw_first, scores, tolerance)
-        tolerance = None
-        for score in scores.values():
-            score.zero_()
-    unseen = True
-    for batch in images.split(batch_size):
-        if len(batch) == 1:  # it cannot be told from other sizes of 1
+    unused = _zeros(parameters)
+    return _add_batch(classifier, parameters, images[:2], draw_likeliest, unused, tolerance)[2]
+
+
+class _Scoring:
+    """Sums of squared gradients over batches of images.
+
+    The first batch shows which parameters are used in a way without a rule. These are slow: they
+    are scored image by image.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        draw: Draw,
+        parameters: Mapping[str, Tensor],
+        slow: set[str],
+        tolerance: float | None,
+    ) -> None:
+        """slow: names that are known to have no rule.
+
+        tolerance: how far a rule's squares may be from those of plain autograd; None: not checked.
+        """
+        self.scores = _zeros(parameters)
+        self._model, self._draw, self._parameters = model, draw, parameters
+        self._slow, self._tolerance = set(slow), tolerance
+        self._settled = False
+        """Whether a batch has shown which parameters are slow."""
+
+    def add(self, batch: Tensor) -> None:
+        """Add the squares of a batch (N, 3, H, W).
+
+        Raises RuntimeError where the model uses a parameter in another way than in the first batch.
+        """
+        if len(batch) == 1:  # the batch dimension cannot be told from other sizes of 1
             with torch.no_grad():
-                labels, weights = draw(model(batch))
-            _add_each(model, parameters, batch, labels, weights, scores)
-            continue
-        fast = {n: p for n, p in parameters.items() if n not in slow}
+                labels, weights = self._draw(self._model(batch))
+            _add_each(self._model, self._parameters, batch, labels, weights, self.scores)
+            return
+        fast = {n: p for n, p in self._parameters.items() if n not in self._slow}
+        tolerance = None if self._settled else self._tolerance
         labels, weights, wrong = _add_batch(
-            model, fast, batch, draw, scores, tolerance if unseen else None
+            self._model, fast, batch, self._draw, self.scores, tolerance
         )
-        if unseen:
-            slow, unseen = slow | wrong, False
-            _warn(slow, len(parameters))
-            for name in wrong:
-                scores[name].zero_()
+        if not self._settled:
+            self._settle(wrong)
         elif wrong:
             raise RuntimeError(
-                f"the model uses {', '.join(sorted(wrong))} in another way for {len(batch)} images than "
-                f"for the first batch; score it with batch_size=1"
+                f"the model uses {', '.join(sorted(wrong))} in another way for {len(batch)} images "
+                f"than for the first batch; score it with batch_size=1"
             )
-        _add_each(model, {n: parameters[n] for n in slow}, batch, labels, weights, scores)
-    return {n: s.div_(len(images)) for n, s in scores.items()}
+        slow = {n: self._parameters[n] for n in self._slow}
+        _add_each(self._model, slow, batch, labels, weights, self.scores)
 
-
-def _warn(slow: set[str], count: int) -> None:
-    if slow:
-        warnings.warn(
-            f"{len(slow)} of {count} parameters are used in ways that have no fast rule and are scored image "
-            f"by image: {', '.join(sorted(slow)[:5])}{', …' if len(slow) > 5 else ''}",
-            stacklevel=3,
-        )
+    def _settle(self, wrong: set[str]) -> None:
+        """Score these parameters image by image from now on, and warn of all slow ones."""
+        self._settled = True
+        self._slow |= wrong
+        for name in wrong:
+            self.scores[name].zero_()
+        if self._slow:
+            names = sorted(self._slow)
+            warnings.warn(
+                f"{len(names)} of {len(self._parameters)} parameters are used in ways that have no "
+                f"fast rule and are scored image by image: {', '.join(names[:5])}"
+                f"{', …' if len(names) > 5 else ''}",
+                stacklevel=4,
+            )
 
 
 def _labels_and_weights(
-    logits: Tensor, draws: int | Literal["exact"], generator: torch.Generator | None
+    logits: Tensor, draws: Draws, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Labels (N, R) to score and their weights (N, R), which sum to 1 over R: sampled ones or every
-    class.
-    """
+    """Labels (N, R) to score, drawn or every class, and their weights (N, R), which sum to 1."""
     probabilities = logits.float().softmax(dim=1)
     if draws == "exact":
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         return labels, probabilities
     # The draws are made on the CPU so that a seed means the same labels on every device.
-    labels = torch.multinomial(
-        probabilities.cpu(), draws, replacement=True, generator=generator
-    ).to(logits.device)
+    on_cpu = probabilities.cpu()
+    labels = torch.multinomial(on_cpu, draws, replacement=True, generator=generator)
+    labels = labels.to(logits.device)
     return labels, torch.full(labels.shape, 1.0 / draws, device=logits.device)
 
 
@@ -166,12 +227,11 @@ def _add_batch(
     scores: Mapping[str, Tensor],
     tolerance: float | None,
 ) -> tuple[Tensor, Tensor, set[str]]:
-    """Add the weighted squares of a batch to `scores`, for labels (N, R) and weights (N, R) drawn
-    from the logits.
+    """Add the weighted squares of a batch to `scores`, for labels that `draw` gives.
 
-    Returns both, and the names of parameters that are used in a way without a rule. With a
-    tolerance, also those whose squares for the first image and label are not those of plain
-    autograd on that image: a rule that is wrong here.
+    Returns the labels (N, R), their weights (N, R), and the names of parameters that are used in a
+    way without a rule. With a tolerance these include parameters whose rule is wrong here: the
+    squares for the first image and label are not those of plain autograd.
     """
     recorder = Recorder(parameters, scores, len(images))
     with torch.set_grad_enabled(bool(parameters)), recorder:
@@ -194,10 +254,10 @@ def _add_batch(
 def _gradients(
     classifier: Model, parameters: Mapping[str, Tensor], image: Tensor, label: Tensor
 ) -> dict[str, Tensor]:
-    """d log p(label | image) by name, for those it depends on."""
+    """The gradient of log p(label | image) by name, for the parameters that it depends on."""
     log_p = classifier(image).float().log_softmax(dim=1)[0, label[0]]
-    found = torch.autograd.grad(log_p, list(parameters.values()), allow_unused=True)
-    return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+    gradients = torch.autograd.grad(log_p, list(parameters.values()), allow_unused=True)
+    return {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 @torch.enable_grad()

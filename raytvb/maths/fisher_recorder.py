@@ -1,6 +1,9 @@
-"""The recorder of `fisher`: watches a forward pass and scores each layer in the backward pass.
+"""The rules of `fisher`: a recorder watches a forward pass and scores each layer in the backward
+pass.
 
-Shape suffixes as in `fisher`."""
+Shape suffixes: N images, R draws of a label, L positions (tokens, pixels), I and O features in and
+out, G groups of a convolution.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from raytvb.maths.fisher_rewrites import REWRITES
+
+_LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""Of `F.linear` (the first three) and `torch.conv2d`, in their order."""
+
+_Columns = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Input and output gradient of a layer as (G, N, L, I) and (G, N, L, O)."""
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
@@ -30,29 +39,38 @@ _SUMS = {
 
 
 class Recorder(TorchFunctionMode):
-    """Watches a forward pass; in the backward pass after it, squares of per-sample gradients go
-    into the scores.
+    """Watches a forward pass, and adds the squares of each sample's gradients to the scores in the
+    backward passes after it.
 
-    A layer's weight gets them from a hook on the layer's output. Another parameter is expanded to
-    one copy a sample where it meets the batch, so that autograd itself gives its gradient for each
-    sample.
+    The weight of a layer gets its gradients from a hook on the layer's output. Another parameter is
+    expanded to one copy a sample where it meets the batch, so that autograd itself gives its
+    gradient for each sample.
+
+    Use: run the model within the recorder, set `weights_NR`, then for each draw r set `draw` and
+    take the gradients of its log-probabilities with respect to `ends`.
     """
+
+    ends: list[Tensor]
+    """Where a backward pass may stop: watched tensors that depend on no other parameter."""
+    unknown: set[str]
+    """Names of parameters that are used in a way without a rule, or whose rule is wrong."""
+    draw: int
+    """The draw, 0 to R − 1, that the backward pass is for."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
     ) -> None:
+        """scores: name -> float32 tensor that is added to. count: N, the images of the batch."""
         super().__init__()
-        self._names = {
-            id(p): n for n, p in parameters.items()
-        }  # and of views of them with the same elements
-        self._alive: list[Tensor] = []  # the views, so that no other tensor gets their id
-        self._used: set[str] = set()
         self._parameters, self._scores, self._count = parameters, scores, count
-        self.ends: list[
-            Tensor
-        ] = []  # where the backward pass may stop: what depends on no other parameter
-        self.unknown: set[str] = set()
-        self.weights_NR, self.draw = torch.empty(0), 0
+        self.ends, self.unknown = [], set()
+        self.weights_NR = torch.empty(0)  # of the labels; set once they are drawn
+        self.draw = 0
+        # Names by the id of the parameter, and of views of it with the same elements. The views
+        # are kept alive, so that no other tensor gets their id.
+        self._names = {id(p): n for n, p in parameters.items()}
+        self._views: list[Tensor] = []
+        self._used: set[str] = set()
         self._expected: dict[str, Tensor] = {}
         self._margin: dict[str, float] = {}
 
@@ -66,9 +84,9 @@ class Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         rewritten = REWRITES.get(func)
         if rewritten is not None:
-            with self:  # its parts are watched in its place
+            with self:  # its steps are watched instead
                 return rewritten(*args, **kwargs)
-        names = [self._name(a) for a in (*args, *kwargs.values()) if self._name(a)]
+        names = list(filter(None, map(self._name, (*args, *kwargs.values()))))
         if not names:
             return func(*args, **kwargs)
         if func in (F.linear, torch.conv2d):
@@ -80,19 +98,22 @@ class Recorder(TorchFunctionMode):
         return self._view(func, func(*args, **kwargs), names)
 
     def expect(self, gradients: dict[str, Tensor], tolerance: float) -> None:
-        """Compare the squares for the first image and draw with those of these gradients, relative
-        to their maximum.
+        """Compare the squares for the first image and draw with those of these gradients.
+
+        tolerance: relative to the largest square of the parameter. The gradients are taken out of
+        the dict one by one, so that they and their squares are never all in memory.
         """
-        # Not in place: gradients of two parameters may share memory.
-        self._expected = {n: gradients.pop(n).float().square() for n in list(gradients)}
-        most = {n: float(e.max()) for n, e in self._expected.items()}
-        largest = max(most.values(), default=0.0)
-        self._margin = {
-            n: max(tolerance * most.get(n, 0.0), 1e-9 * largest) for n in self._parameters
-        }
+        maximum: dict[str, float] = {}
+        for name in list(gradients):
+            # Not in place: gradients of two parameters may share memory.
+            self._expected[name] = gradients.pop(name).float().square()
+            maximum[name] = float(self._expected[name].max())
+        largest = max(maximum.values(), default=0.0)
+        for name in self._parameters:
+            self._margin[name] = max(tolerance * maximum.get(name, 0.0), 1e-9 * largest)
 
     def _compare(self, name: str, squares: Tensor) -> None:
-        """The squares of the first image are as expected, else the name is unknown from now on."""
+        """Make the name unknown if the squares of the first image are not as expected."""
         if self.draw == 0 and self._margin and name not in self.unknown:
             expected = self._expected.pop(name, None)
             difference = squares if expected is None else squares.reshape(expected.shape) - expected
@@ -100,7 +121,7 @@ class Recorder(TorchFunctionMode):
                 self.unknown.add(name)
 
     def unmet(self) -> set[str]:
-        """Names with an influence on the first image that no rule has met."""
+        """Names of parameters that influence the first image, but that no rule has scored."""
         return {n for n, e in self._expected.items() if float(e.max()) > self._margin[n]}
 
     @property
@@ -109,41 +130,48 @@ class Recorder(TorchFunctionMode):
         return self.weights_NR[:, self.draw]
 
     def _name(self, value: Any) -> str:
+        """The name of the parameter that `value` is, or is a view of; '' for anything else."""
         return self._names.get(id(value), "") if isinstance(value, Tensor) else ""
 
     def _use(self, name: str) -> None:
-        if (
-            name in self._used
-        ):  # gradients of two uses would have to be added before they are squared
+        """Note a use; a second one has no rule, since gradients are added before they are
+        squared.
+        """
+        if name in self._used:
             self.unknown.add(name)
         self._used.add(name)
 
     def _view(self, func: Any, out: Any, names: list[str]) -> Any:
-        """A view with a parameter's elements in their order stands for it; one copy a sample is
-        where it is used.
+        """The result of an operation on parameters that has no rule of its own.
+
+        A view with a parameter's elements in their order, or the parameter in another precision,
+        stands for it from now on. One copy a sample is where it is used. For everything else the
+        parameters are unknown.
         """
-        name = names[0]
-        parameter = self._parameters[name]
-        if func is Tensor.to and out.shape == parameter.shape:  # of another precision
-            self._names[id(out)] = name
-            self._alive.append(out)
+        name, parameter = names[0], self._parameters[names[0]]
+        if func is Tensor.to and out.shape == parameter.shape:
+            self._stands_for(name, out)
             return out
         if isinstance(out, Tensor) and len(names) == 1 and out.data_ptr() == parameter.data_ptr():
             if out.numel() == parameter.numel() and out.is_contiguous():
-                self._names[id(out)] = name
-                self._alive.append(out)
+                self._stands_for(name, out)
                 return out
-            if (
-                out.shape[:1] == (self._count,)
-                and out.stride(0) == 0
-                and out[0].is_contiguous()
-                and (out[0].numel() == parameter.numel())
-            ):
+            if self._is_copy_per_sample(out, parameter):
                 self._expand(name, out)
                 return out
         if isinstance(out, Tensor | tuple | list):
             self.unknown.update(names)
         return out
+
+    def _stands_for(self, name: str, view: Tensor) -> None:
+        self._names[id(view)] = name
+        self._views.append(view)
+
+    def _is_copy_per_sample(self, out: Tensor, parameter: Tensor) -> bool:
+        """Whether `out` (N, ...) is the parameter expanded over the samples."""
+        if out.shape[:1] != (self._count,) or out.stride(0) != 0:
+            return False
+        return out[0].is_contiguous() and out[0].numel() == parameter.numel()
 
     def _expand(self, name: str, copies: Tensor) -> None:
         """Score a parameter from the gradient of its copies (N, ...), one a sample."""
@@ -168,34 +196,15 @@ class Recorder(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """x W' + b, or a convolution with W and b."""
-        given = dict(
-            zip(
-                ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-                args,
-                strict=False,
-            )
-        )
-        given |= kwargs
+        given = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
         source, out = given["input"], func(*args, **kwargs)
         weight, bias = self._name(given["weight"]), self._name(given.get("bias"))
-        plain = all(
-            not n or self._parameters[n] is given[k]
-            for n, k in ((weight, "weight"), (bias, "bias"))
-        )
-        if (
-            self._name(source)
-            or not plain
-            or source.shape[0] != self._count
-            or isinstance(given.get("padding"), str)
-            or not out.requires_grad
-        ):
-            self.unknown.update(n for n in (self._name(source), weight, bias) if n)
+        if not self._has_rule(given) or not out.requires_grad:
+            self.unknown.update(filter(None, (self._name(source), weight, bias)))
             return out
-        columns = (
-            _linear_columns
-            if func is F.linear
-            else _convolution_columns(given, given["weight"].shape[2:])
-        )
+        columns: _Columns = _linear_columns
+        if func is not F.linear:
+            columns = _convolution_columns(given, given["weight"].shape[2:])
 
         def hook(g: Tensor, source: Tensor) -> None:
             a_GNLI, g_GNLO = columns(source, g)
@@ -209,14 +218,31 @@ class Recorder(TorchFunctionMode):
         self._watch(source, out, hook)
         return out
 
+    def _has_rule(self, given: Mapping[str, Any]) -> bool:
+        """Whether the rule for layers covers a call with these arguments.
+
+        It must have the batch as its input, parameters as they are (no views of them) as weight and
+        bias, and its padding as numbers.
+        """
+        for argument in ("weight", "bias"):
+            name = self._name(given.get(argument))
+            if name and self._parameters[name] is not given[argument]:
+                return False
+        source = given["input"]
+        if self._name(source) or source.shape[0] != self._count:
+            return False
+        return not isinstance(given.get("padding"), str)
+
     def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor, Tensor], None]) -> None:
-        """Call `hook` with the gradient of a layer's output and the layer's input, which the last
-        draw lets go.
+        """Call `hook` with the gradient of a layer's output and the layer's input.
+
+        The input is let go with the last draw, since the backward pass needs the memory.
         """
         held = [source.detach()]
 
         def called(g: Tensor) -> None:
-            hook(g, held.pop() if self.draw + 1 == self.weights_NR.shape[1] else held[0])
+            last = self.draw + 1 == self.weights_NR.shape[1]
+            hook(g, held.pop() if last else held[0])
 
         out.register_hook(called)
         if not source.requires_grad:
@@ -249,9 +275,7 @@ class Recorder(TorchFunctionMode):
         self._scores[name].add_(torch.tensordot(self.weights, squares, 1))
 
     def _add_products(self, name: str, g_GNLO: Tensor, a_GNLI: Tensor) -> None:
-        """Add the squares of sum_l g_lo a_li, formed for one sample at a time; G are a
-        convolution's groups.
-        """
+        """Add the squares of sum_l g_lo a_li, which are formed for one sample at a time."""
         groups, _, positions, features = g_GNLO.shape
         score_GOI = self._scores[name].view(groups, features, a_GNLI.shape[3])
         if positions == 1:  # the square of a product is the product of the squares
@@ -259,11 +283,8 @@ class Recorder(TorchFunctionMode):
             self._compare(name, g_GNO[:, 0, :, None] * a_GNI[:, 0, None])
             score_GOI += (g_GNO * self.weights[:, None]).transpose(1, 2) @ a_GNI
             return
-        g_GNOL, a_GNLI, product_GOI = (
-            g_GNLO.float().transpose(2, 3),
-            a_GNLI.float(),
-            torch.empty_like(score_GOI),
-        )
+        g_GNOL, a_GNLI = g_GNLO.float().transpose(2, 3), a_GNLI.float()
+        product_GOI = torch.empty_like(score_GOI)
         # One sample at a time is fastest by far: the product is still in the cache when it is
         # squared.
         for n, weight in enumerate(self.weights.tolist()):
@@ -279,11 +300,10 @@ def _linear_columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return source.reshape(1, count, -1, source.shape[-1]), g.reshape(1, count, -1, g.shape[-1])
 
 
-def _convolution_columns(
-    given: Mapping[str, Any], size: tuple[int, ...]
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The same for a convolution, which is a linear layer on patches: (G, N, L, I) and (G, N, L,
-    O).
+def _convolution_columns(given: Mapping[str, Any], size: tuple[int, ...]) -> _Columns:
+    """Like `_linear_columns` for a convolution, which is a linear layer on patches.
+
+    Gives a function of input and output gradient: (G, N, L, I) and (G, N, L, O).
     """
     groups = given.get("groups", 1)
     options = {
@@ -294,10 +314,8 @@ def _convolution_columns(
 
     def columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         patches = F.unfold(source, size, **options)
-        split = [
-            t.reshape(len(source), groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
-            for t in (patches, g)
-        ]
-        return split[0], split[1]
+        shape = (len(source), groups, -1, patches.shape[-1])
+        a_NGIL, g_NGOL = patches.reshape(shape), g.reshape(shape)
+        return a_NGIL.permute(1, 0, 3, 2), g_NGOL.permute(1, 0, 3, 2)
 
     return columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,86 +46,50 @@ def _batch_norm(
     return _affine(normalised, weight, bias, (-1, *(1,) * (x.dim() - 2)))
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    heads: int,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero: bool,
-    dropout: float,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward` in steps that are watched, the samples first; without masks
-    and dropout.
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+_WHOLE_ONLY = ("bias_k", "bias_v", "key_padding_mask", "attn_mask", "static_k", "static_v")
+"""Arguments with which attention is not taken apart."""
+
+
+def _attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` in steps that are watched, the samples first.
+
+    With masks, dropout or added keys it runs as a whole and is not watched; the check of the first
+    image then finds its parameters without scores.
     """
-    if (
-        any(
-            o is not None for o in (bias_k, bias_v, key_padding_mask, attn_mask, static_k, static_v)
-        )
-        or add_zero
-        or (training and dropout > 0)
-        or query.dim() != 3
-    ):
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # not watched, so the check finds its parameters without scores
-            return F.multi_head_attention_forward(
-                query,
-                key,
-                value,
-                embed_dim,
-                heads,
-                in_weight,
-                in_bias,
-                bias_k,
-                bias_v,
-                add_zero,
-                dropout,
-                out_weight,
-                out_bias,
-                training,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                use_separate_proj_weight,
-                q_proj_weight,
-                k_proj_weight,
-                v_proj_weight,
-                static_k,
-                static_v,
-                **options,
-            )
-    inputs = [t.transpose(0, 1) for t in (query, key, value)]
-    if query is key is value and in_weight is not None:
-        q, k, v = F.linear(inputs[0], in_weight, in_bias).chunk(3, dim=-1)
-    else:
-        weights: Any = (
-            (q_proj_weight, k_proj_weight, v_proj_weight)
-            if in_weight is None
-            else in_weight.chunk(3)
-        )
-        biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
-        q, k, v = (F.linear(t, w, b) for t, w, b in zip(inputs, weights, biases, strict=True))
-    split = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    return F.linear(mixed, out_weight, out_bias).transpose(0, 1), None
+    bound = _ATTENTION.bind(*args, **options)
+    bound.apply_defaults()
+    given = bound.arguments
+    query, key, value = given["query"], given["key"], given["value"]
+    plain = all(given[name] is None for name in _WHOLE_ONLY) and not given["add_zero_attn"]
+    dropped = given["training"] and given["dropout_p"] > 0
+    if not plain or dropped or query.dim() != 3:
+        with torch._C.DisableTorchFunction():
+            return F.multi_head_attention_forward(*args, **options)
+    projected = _projections(given, query is key is value)
+    q, k, v = (_split_heads(part, given["num_heads"]) for part in projected)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out = F.linear(mixed, given["out_proj_weight"], given["out_proj_bias"])
+    return out.transpose(0, 1), None
+
+
+def _projections(given: dict[str, Any], one_input: bool) -> Sequence[Tensor]:
+    """Queries, keys and values (N, L, heads * E) of an attention layer with these arguments."""
+    inputs = [given[name].transpose(0, 1) for name in ("query", "key", "value")]
+    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
+    if one_input and weight is not None:
+        return F.linear(inputs[0], weight, bias).chunk(3, dim=-1)
+    weights = [given[f"{part}_proj_weight"] for part in ("q", "k", "v")]
+    if weight is not None:
+        weights = weight.chunk(3)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return list(map(F.linear, inputs, weights, biases))
+
+
+def _split_heads(projected: Tensor, heads: int) -> Tensor:
+    """(N, L, heads * E) to (N, heads, L, E)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 REWRITES: dict[Any, Callable[..., Any]] = {

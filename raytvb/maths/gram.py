@@ -1,8 +1,9 @@
 """The Gram matrix from blocks of vectors.
 
-Products are taken in float32 over 1,024 coordinates at a time and added up in float64: exact to
-3e-7 of the norms. Over 65,536 it would be 7e-6, as squares of bfloat16 values round the same way
-again and again."""
+Products are summed in float32 over 1,024 coordinates at a time, and these sums in float64: exact to
+3e-7 of the norms. Over 65,536 coordinates the error would be 7e-6, as squares of bfloat16 values
+round the same way again and again.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_SUMMED = 1024  # coordinates that are added up in float32
+BLOCK = 65536
+"""Coordinates of a block. Divides evenly into bytes of a packed mask."""
+
+_SUMMED = 1024
+"""Coordinates whose products are summed in float32."""
 
 
 def gram_of_blocks(count: int, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """Sum of rows @ rows.T (count, count) float64 over blocks (start, rows (count, n) float32);
-    exactly symmetric.
+    """The Gram matrix (count, count) float64, exactly symmetric: the sum of rows @ rows.T.
+
+    blocks: (start, rows), with rows (count, n) float32 the vectors' coordinates from `start` on.
     """
     gram = torch.zeros(count, count, dtype=torch.float64)
     panel = min(64, 4 * -(-count // 8))  # of the symmetric product about half is computed
@@ -33,12 +39,9 @@ def gram_of_blocks(count: int, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
 
 
 def grown(gram: Tensor, rows: Tensor) -> Tensor:
-    """A Gram matrix (T, T) with the rows (new, T + new) of vectors that came to it."""
+    """The Gram matrix (T, T) made larger by the rows (new, T + new) of new vectors."""
     before, total = len(gram), rows.shape[1]
     larger = torch.zeros(total, total, dtype=torch.float64)
     larger[:before, :before] = gram
     larger[before:], larger[:, before:] = rows, rows.T
     return larger
-
-
-BLOCK = 65536  # coordinates; divides evenly into bytes of a packed mask

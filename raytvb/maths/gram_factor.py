@@ -1,11 +1,13 @@
 """The Gram matrix as the basis methods use it: checked, divided by its trace, factored once.
 
-Shape suffixes as in `basis`. Everything is float64 on the CPU.
+`GramFactor` is what a basis method sees. Shape suffixes as in `basis_fit`. Everything is float64 on
+the CPU.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -16,11 +18,24 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class GramFactor:
-    """What the methods know of the vectors: G and its factor, each computed once."""
+    """What a basis method knows of the T task vectors V: G = VᵀV and its factor, computed once.
+
+    Attributes, all float64:
+        G_TT: the Gram matrix, divided by its trace.
+        rank: R, the numerical rank of G.
+        F_RT: its factor, G = FᵀF with F Fᵀ diagonal and falling. ‖F x‖ = ‖V x‖ / ‖V‖, so the
+            columns of F can stand in for the task vectors.
+        energy_R: the diagonal of F Fᵀ, which are the eigenvalues. The loss of M vectors is at least
+            the sum of all but the first M.
+        U_TR: the eigenvectors.
+        null_TK: orthonormal combinations of the vectors that vanish.
+        inverse_TR: F⁺, so that V F⁺ has orthonormal columns (up to the scale).
+    """
 
     def __init__(self, gram: Tensor) -> None:
-        """gram: (T, T), any real dtype. Raises ValueError unless it is the Gram matrix of vectors,
-        not all zero.
+        """gram: (T, T), any real dtype.
+
+        Raises ValueError unless it is the Gram matrix of vectors that are not all zero.
         """
         G_TT = semidefinite(gram, "gram")
         values, U_TT = eigh(G_TT)
@@ -28,48 +43,47 @@ class GramFactor:
         tasks, values, self.G_TT = len(G_TT), values / G_TT.trace(), G_TT / G_TT.trace()
         self.rank = min(_rank(G_TT), int((values > tasks * EPS * values[0]).sum()))
         self.U_TR = U_TT[:, : self.rank]
-        """Eigenvectors."""
         self.null_TK = U_TT[:, self.rank :]
-        """Orthonormal: combinations of the vectors that vanish."""
         root_R = values[: self.rank].sqrt()
         self.F_RT = root_R[:, None] * self.U_TR.T
         self.inverse_TR = self.U_TR / root_R
-        """F⁺, so that V F⁺ has orthonormal columns."""
         self.energy_R = values[: self.rank]
-        """F Fᵀ is diagonal: the loss of M vectors is at least the sum of all but the first M of its
-        entries.
-        """
 
     def weights(self, B_TM: Tensor) -> Tensor:
-        """Best W (M, T) for a B."""
+        """The W (M, T) of least loss for a B (T, M)."""
         return least_squares(self.F_RT, B_TM)
 
+    def subset(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The basis of M of the vectors themselves: B (T, M) and its best W (M, T)."""
+        B_TM = torch.eye(len(self.G_TT), dtype=torch.float64)[:, list(tasks)]
+        return B_TM, self.weights(B_TM)
+
     def loss(self, B_TM: Tensor, W_MT: Tensor) -> float:
-        """L(B, W)."""
+        """L(B, W), a fraction of ‖V‖²."""
         error_RT = self.F_RT @ B_TM @ W_MT - self.F_RT
         return float(error_RT.square().sum() / self.F_RT.square().sum())
 
     def floor(self, size: int) -> float:
-        """Least loss of `size` vectors."""
+        """The least loss that `size` vectors can have."""
         return float(self.energy_R[size:].sum())
 
     def inside(self, columns_TK: Tensor) -> Tensor:
-        """Orthonormal basis (T, K) of all b for which V b lies in the span of V times the given
-        columns.
-        """
+        """Orthonormal basis (T, K′) of all b with V b in the span of V times these columns."""
         return torch.linalg.qr(torch.cat([columns_TK, self.null_TK], 1))[0]
 
     @cached_property
     def pivots(self) -> list[int]:
-        """Column-pivoted Cholesky of G: each time the vector that is worst explained by those
-        before (R of them).
+        """R tasks: each time the one whose vector is worst explained by those before.
+
+        These are the pivots of a column-pivoted Cholesky factorisation of G.
         """
         return [int(t) for t in qr(self.F_RT.numpy(), mode="r", pivoting=True)[1][: self.rank]]
 
     @cached_property
     def beside_mean(self) -> tuple[Tensor, Tensor]:
-        """Energies and columns (T, K) of the best directions beside the mean, V C orthonormal and
-        at right angles.
+        """The best directions beside the mean: their energies (R,), falling, and columns C (T, R).
+
+        V C is orthonormal, and its columns with energy are at right angles to the mean.
         """
         f_R = self.F_RT.mean(dim=1)
         energy_RR = self.energy_R.diag()
@@ -89,39 +103,36 @@ class GramFactor:
 
 
 def _rank(G_TT: Tensor) -> int:
-    """Numerical rank, judged on the cosines: it does not depend on how long the vectors are, and
-    rounding does not.
+    """Numerical rank, judged on the cosines: neither the rank nor rounding depends on how long the
+    vectors are.
     """
     norm_T = G_TT.diag().clamp(min=0).sqrt()
-    there = norm_T > 0
-    values = eigh(G_TT[there][:, there] / torch.outer(norm_T[there], norm_T[there]))[0]
+    nonzero = norm_T > 0
+    norm_T, G_TT = norm_T[nonzero], G_TT[nonzero][:, nonzero]
+    values = eigh(G_TT / torch.outer(norm_T, norm_T))[0]
     largest, least = float(values[0]), float(values[-1])
     noise = len(values) * EPS * largest
-    if (
-        least < -1e-12 * largest
-    ):  # products were rounded to float32, or to less: what is as small says nothing
+    if least < -1e-12 * largest:
+        # Products were rounded to float32, or to less: eigenvalues as small as that say nothing.
         noise = max(len(values) * torch.finfo(torch.float32).eps * largest, -3 * least)
     # Rounding may come out positive too: it then lies far below the smallest eigenvalue that means
     # something.
     gap = (values[1:] < 1e-8 * largest) & (values[1:] < 1e-4 * values[:-1])
-    return min(
-        int((values > noise).sum()), int(gap.int().argmax()) + 1 if gap.any() else len(values)
-    )
+    before_gap = int(gap.int().argmax()) + 1 if gap.any() else len(values)
+    return min(int((values > noise).sum()), before_gap)
 
 
 def semidefinite(matrix: Tensor, name: str) -> Tensor:
-    """`matrix` (T, T) float64, exactly symmetric, largest entry 1; ValueError if it cannot be a
-    Gram matrix.
+    """`matrix` (T, T) as float64, exactly symmetric, with 1 as the largest entry.
+
+    name: what messages call it. Raises ValueError if it cannot be a Gram matrix.
     """
     matrix = torch.as_tensor(matrix)
-    if (
-        matrix.ndim != 2
-        or matrix.shape[0] != matrix.shape[1]
-        or not len(matrix)
-        or matrix.is_complex()
-    ):
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and len(matrix) > 0
+    if not square or matrix.is_complex():
         raise ValueError(
-            f"{name} must be a real square matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}"
+            f"{name} must be a real square matrix, got {matrix.dtype} of shape "
+            f"{tuple(matrix.shape)}"
         )
     G = matrix.detach().to("cpu", torch.float64)
     if not G.isfinite().all():
@@ -136,8 +147,9 @@ def semidefinite(matrix: Tensor, name: str) -> Tensor:
 
 
 def check_semidefinite(values: Tensor, name: str) -> None:
-    """ValueError for clearly negative eigenvalues (falling): as wide as a Gram rounded to bfloat16
-    needs.
+    """Raise ValueError if the least of the eigenvalues (falling) is clearly negative.
+
+    The tolerance is wide enough for a Gram matrix that was rounded to bfloat16.
     """
     if values[-1] < -1e-3 * values[0]:
         ratio = float(values[-1] / values[0].abs())
@@ -147,9 +159,7 @@ def check_semidefinite(values: Tensor, name: str) -> None:
 
 
 def eigh(G_TT: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (T,) falling and eigenvectors (T, T), signed so that each one's largest entry is
-    positive.
-    """
+    """Eigenvalues (T,), falling, and eigenvectors (T, T), each with a positive largest entry."""
     values, U = torch.linalg.eigh(G_TT)
     values, U = values.flip(0), U.flip(1)
     return values, U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
@@ -163,8 +173,9 @@ def factor(G_TT: Tensor) -> Tensor:
 
 
 def unit_columns(F_RT: Tensor, B_TM: Tensor) -> tuple[Tensor, Tensor]:
-    """F B (R, M) with unit columns and their norms (M,); a column that vanishes up to rounding is
-    exactly zero.
+    """F B (R, M) with unit columns, and their norms (M,).
+
+    A column that vanishes up to rounding becomes exactly zero.
     """
     X_RM = F_RT @ B_TM
     norm_M = X_RM.norm(dim=0)
@@ -173,7 +184,7 @@ def unit_columns(F_RT: Tensor, B_TM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(F_RT: Tensor, B_TM: Tensor) -> Tensor:
-    """The W (M, T) of least loss for B (T, M), see `basis.best_weights`."""
+    """The W (M, T) of least loss for B (T, M), see `basis_fit.best_weights`."""
     X_RM, norm_M = unit_columns(F_RT, B_TM)
     # 1e-8: directions fainter than this are the rounding error of F, and would only blow up W.
     W_MT = torch.linalg.lstsq(X_RM, F_RT, rcond=1e-8, driver="gelsd").solution

@@ -1,8 +1,8 @@
-"""What a search decides from its figures: which candidates go on, which one is chosen, which are on
-the Pareto front.
+"""What a search decides from accuracies: which candidates go on, which one is chosen, and which are
+on the Pareto front.
 
-Pure functions of numbers, so that a decision does not depend on the order in which trials end, or
-on a restart.
+These are pure functions of numbers, so that a decision depends neither on the order in which trials
+end nor on a restart.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST = 2  # candidates of a group that go on, where there are as many: with fewer there is nothing to compare
+LEAST = 2
+"""At least this many candidates of a group go on: fewer cannot be compared."""
 
 
 def survivors(values: Mapping[str, float], keep: float) -> set[str]:
-    """Those that go on: values at or above the (1 - keep) quantile, as in ASHA with reduction
-    factor 1 / keep.
+    """Names of those that go on: values at or above the (1 - keep) quantile.
 
-    Li et al., MLSys 2020, arXiv 1810.05934. At least two go on. Values that are not finite never
-    do.
+    It is the rule of ASHA with reduction factor 1 / keep (Li et al., MLSys 2020, arXiv 1810.05934).
+    At least two go on. Values that are not finite never do.
     """
     finite = {n: v for n, v in values.items() if math.isfinite(v)}
     if len(finite) <= LEAST:
         return set(finite)
-    least = min(
-        float(np.percentile(list(finite.values()), 100 * (1 - keep))),
-        sorted(finite.values())[-LEAST],
-    )
+    rising = sorted(finite.values())
+    quantile = float(np.percentile(rising, 100 * (1 - keep)))
+    least = min(quantile, rising[-LEAST])
     return {n for n, v in finite.items() if v >= least}
 
 
@@ -39,13 +38,18 @@ def halve(
     rounds: int,
     keep: float,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Successive halving within groups: (rounds each candidate goes through, rounds of those that
-    lack values).
+    """Successive halving within groups, as ASHA would do it if all candidates of a group ended a
+    round together.
 
-    values: of each candidate after its first rounds, as many as there are. Candidates of the group
-    None go through all. It is what ASHA would do if all candidates of a group ended a round
-    together; a candidate whose values show that it goes on, but which has no value for the next
-    round, is among the second.
+    Args:
+        values: of each candidate by name, one for each of its rounds so far.
+        groups: the group of each candidate. Only the best of a group go on to the next round;
+            candidates of the group None all go on, if their value is finite.
+        rounds: the number of rounds.
+        keep: the part of a group that goes on, see `survivors`.
+
+    Returns the number of rounds that each candidate goes through, as far as the values tell; and
+    for each candidate that lacks the value of its next round, the number of rounds it must run to.
     """
     limits, missing = dict[str, int](), dict[str, int]()
     for group in dict.fromkeys(groups.values()):
@@ -56,55 +60,57 @@ def halve(
             if lacking:
                 missing |= dict.fromkeys(lacking, rounds if group is None else done)
                 break
-            if group is not None:
-                alive = survivors({n: values[n][done - 1] for n in alive}, keep)
-            else:
-                alive = {n for n in alive if math.isfinite(values[n][done - 1])}
+            latest = {n: values[n][done - 1] for n in alive}
+            alive = survivors(latest, keep) if group is not None else _finite(latest)
     return limits, missing
+
+
+def _finite(values: Mapping[str, float]) -> set[str]:
+    """Names whose value is finite."""
+    return {n for n, v in values.items() if math.isfinite(v)}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate as it is chosen from: its accuracy (0 to 1) on each share of the validation
-    images, and its bytes.
-    """
+    """A candidate that can be chosen."""
 
     name: str
     values: tuple[float, ...]
+    """Its accuracy (0 to 1) on each share of the validation images that it was measured on."""
     stored_bytes: int
 
     def beats(self, other: Option) -> bool:
-        """At least as accurate on the images that both have seen and not larger, and better in one
-        of the two.
+        """Whether it is not larger and at least as accurate on the images that both have seen, and
+        better in one of the two.
         """
         last = min(len(self.values), len(other.values)) - 1
         ours, theirs = self.values[last], other.values[last]
-        if not math.isfinite(ours):
+        if not math.isfinite(ours) or theirs > ours or self.stored_bytes > other.stored_bytes:
             return False
-        return (
-            not theirs > ours
-            and self.stored_bytes <= other.stored_bytes
-            and (
-                ours > theirs or self.stored_bytes < other.stored_bytes or not math.isfinite(theirs)
-            )
-        )
+        more_accurate = ours > theirs or not math.isfinite(theirs)
+        return more_accurate or self.stored_bytes < other.stored_bytes
 
 
 def pareto_front(options: Sequence[Option]) -> list[str]:
-    """Names of those that no other beats, the smallest first: accuracy against stored bytes."""
-    front = [
-        o for o in options if math.isfinite(o.values[-1]) and not any(p.beats(o) for p in options)
-    ]
-    return [o.name for o in sorted(front, key=lambda o: (o.stored_bytes, o.name))]
+    """Names of the options that no other beats, the smallest first."""
+    names = list[str]()
+    for option in sorted(options, key=lambda o: (o.stored_bytes, o.name)):
+        beaten = any(other.beats(option) for other in options)
+        if math.isfinite(option.values[-1]) and not beaten:
+            names.append(option.name)
+    return names
 
 
 def choose(options: Sequence[Option], least: float, tolerance: float | None = None) -> str | None:
-    """The most accurate option; with a tolerance the smallest whose accuracy is at most that much
-    below it.
+    """Name of the most accurate option; of equals the smaller, then the first by name.
 
-    options: those that went through all rounds. least: the accuracy without any of them; an option
-    that is not above it is not valid. None where no option is valid. Of equals the smaller, then
-    the first by name.
+    Args:
+        options: those that went through all rounds.
+        least: the accuracy without any of them; an option that is not above it is not valid.
+        tolerance: where it is given, the smallest option is chosen whose accuracy is at most this
+            much below that of the most accurate one.
+
+    None where no option is valid.
     """
     valid = [o for o in options if math.isfinite(o.values[-1]) and o.values[-1] > least]
     if not valid:
@@ -112,7 +118,6 @@ def choose(options: Sequence[Option], least: float, tolerance: float | None = No
     best = max(o.values[-1] for o in valid)
     if tolerance is None:
         return min(valid, key=lambda o: (-o.values[-1], o.stored_bytes, o.name)).name
-    near = [
-        o for o in valid if o.values[-1] >= best - tolerance - 1e-12
-    ]  # one point below 0.7 is 0.69, not 0.6899…
+    lowest = best - tolerance - 1e-12  # one point below 0.7 is 0.69, not 0.6899…
+    near = [o for o in valid if o.values[-1] >= lowest]
     return min(near, key=lambda o: (o.stored_bytes, -o.values[-1], o.name)).name

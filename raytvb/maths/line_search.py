@@ -1,8 +1,8 @@
-"""The search for merge coefficients: functions of one number that rise to a maximum and fall, or
-nearly so.
+"""The search for merge coefficients.
 
-The best coefficient of an addition is near one over the number of vectors added, so ladders are
-multiples of that.
+The accuracy of a merge, as a function of its coefficient, rises to a maximum and falls, or nearly
+so. The best coefficient of an addition is near one over the number of vectors added, so it is
+searched on a ladder of multiples of that.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
-LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # times 1/size
-
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+"""Rungs, as multiples of one over the number of vectors added."""
 
 Value = Callable[[float], float]
 
 
 def ladder(size: int, low: float, high: float) -> list[float]:
-    """Coefficients to choose from for additions of `size` vectors: multiples of 1/size within the
-    range, rising.
+    """Coefficients to choose from for additions of `size` vectors, rising.
+
+    They are the multiples of 1/size in LADDER; those outside the range become its ends. 0, which
+    adds nothing, is not among them.
     """
     return sorted({min(max(m / size, low), high) for m in LADDER} - {0.0})
 
@@ -29,11 +31,10 @@ def nearest(rungs: Sequence[float], value: float) -> int:
 
 
 def climb(rungs: Sequence[float], start: int, value: Value) -> dict[float, float]:
-    """Line search for the maximum of a unimodal function on a ladder, from rung `start`: every
-    value it looked at.
+    """Line search for the maximum of a unimodal function on a ladder, from rung `start`.
 
-    Goes up while that is better, else down while that is better (or equal): a few evaluations
-    instead of all.
+    It goes up while that is better, else down while that is better or equal: a few evaluations
+    instead of all. Returns every coefficient that it tried, with its value.
     """
     tried = {rungs[start]: value(rungs[start])}
     for step in (1, -1):
@@ -52,12 +53,12 @@ def climb(rungs: Sequence[float], start: int, value: Value) -> dict[float, float
 def tune_vector(
     value: Callable[[Sequence[float]], float], start: Sequence[float], *, trials: int, seed: int
 ) -> tuple[list[float], float]:
-    """The best of `trials` weight vectors that Optuna's tree-structured Parzen estimator suggests,
-    and its value.
+    """The best of `trials` weight vectors, and its value.
 
-    `start` is the first of them, so the result is never worse; weights are -1 to 3 times its mean.
+    Optuna's tree-structured Parzen estimator suggests them. `start` is the first of them, so the
+    result is never worse. Weights are -1 to 3 times its mean.
     """
-    import optuna  # only a few searches want it
+    import optuna  # slow to import, and only a few searches need it
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     reach = sum(abs(s) for s in start) / len(start) or 1.0
@@ -69,10 +70,11 @@ def tune_vector(
     study = optuna.create_study(direction="maximize", sampler=sampler)
     bounds = [(min(-reach, s), max(3 * reach, s)) for s in start]
     study.enqueue_trial({f"w{k}": s for k, s in enumerate(start)})
-    study.optimize(
-        lambda trial: value([trial.suggest_float(f"w{k}", *b) for k, b in enumerate(bounds)]),
-        n_trials=trials,
-    )
+
+    def value_of(trial: optuna.Trial) -> float:
+        return value([trial.suggest_float(f"w{k}", *b) for k, b in enumerate(bounds)])
+
+    study.optimize(value_of, n_trials=trials)
     return [study.best_params[f"w{k}"] for k in range(len(start))], float(study.best_value)
 
 

@@ -1,5 +1,8 @@
-"""Which parameters to train: the masks of TaLoS, which keep those with the LOWEST sensitivity (see
-`fisher`).
+"""Which parameters to train: the masks of TaLoS.
+
+They keep the parameters with the LOWEST sensitivity, whose scores come from `fisher`. A mask is
+selected in rounds: `select_further` narrows it, and `damp` gives the weights that the next round
+scores.
 
 Source: Iurada et al., "Efficient Model Editing with Task-Localized Sparse Fine-tuning", ICLR 2025,
 arXiv 2504.02620.
@@ -25,8 +28,9 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def kept_count(total: int, density: float) -> int:
-    """Number of parameters a mask of this density keeps out of `total`: at least one. ValueError
-    outside (0, 1].
+    """Number of parameters, at least one, that a mask of this density keeps out of `total`.
+
+    Raises ValueError for a density outside (0, 1].
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], not {density}")
@@ -34,12 +38,13 @@ def kept_count(total: int, density: float) -> int:
 
 
 def select_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """Keep the round(density * D) entries with the lowest scores over all tensors together, exactly
-    that many.
+    """Keep exactly round(density * D) entries, the lowest scores of all tensors together.
 
-    Ties at the threshold are broken by position (sorted names, then flat index). O(D) memory: a
-    k-th value selection, no sort. Returns name -> bool tensor. Raises ValueError for a density
-    outside (0, 1], scores that are NaN, or none.
+    Ties at the threshold are broken by position (sorted names, then flat index). Memory is O(D): a
+    k-th value is selected, nothing is sorted.
+
+    Returns name -> bool tensor. Raises ValueError for a density outside (0, 1], for scores that are
+    NaN, and for none.
     """
     if not scores:
         raise ValueError("there are no scores to select from")
@@ -56,44 +61,41 @@ def select_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tenso
 
 
 def round_density(density: float, step: int, rounds: int) -> float:
-    """Density after round `step` (1-based) of `rounds`: density^(step/rounds), so the last one is
-    `density`.
-    """
+    """Density after round `step` (from 1 on) of `rounds`: density^(step/rounds)."""
     return float(density ** (step / rounds))
 
 
 def select_further(
     scores: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None, density: float
 ) -> dict[str, Tensor]:
-    """One staged round: like `select_mask`, but entries that an earlier round rejected stay
-    rejected.
+    """One round: like `select_mask`, but entries that an earlier round rejected stay rejected.
+
+    kept: the mask of the round before; None in the first round.
     """
     if kept is None:
         return select_mask(scores, density)
     # Scores that overflowed are made finite, so that they come before the rejected ones.
     largest = torch.finfo(torch.float32).max
-    return select_mask(
-        {
-            n: s.float().clamp(max=largest).masked_fill(~kept[n], torch.inf)
-            for n, s in scores.items()
-        },
-        density,
-    )
+    remaining: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        remaining[name] = score.float().clamp(max=largest).masked_fill(~kept[name], torch.inf)
+    return select_mask(remaining, density)
 
 
 def damp(
     parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], damping: float
 ) -> dict[str, Tensor]:
-    """Weights for scoring the next round: rejected entries multiplied by `damping` (0.1 in the
-    authors' code).
+    """The weights that the next round scores: rejected entries are multiplied by `damping`.
+
+    The authors' code has 0.1; 1 leaves them as they are.
     """
     return {n: torch.where(kept[n], p, p * damping) for n, p in parameters.items()}
 
 
 def jaccard(intersections: Tensor) -> Tensor:
-    """|A and B| / |A or B| of masks, (T, T) float64, from the sizes of their intersections (T, T).
+    """|A and B| / |A or B| of each pair of masks, (T, T) float64; 1 for two empty masks.
 
-    The diagonal of `intersections` are the sizes of the masks; two empty masks are equal.
+    intersections: (T, T), the sizes of A and B; the diagonal has the sizes of the masks.
     """
     common = intersections.double()
     sizes = common.diagonal()

@@ -1,8 +1,8 @@
-"""Training the kept entries of a mask only, and packing masks to one bit a parameter.
+"""Training the kept entries of a mask only.
 
 The optimizer sees one flat float32 parameter with the K kept values, so torch's own fused AdamW
-does the arithmetic; what is ours is gathering gradients and scattering values back. Values, two
-moments and positions are 16 bytes a kept entry; a dense AdamW has 8 bytes for every entry.
+does the arithmetic. What is done here is gathering gradients and scattering values back. Values,
+two moments and positions take 16 bytes a kept entry; a dense AdamW takes 8 bytes for every entry.
 """
 
 from __future__ import annotations
@@ -13,47 +13,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-
-class _Entries:
-    """The kept entries of one parameter: their flat positions, or None where all are kept."""
-
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        self.parameter, self.indices = parameter, None
-        self.count = int(mask.sum())
-        self.filled = False  # a gradient has been taken since the last step
-        if self.count < parameter.numel():
-            # 4 bytes a position; no tensor of an image tower has 2^31 entries, but nothing would
-            # break.
-            dtype = torch.int32 if parameter.numel() < 2**31 else torch.int64
-            self.indices = mask.to(parameter.device).reshape(-1).nonzero()[:, 0].to(dtype)
-
-    def gather(self, tensor: Tensor, out: Tensor) -> None:
-        """Kept entries of a tensor of the parameter's shape into `out` (K,) float32."""
-        flat = tensor.reshape(-1).float()
-        if self.indices is None:
-            out.copy_(flat)
-        else:
-            torch.index_select(flat, 0, self.indices, out=out)
-
-    def scatter(self, values: Tensor) -> None:
-        """`values` (K,) into the kept entries of the parameter."""
-        flat = self.parameter.view(-1)
-        if self.indices is None:
-            flat.copy_(values)
-        else:
-            flat.index_copy_(0, self.indices.long(), values.to(flat.dtype))
+from raytvb.maths.flat_parameters import FlatParameters
 
 
 class MaskedAdamW:
-    """AdamW with decoupled weight decay on the entries a mask keeps; every other entry is never
-    written to.
+    """AdamW with decoupled weight decay on the entries that a mask keeps; others are never written.
 
-    Equal to `torch.optim.AdamW` on a model that has only the kept entries. Tensors without kept
-    entries get `requires_grad = False`, so autograd skips them. Clipping, like weight decay, looks
-    at the kept entries alone.
+    It equals `torch.optim.AdamW` on a model that has only the kept entries. Tensors without kept
+    entries get `requires_grad = False`, so autograd skips them. Clipping and weight decay look at
+    the kept entries alone.
 
     As soon as the backward pass has a parameter's gradient, its kept entries are added to the flat
-    gradient and the whole one is freed; several backward passes before a step add up.
+    gradient, and the parameter's own gradient is freed. Several backward passes before a step add
+    up.
     """
 
     def __init__(
@@ -66,34 +38,28 @@ class MaskedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """`mask` has a bool tensor for every parameter; its kept entries are trained from their
-        current values.
+        """mask: a bool tensor for every parameter; kept entries are trained from their values now.
+
+        Raises ValueError where mask and parameters have different names.
         """
         if parameters.keys() != mask.keys():
             raise ValueError(
                 f"mask and parameters differ in {sorted(parameters.keys() ^ mask.keys())}"
             )
-        self._entries: list[_Entries] = []
-        for name in sorted(parameters):
-            entries = _Entries(parameters[name], mask[name])
-            parameters[name].requires_grad_(entries.count > 0)
-            if entries.count:
-                self._entries.append(entries)
-        sizes = [e.count for e in self._entries]
-        self.values = nn.Parameter(
-            torch.empty(sum(sizes), device=self._entries[0].parameter.device)
-        )
+        flat = FlatParameters(parameters, mask)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for entries in flat.entries:
+            entries.parameter.requires_grad_(True)
+        self._flat = flat
+        self.values = nn.Parameter(flat.gather())
         self.values.grad = torch.empty_like(self.values)
-        self._values, self._gradients = (
-            self.values.detach().split(sizes),
-            self.values.grad.split(sizes),
-        )
-        for entries, part in zip(self._entries, self._values, strict=True):
-            entries.gather(entries.parameter.detach(), part)
-        self._hooks = [
-            e.parameter.register_post_accumulate_grad_hook(partial(_take, e, part))
-            for e, part in zip(self._entries, self._gradients, strict=True)
-        ]
+        self._gradients = flat.split(self.values.grad)
+        self._filled = [False] * len(flat.entries)  # gradients were taken since the last step
+        self._hooks = []
+        for number, entries in enumerate(flat.entries):
+            hook = partial(self._take, number)
+            self._hooks.append(entries.parameter.register_post_accumulate_grad_hook(hook))
         self._optimizer = torch.optim.AdamW(
             [self.values], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
         )
@@ -104,30 +70,30 @@ class MaskedAdamW:
             hook.remove()
 
     def take_gradients(self) -> None:
-        """Take gradients that no backward pass has made but that were put into `.grad`."""
-        for entries, part in zip(self._entries, self._gradients, strict=True):
+        """Take the gradients that were put into `.grad` by hand rather than by a backward pass."""
+        for number, entries in enumerate(self._flat.entries):
             if entries.parameter.grad is not None:
-                _take(entries, part, entries.parameter)
+                self._take(number, entries.parameter)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes held for the kept entries: values, moments (there after the first step) and
-        positions.
-        """
+        """Bytes held for the kept entries: values, positions and, after a step, moments."""
         held = [self.values, *self._optimizer.state[self.values].values()]
-        held += [e.indices for e in self._entries if e.indices is not None]
+        held += [e.indices for e in self._flat.entries if e.indices is not None]
         return sum(t.numel() * t.element_size() for t in held)
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, as CPU tensors: kept values (K,), AdamW's moments (K,) and
-        step count.
+        """What the next step depends on, as CPU tensors.
+
+        These are the kept values (K,), AdamW's moments (K,) and its number of steps.
         """
-        found = {"values": self.values.detach(), **self._optimizer.state[self.values]}
-        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+        tensors = {"values": self.values.detach(), **self._optimizer.state[self.values]}
+        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state` of the same mask, parameters included. Raises ValueError where it
-        has another size.
+        """Go on from a `state`: its values are written into the parameters too.
+
+        Raises ValueError where the state is of a mask with another number of kept entries.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
@@ -139,28 +105,21 @@ class MaskedAdamW:
         self._optimizer.load_state_dict(
             {"state": {0: moments}, "param_groups": self._optimizer.state_dict()["param_groups"]}
         )
-        self._scatter()
-
-    @torch.no_grad()
-    def _scatter(self) -> None:
-        """Write the kept values into the parameters."""
-        for entries, part in zip(self._entries, self._values, strict=True):
-            entries.scatter(part)
+        self._flat.scatter(self.values.detach())
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> float:
-        """One update from the gradients of all backward passes since the last. Returns the norm of
-        the kept gradients.
+        """One update from the gradients of all backward passes since the last one.
 
-        A norm that is not finite is returned too, but nothing is updated then: the values stay
-        those of the last step.
+        clip: the largest norm of the kept gradients; longer ones are scaled down to it. Returns
+        that norm before clipping. If it is not finite, nothing is updated.
         """
         gradient = self.values.grad
         assert gradient is not None
-        for entries, part in zip(self._entries, self._gradients, strict=True):
-            if not entries.filled:  # no backward pass has come by
+        for number, part in enumerate(self._gradients):
+            if not self._filled[number]:  # no backward pass has reached it
                 part.zero_()
-            entries.filled = False
+            self._filled[number] = False
         norm = gradient.norm()
         if torch.isfinite(norm):
             if clip is not None:
@@ -168,18 +127,22 @@ class MaskedAdamW:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-            self._scatter()
+            self._flat.scatter(self.values.detach())
         return float(norm)
 
+    @torch.no_grad()
+    def _take(self, number: int, parameter: Tensor) -> None:
+        """Add the kept entries of a parameter's gradient to their part of the flat one, and free
+        it.
 
-@torch.no_grad()
-def _take(entries: _Entries, part: Tensor, parameter: Tensor) -> None:
-    """Add the kept entries of a parameter's gradient to their part of the flat one, and free it."""
-    assert parameter.grad is not None
-    if entries.filled:
-        more = torch.empty_like(part)
-        entries.gather(parameter.grad, more)
-        part += more
-    else:
-        entries.gather(parameter.grad, part)
-    entries.filled, parameter.grad = True, None
+        number: of the parameter among those with kept entries.
+        """
+        assert parameter.grad is not None
+        entries, part = self._flat.entries[number], self._gradients[number]
+        if self._filled[number]:
+            more = torch.empty_like(part)
+            entries.gather(parameter.grad, more)
+            part += more
+        else:
+            entries.gather(parameter.grad, part)
+        self._filled[number], parameter.grad = True, None

@@ -1,8 +1,8 @@
-"""Merges as coefficients: adding, negating and analogies of tasks cost nothing until their result
-is written.
+"""Additions of task vectors as coefficients: adding, negating and analogies of tasks.
 
 theta_new = theta_0 + alpha * sum_t x_t tau_t with a weight x_t for each task. From a basis, tau_t ~
-S w_t, so that the same merge is alpha * S (W x): M numbers. Sources: Ilharco et al., arXiv
+S w_t, so that the same addition is alpha * S (W x): M numbers. No parameter is touched before the
+result is written. Sources: Ilharco et al., arXiv
 2212.04089 (task arithmetic); Zeng et al., arXiv 2502.01015 (bases).
 """
 
@@ -15,21 +15,24 @@ from torch import Tensor
 
 
 def analogy(a: str, b: str, c: str) -> dict[str, float]:
-    """ "a is to b as c is to …": a - b + c as weights by task."""
+    """Weights by task of a - b + c: what is to c as a is to b."""
     return total({a: 1.0}, {b: -1.0}, {c: 1.0})
 
 
 def total(*parts: Mapping[str, float]) -> dict[str, float]:
     """Sum of several weights by task, in the order in which tasks are first named."""
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in parts:
         for task, weight in part.items():
-            found[task] = found.get(task, 0.0) + weight
-    return found
+            weights[task] = weights.get(task, 0.0) + weight
+    return weights
 
 
 def vector_of(tasks: Sequence[str], weights: Mapping[str, float]) -> Tensor:
-    """x (T,) float64 of weights by task. ValueError that lists the tasks which are not there."""
+    """Weights by task as x (T,) float64, in the order of `tasks`, 0 for those without a weight.
+
+    Raises ValueError that lists the tasks which are not in `tasks`.
+    """
     unknown = [t for t in weights if t not in tasks]
     if unknown:
         raise ValueError(f"no task vector of {', '.join(unknown)}; there are {', '.join(tasks)}")
@@ -37,10 +40,10 @@ def vector_of(tasks: Sequence[str], weights: Mapping[str, float]) -> Tensor:
 
 
 def decoded(W: Tensor, x: Tensor) -> Tensor:
-    """Weights (M,) of the basis vectors for the weights x (T,) of the tasks: W x, W (M, T).
+    """Weights (M,) of the basis vectors for the weights x (T,) of the tasks: W x with W (M, T).
 
-    With x = 1 it is the projection of the sum of all task vectors onto the span of the basis,
-    however that was chosen.
+    With all x = 1 the result is the projection of the sum of all task vectors onto the span of the
+    basis, however the basis was chosen in it.
     """
     return W.double() @ x.double()
 
@@ -53,13 +56,15 @@ def summed(size: int) -> Tensor:
 
 
 def length_ratios(gram: Tensor, A: Tensor) -> Tensor:
-    """Length of each task vector over that of what stands for it, V A[:, t]: (T,) float64, 1 where
-    that is zero.
+    """Length of each task vector over the length of its reconstruction V A[:, t]: (T,) float64.
 
-    A basis shortens the vectors that it reconstructs, some more than others; times this ratio they
-    have their own lengths again, which adds and subsets better although the reconstruction error is
-    larger.
+    It is 1 where the reconstruction is zero. A basis shortens the vectors that it reconstructs,
+    some more than others. Times this ratio they have their own lengths again: additions of them
+    are more accurate, although the reconstruction error is larger.
+
+    gram: (T, T) of the task vectors V. A: (T, T), B W for a basis.
     """
-    own, found = gram.double().diagonal(), (A * (gram.double() @ A)).sum(dim=0)
-    tiny = torch.finfo(torch.float64).tiny
-    return torch.where(found > 1e-12 * own.max(), (own / found.clamp(min=tiny)).sqrt(), 1.0)
+    own = gram.double().diagonal()
+    reconstructed = (A * (gram.double() @ A)).sum(dim=0)
+    ratio = own / reconstructed.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(reconstructed > 1e-12 * own.max(), ratio.sqrt(), 1.0)

@@ -6,7 +6,7 @@ import zlib
 
 
 def task_seed(seed: int, name: str) -> int:
-    """A seed of the task's own, from the experiment's seed and the task's name: independent of the
-    other tasks.
+    """The seed of a task, from the experiment's seed and the task's name: other tasks do not
+    matter.
     """
     return zlib.crc32(f"{seed}/{name}".encode())

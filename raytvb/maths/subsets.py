@@ -1,6 +1,4 @@
-"""Which tasks are added together, and which images are looked at first: the same for every
-candidate.
-"""
+"""Which tasks are added together, and which images are used first: the same for every candidate."""
 
 from __future__ import annotations
 
@@ -16,17 +14,17 @@ SUBSETS_PER_SIZE = 4
 
 
 def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
-    """Subsets of the tasks 0..count-1 by size, the same for every candidate: sizes 1, T/4, T/2 and
-    T (rounded).
+    """Subsets of the tasks 0..count-1 by their size: 1, T/4, T/2 and T, rounded.
 
-    Size 1 has every task once, size T the one full set, the others 4 different seeded subsets each
-    (fewer where fewer exist).
+    Size 1 has every task once, size T the one full set. The others have 4 different seeded subsets
+    each, or fewer where fewer exist.
     """
     sizes = sorted({1, max(1, round(count / 4)), max(1, round(count / 2)), count})
     subsets: dict[int, list[tuple[int, ...]]] = {}
     for size in sizes:
-        wanted = count if size == 1 else min(SUBSETS_PER_SIZE, math.comb(count, size))
-        if wanted == math.comb(count, size):
+        existing = math.comb(count, size)
+        wanted = count if size == 1 else min(SUBSETS_PER_SIZE, existing)
+        if wanted == existing:
             subsets[size] = list(itertools.combinations(range(count), size))
             continue
         rng, chosen = np.random.default_rng([seed, size]), set[tuple[int, ...]]()
@@ -37,12 +35,14 @@ def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
 
 
 def nested_order(task: str, count: int) -> Tensor:
-    """A permutation (count,) of a task's images, the same for every candidate: shares of them are
-    its beginnings.
+    """A permutation (count,) of a task's images, the same for every candidate.
+
+    A share of the images is the beginning of it, so that smaller shares are parts of larger ones.
     """
-    return torch.randperm(count, generator=torch.Generator().manual_seed(zlib.crc32(task.encode())))
+    generator = torch.Generator().manual_seed(zlib.crc32(task.encode()))
+    return torch.randperm(count, generator=generator)
 
 
 def edge(share: float, count: int) -> int:
-    """How many of `count` images a share is: at least one, all of them at 1."""
+    """How many of `count` images a share is: at least one, but none for the share 0."""
     return min(count, max(1, round(share * count))) if share > 0 else 0

@@ -1,7 +1,7 @@
 """A task vector: the difference that fine-tuning made, as named tensors.
 
-    tau = theta_fine_tuned - theta_pretrained;   theta_new = theta_pretrained + alpha * (tau_a +
-    tau_b - tau_c)
+    tau = theta_fine_tuned - theta_pretrained
+    theta_new = theta_pretrained + alpha * (tau_a + tau_b - tau_c)
 
 Source: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089.
 """
@@ -16,27 +16,28 @@ from torch import Tensor
 
 
 def check_same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    """Raise ValueError that lists every name missing on either side and every shape that
-    differs.
+    """Raise ValueError if names or shapes differ; it lists every missing name and differing
+    shape.
     """
     problems = [f"missing on the right: {n}" for n in sorted(left.keys() - right.keys())]
     problems += [f"missing on the left: {n}" for n in sorted(right.keys() - left.keys())]
-    problems += [
-        f"shape of {n}: {tuple(left[n].shape)} and {tuple(right[n].shape)}"
-        for n in sorted(left.keys() & right.keys())
-        if left[n].shape != right[n].shape
-    ]
+    for name in sorted(left.keys() & right.keys()):
+        ours, theirs = tuple(left[name].shape), tuple(right[name].shape)
+        if ours != theirs:
+            problems.append(f"shape of {name}: {ours} and {theirs}")
     if problems:
         raise ValueError("the two sets of tensors do not match: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)
 class TaskVector:
-    """Named tensors of a parameter difference; every operation is strict about names and shapes
-    (ValueError).
+    """The difference of two models, as named tensors.
+
+    Every operation raises ValueError where names or shapes do not match.
     """
 
     tensors: Mapping[str, Tensor]
+    """Name of the parameter -> difference, of the parameter's shape."""
 
     @classmethod
     def from_state_dicts(
@@ -64,10 +65,11 @@ class TaskVector:
     def dot(self, other: TaskVector) -> float:
         """Inner product over all entries, accumulated in float64."""
         check_same_tensors(self.tensors, other.tensors)
-        return math.fsum(
-            float(t.double().flatten() @ other.tensors[n].double().flatten())
-            for n, t in self.tensors.items()
-        )
+        products = list[float]()
+        for name, tensor in self.tensors.items():
+            left, right = tensor.double().flatten(), other.tensors[name].double().flatten()
+            products.append(float(left @ right))
+        return math.fsum(products)
 
     def norm(self) -> float:
         """Euclidean norm over all entries."""
@@ -76,14 +78,14 @@ class TaskVector:
     def apply(
         self, pretrained: Mapping[str, Tensor], coefficient: float = 1.0
     ) -> dict[str, Tensor]:
-        """theta_0 + coefficient * tau as a new state dict; tensors the vector does not have are
-        copied unchanged.
+        """theta_0 + coefficient * tau as a new state dict.
 
-        Raises ValueError where the vector has a name that `pretrained` has not, or another shape.
+        Tensors that the vector does not have are copied unchanged. Raises ValueError where the
+        vector has a name that `pretrained` does not have, or another shape.
         """
-        known = {n: pretrained[n] for n in self.tensors if n in pretrained}
-        check_same_tensors(self.tensors, known)
-        return {
-            n: p + coefficient * self.tensors[n].to(p) if n in self.tensors else p.clone()
-            for n, p in pretrained.items()
-        }
+        moved = {n: pretrained[n] for n in self.tensors if n in pretrained}
+        check_same_tensors(self.tensors, moved)
+        state = {n: p.clone() for n, p in pretrained.items() if n not in moved}
+        for name, parameter in moved.items():
+            state[name] = parameter + coefficient * self.tensors[name].to(parameter)
+        return {name: state[name] for name in pretrained}

@@ -13,21 +13,23 @@ _NOT_FINITE = 0x7F800000  # bits of infinity in float32; those of NaN are above
 
 
 def check_vectors(vectors: Tensor) -> Tensor:
+    """The vectors themselves; ValueError unless they are T >= 1 rows (T, *shape) of floats."""
     if vectors.ndim == 0 or len(vectors) == 0 or not vectors.is_floating_point():
         raise ValueError(
-            f"expected T >= 1 vectors (T, *shape) of floats, not {tuple(vectors.shape)} {vectors.dtype}"
+            f"expected T >= 1 vectors (T, *shape) of floats, not {tuple(vectors.shape)} "
+            f"{vectors.dtype}"
         )
     return vectors
 
 
 class Thresholds:
-    """The k-th largest magnitude of each of T vectors that pass by one parameter at a time, k =
-    round(density * D).
+    """The k-th largest magnitude of each of T vectors, with k = round(density * D).
 
-    Exact. Magnitudes in float32 are ordered as their bits are: the first pass counts the upper 16
-    bits, the second one the lower 16 bits of the entries that share the upper bits of the k-th. In
-    bf16 the lower bits are zero and one pass is enough. Memory: at most T * 2 MB for the counts and
-    a few rows of one parameter, independent of D.
+    The vectors pass by one parameter at a time. The result is exact: magnitudes in float32 are
+    ordered as their bits are. The first pass counts the upper 16 bits; the second one counts the
+    lower 16 bits of the entries that share the upper bits of the k-th. In bf16 the lower bits are
+    zero and one pass is enough. Memory: at most T * 2 MB for the counts and a few rows of one
+    parameter, independent of D.
 
         thresholds = Thresholds(0.2)
         while thresholds.values is None:
@@ -43,14 +45,14 @@ class Thresholds:
         self.values: Tensor | None = None  # (T,) float32, once the last pass has ended
         self._counts: Tensor | None = None  # (T, 2^15 or 2^16) int64, of the current pass
         self._upper: Tensor | None = None  # (T,) int64, after the first pass
-        self._rank = self._inside = torch.empty(
-            0
-        )  # (T,): of the k-th within its bin of the first pass; the bin's size
+        # (T,), after the first pass: the rank of the k-th within its bin, and the bin's size.
+        self._rank = self._inside = torch.empty(0)
         self._halves = True  # only bf16 has been seen
 
     def add(self, vectors: Tensor) -> None:
-        """Count one parameter, (T, *shape) float32 or bf16. ValueError for another T, and for NaN
-        and infinity.
+        """Count one parameter, (T, *shape) float32 or bf16.
+
+        Raises ValueError for another T than before, and for NaN and infinity.
         """
         bins = 2**15 if self._upper is None else 2**16
         if self._counts is None:
@@ -66,14 +68,14 @@ class Thresholds:
             bits = row.float().abs().reshape(-1).view(torch.int32)
             if (bits >= _NOT_FINITE).any():
                 raise ValueError(f"vector {t} has NaN or infinite values")
-            bits = (
-                bits >> 16 if self._upper is None else bits[bits >> 16 == self._upper[t]] & 0xFFFF
-            )
+            upper = bits >> 16
+            bits = upper if self._upper is None else bits[upper == self._upper[t]] & 0xFFFF
             self._counts[t] += torch.bincount(bits, minlength=bins)
 
     def end_pass(self) -> None:
-        """After all parameters. ValueError where there were none, or not those of the first
-        pass.
+        """End a pass, after all parameters: either `values` are there, or another pass is needed.
+
+        Raises ValueError where there were no parameters, or not those of the first pass.
         """
         counts, self._counts = self._counts, None
         if counts is None or not counts.any():
@@ -94,19 +96,21 @@ class Thresholds:
 
 
 def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bin of the rank-th largest entry (1 is the largest), its rank within the bin, and the bin's
-    size; each (T,).
+    """Where the rank-th largest entry (1 is the largest) lies in counts (T, bins).
+
+    Gives its bin, its rank within the bin, and the bin's size; each (T,).
     """
     reached = counts.flip(1).cumsum(1).flip(1)  # entries in this bin or above
-    found = (reached >= ranks[:, None]).sum(1) - 1
-    inside = counts.gather(1, found[:, None])[:, 0]
-    above = reached.gather(1, found[:, None])[:, 0] - inside
-    return found, ranks - above, inside
+    bins = (reached >= ranks[:, None]).sum(1) - 1
+    inside = counts.gather(1, bins[:, None])[:, 0]
+    above = reached.gather(1, bins[:, None])[:, 0] - inside
+    return bins, ranks - above, inside
 
 
 def global_thresholds(parameters: Callable[[], Iterable[Tensor]], density: float = 0.2) -> Tensor:
-    """`Thresholds` (T,) float32 of vectors whose parameters (T, *shape) `parameters` gives anew for
-    each pass.
+    """`Thresholds` (T,) float32 of whole vectors.
+
+    parameters: gives the parameters (T, *shape) of the vectors, anew for each of up to two passes.
     """
     thresholds = Thresholds(density)
     while thresholds.values is None:

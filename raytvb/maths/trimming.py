@@ -1,4 +1,8 @@
-"""Parts of merge methods that give task vectors again: trimmed, dropped, sparsified."""
+"""Parts of merge methods that give task vectors again: trimmed, dropped, sparsified.
+
+`PREPARE` names them, for bases that are made of such vectors (`basis: {prepare: …}` in an
+experiment file). The functions on rows are what the merge methods sum.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from raytvb.maths.thresholds import check_vectors
 
 
 def trimmed_rows(vectors: Tensor, thresholds: Tensor) -> Iterator[Tensor]:
+    """The vectors of `trimmed` one by one, (*shape) float32; ValueError for another T."""
     if thresholds.shape != check_vectors(vectors).shape[:1]:
         raise ValueError(
             f"{len(vectors)} vectors need as many thresholds, not {tuple(thresholds.shape)}"
@@ -25,13 +30,16 @@ def trimmed(vectors: Tensor, *, thresholds: Tensor) -> Tensor:
     """Entries of small magnitude set to zero, the first step of TIES: (T, *shape) float32.
 
     thresholds (T,): the least magnitude that stays, from `global_thresholds` (which has the
-    density), since the paper trims over the whole vector. Entries equal to it stay, so with ties
-    more than k. The authors' code keeps k + 1.
+    density), since the paper trims over the whole vector. Entries equal to it stay: with ties these
+    are more than k. The authors' code keeps k + 1.
     """
     return torch.stack(list(trimmed_rows(vectors, thresholds)))
 
 
 def dropped_rows(vectors: Tensor, rate: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """The vectors of `dropped` one by one, (*shape) float32; ValueError for a rate outside
+    [0, 1).
+    """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"the drop rate must be in [0, 1), not {rate}")
     for row in check_vectors(vectors):
@@ -40,18 +48,22 @@ def dropped_rows(vectors: Tensor, rate: float, generator: torch.Generator) -> It
 
 
 def dropped(vectors: Tensor, *, rate: float = 0.9, generator: torch.Generator) -> Tensor:
-    """DARE (Yu et al., arXiv 2311.03099): (1 - m) * tau / (1 - p) with m ~ Bernoulli(p); (T,
-    *shape) float32.
+    """DARE (Yu et al., arXiv 2311.03099): (1 - m) * tau / (1 - p) with m ~ Bernoulli(p).
 
-    Each entry of each vector is dropped by itself with p = `rate` and the others are scaled up, so
-    that the expectation is the vector. The paper drops 90 % and more without loss; for merging it
-    searches p. The draws are the generator's next ones, vector after vector: parameters must come
-    in a fixed order, or each with its own generator.
+    Gives (T, *shape) float32. Each entry of each vector is dropped by itself with p = `rate`, and
+    the others are scaled up, so that the expectation is the vector. The paper drops 90 % and more
+    without loss; for merging it searches p.
+
+    The draws are the generator's next ones, vector after vector: parameters must come in a fixed
+    order, or each with its own generator.
     """
     return torch.stack(list(dropped_rows(vectors, rate, generator)))
 
 
 def sparsified_rows(vectors: Tensor, beta: float, gamma: float) -> Iterator[Tensor]:
+    """The vectors of `sparsified` one by one, (*shape) float32; ValueError unless
+    0 <= beta <= gamma <= 1.
+    """
     if not 0.0 <= beta <= gamma <= 1.0:
         raise ValueError(f"expected 0 <= beta <= gamma <= 1, not beta {beta} and gamma {gamma}")
     for row in check_vectors(vectors):
@@ -66,15 +78,16 @@ def sparsified_rows(vectors: Tensor, beta: float, gamma: float) -> Iterator[Tens
 
 
 def sparsified(vectors: Tensor, *, beta: float = 0.85, gamma: float = 0.994) -> Tensor:
-    """Model Breadcrumbs' masks (Davari & Belilovsky, arXiv 2312.06795): both tails of a layer are
-    set to zero.
+    """Model Breadcrumbs (Davari & Belilovsky, arXiv 2312.06795): both tails of a layer become zero.
 
-    Of the n magnitudes of a vector's parameter the floor(beta n) smallest are dropped as negligible
-    and the floor((1 - gamma) n) largest as outliers; (T, *shape) float32. Entries equal to the last
-    one that stays stay too, so constant tensors are untouched. Zeros count, so for sparse vectors
-    beta acts only beyond their share of zeros. Per tensor, as the paper says layer-wise; the
-    authors' code ranks along the last dimension of a tensor, row by row. The defaults are where
-    their search starts (15 % kept, the top 0.6 % removed); the paper tunes both, and alpha.
+    Gives (T, *shape) float32. Of the n magnitudes of a vector's parameter the floor(beta n)
+    smallest are dropped as negligible, and the floor((1 - gamma) n) largest as outliers. Entries
+    equal to the last one that stays stay too, so constant tensors are untouched. Zeros count, so
+    for sparse vectors beta acts only beyond their share of zeros.
+
+    It works on each tensor, since the paper says layer-wise; the authors' code ranks along the last
+    dimension of a tensor, row by row. The defaults are where their search starts (15 % kept, the
+    top 0.6 % removed); the paper tunes both, and alpha.
     """
     return torch.stack(list(sparsified_rows(vectors, beta, gamma)))
 

@@ -1,0 +1,1 @@
+"""The built-in basis methods, one a file; `basis_registry` imports them all by itself."""

@@ -1,0 +1,103 @@
+"""The basis methods: how T task vectors become M basis vectors and a table of coefficients.
+
+A method is one function in one file of `basis_methods`:
+
+    @basis_method("svd", summary="…", cost="…")
+    def svd(vectors, size, generator):
+        return B_TM, W_MT
+
+`vectors` is a `GramFactor`: all that a method knows of the T task vectors is their Gram matrix G
+and what follows from it. `size` is M, at most the rank of G. Every random draw comes from
+`generator`. The result is B (T, M) and W (M, T), both float64: basis vector m is Σ_t B[t, m] τ_t,
+and task t comes back as Σ_m W[m, t] s_m. For a given B the best W is `vectors.weights(B)`.
+
+Importing this module, and all methods, is light: see `registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from raytvb.maths.registry import Method, Registry, place_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from raytvb.maths.gram_factor import GramFactor
+    from raytvb.maths.online_refit import Atoms
+
+    Fit = Callable[[GramFactor, int, torch.Generator], tuple[Tensor, Tensor]]
+    Refit = Callable[[Atoms, int], Tensor]
+    FitFunction = TypeVar("FitFunction", bound=Fit)
+
+
+@dataclass(frozen=True)
+class BasisMethod(Method):
+    """A registered basis method."""
+
+    fit: Fit
+    """(vectors, size, generator) → B (T, M), W (M, T), as at the top of the module."""
+    cost: str
+    """How the time of a fit grows with T tasks and M basis vectors, beyond the eigenvectors of the
+    Gram matrix, which every fit needs: O(T³).
+    """
+    convex: bool
+    """Every basis vector is a convex combination of task vectors, so that their plain sum means
+    something.
+    """
+    extra: int
+    """How many vectors beyond the rank of the Gram matrix an exact basis may need: 1 where a
+    column of B is given.
+    """
+    online: Refit | None
+    """Its online form, where it has one: (atoms, size) → the mix B′ (K, at most size) with which
+    the atoms [S N] become the new basis. See `online_refit`.
+    """
+
+
+BASIS_METHODS: Registry[BasisMethod] = Registry("basis method", "raytvb.maths.basis_methods")
+
+
+def basis_method(
+    name: str,
+    *,
+    summary: str,
+    cost: str,
+    convex: bool = False,
+    extra: int = 0,
+    online: Refit | None = None,
+) -> Callable[[FitFunction], FitFunction]:
+    """Register a function as the basis method `name`; the fields are those of `BasisMethod`.
+
+    Raises ValueError where the name is taken or is no name.
+    """
+
+    def register(function: FitFunction) -> FitFunction:
+        BASIS_METHODS.add(
+            BasisMethod(
+                name=name,
+                summary=summary,
+                place=place_of(function),
+                fit=function,
+                cost=cost,
+                convex=convex,
+                extra=extra,
+                online=online,
+            )
+        )
+        return function
+
+    return register
+
+
+def online_methods() -> list[str]:
+    """Names of the methods that have an online form."""
+    return [name for name, method in BASIS_METHODS.items() if method.online is not None]
+
+
+def convex_methods() -> list[str]:
+    """Names of the methods whose basis vectors are convex combinations of task vectors."""
+    return [name for name, method in BASIS_METHODS.items() if method.convex]

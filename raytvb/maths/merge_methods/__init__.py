@@ -1,0 +1,1 @@
+"""The built-in merge methods, one a file; `merge_registry` imports them all by itself."""

@@ -1,0 +1,18 @@
+"""Sums over task vectors that are handed over one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def sum_rows(rows: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Sum of rows (*shape) in float64, one after the other; like (T, *shape) gives shape and
+    device.
+    """
+    total = torch.zeros(like.shape[1:], dtype=torch.float64, device=like.device)
+    for row in rows:
+        total += row
+    return total
