@@ -4,12 +4,30 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input or a missing resource: its text names the thing and the way out, and the CLI prints
-    it alone.
+    """Bad input or a missing resource.
+
+    The text names the thing and the way out: the command line prints it alone.
     """
 
 
 class VectorError(ValueError):
-    """A vector or mask file that cannot be used, or vectors that do not belong together; the
-    message names them.
+    """A vector, mask or basis file that cannot be used, or vectors that do not belong together.
+
+    The message is the reason, then the remedy. It survives pickling, so workers can raise it.
     """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        """reason: what is wrong, with the names of the files.
+
+        remedy: what the user can do about it; '' where only the caller can tell.
+        """
+        super().__init__(reason, remedy)
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+    def with_remedy(self, remedy: str) -> VectorError:
+        """The same reason with this remedy, or the error itself where it has a remedy already."""
+        return self if self.remedy else VectorError(self.reason, remedy)

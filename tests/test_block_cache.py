@@ -175,11 +175,11 @@ def test_a_large_file_without_checksums_of_parts_is_checked_as_a_whole(
 ) -> None:
     key, vector, info, expected = long_vector(store)
     cache = cache_in("memory", tmp_path, 16 * BLOCK, 17 * BLOCK)
-    cache.add(key, vector, FileInfo(info.sha256, info.size))
+    cache.add(key, vector, FileInfo(sha256=info.sha256, size=info.size))
     assert torch.equal(cache.read(key, 16 * BLOCK, 17 * BLOCK), expected[16 * BLOCK : 17 * BLOCK])
     flip(store, key, position)
     with pytest.raises(VectorError, match="vectors/long/vector"):
-        cache.add(key, vector, FileInfo(info.sha256, info.size))
+        cache.add(key, vector, FileInfo(sha256=info.sha256, size=info.size))
 
 
 def test_a_small_file_is_checked_as_a_whole(store: Store, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vector_files import flip, truncate
 
 from raytvb.errors import UserError
 from raytvb.maths.gram import grown
-from raytvb.storage.gram_state import GramState, GramWriter
+from raytvb.storage.gram_state import Arrival, GramState, GramWriter
 from raytvb.storage.store import Store
 
 COUNT = 40  # several snapshots: the first after 16 vectors
@@ -43,7 +43,7 @@ def append(writer: GramWriter, state: GramState, new: Sequence[int], version: in
         state,
         [known(i, version) for i in new],
         G[list(new)][:, there],
-        [{"vectors": len(there), "floor": {"2": 1 / len(there)}}],
+        [Arrival(vectors=len(there), floor={2: 1 / len(there)})],
     )
 
 
@@ -62,7 +62,7 @@ def consistent(state: GramState) -> bool:
     return (
         torch.equal(state.gram, G[order][:, order])
         and set(state.tasks) == set(state.checksums)
-        and all(n["vectors"] <= len(order) for n in state.history)
+        and all(arrival.vectors <= len(order) for arrival in state.history)
     )
 
 
@@ -91,7 +91,7 @@ def test_what_was_appended_is_read(store: Store, order: str) -> None:
         append(writer, state, batch)
         assert consistent(state) and same(GramState.read(store), state)
     assert state.tasks == [known(i)[0] for batch in ORDERS[order] for i in batch]
-    assert [n["vectors"] for n in state.history][-1] == len(state.tasks)
+    assert state.history[-1].vectors == len(state.tasks)
 
 
 @pytest.mark.parametrize("order", ORDERS)

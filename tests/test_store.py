@@ -1,7 +1,11 @@
-"""One contract for every kind of store: a folder and a bucket on a real S3 server."""
+"""One contract for every kind of store: a folder, a bucket on a real S3 server, and memory.
+
+Then what only one kind can meet: folders without permission, missing buckets, wrong credentials.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -21,124 +25,172 @@ from raytvb.storage.store_errors import StoreError, StoreKeyError
 IMPORT = "import sys; from raytvb.storage.store import Store"  # for child processes
 
 
-@pytest.fixture
-def store(store_url: str) -> Store:
-    return Store(store_url)
+KINDS = ["folder", pytest.param("s3", marks=pytest.mark.s3), "memory"]
+
+_memory_numbers = itertools.count()
 
 
-def test_round_trip(store: Store) -> None:
-    store.check_writable()
-    assert store.keys() == []
-    store.write("a/b/data.bin", b"\x00\xffpayload")
-    store.write("empty", b"")
-    assert store.read("a/b/data.bin") == b"\x00\xffpayload"
-    assert store.read("empty") == b""
-    assert store.exists("a/b/data.bin") and store.size("a/b/data.bin") == 9
-    assert store.exists("empty") and store.size("empty") == 0
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A fresh store, once of each kind."""
+    match request.param:
+        case "folder":
+            return Store(str(tmp_path / "store"))
+        case "s3":
+            return Store(f"{request.getfixturevalue('s3_environment')}/experiments/one")
+        case _:
+            return Store(f"memory://experiments/{next(_memory_numbers)}")
 
 
-def test_only_files_are_keys(store: Store) -> None:
-    store.write("a/b", b"1")
-    for key in ("a", "a/b/c", "missing"):
-        assert not store.exists(key)
-        for read in (store.read, store.size, store.read_json):
-            with pytest.raises(StoreKeyError):
-                read(key)
+class TestEveryKindOfStore:
+    """What holds for a store of any kind."""
 
+    def test_round_trip(self, store: Store) -> None:
+        store.check_writable()
+        assert store.keys() == []
+        store.write("a/b/data.bin", b"\x00\xffpayload")
+        store.write("empty", b"")
+        assert store.read("a/b/data.bin") == b"\x00\xffpayload"
+        assert store.read("empty") == b""
+        assert store.exists("a/b/data.bin") and store.size("a/b/data.bin") == 9
+        assert store.exists("empty") and store.size("empty") == 0
 
-def test_missing_key_says_which(store: Store, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    with pytest.raises(FileNotFoundError, match=f"{store.url}/no/such.json") as caught:
-        store.read("no/such.json")
-    assert isinstance(caught.value, StoreError)
-    with pytest.raises(StoreKeyError):
-        store.read_range("no/such.json", 0, 1)
-    with pytest.raises(StoreKeyError):
-        store.download("no/such.json", target)
-    assert not target.exists()
+    def test_only_files_are_keys(self, store: Store) -> None:
+        store.write("a/b", b"1")
+        for key in ("a", "a/b/c", "missing"):
+            assert not store.exists(key)
+            for read in (store.read, store.size, store.read_json):
+                with pytest.raises(StoreKeyError):
+                    read(key)
 
+    def test_missing_key_says_which(self, store: Store, tmp_path: Path) -> None:
+        target = tmp_path / "target"
+        with pytest.raises(FileNotFoundError, match=f"{store.url}/no/such.json") as caught:
+            store.read("no/such.json")
+        assert isinstance(caught.value, StoreError)
+        with pytest.raises(StoreKeyError):
+            store.read_range("no/such.json", 0, 1)
+        with pytest.raises(StoreKeyError):
+            store.download("no/such.json", target)
+        assert not target.exists()
 
-def test_ranges(store: Store) -> None:
-    store.write("data", bytes(range(100)))
-    assert store.read_range("data", 0, 100) == bytes(range(100))
-    assert store.read_range("data", 7, 9) == bytes([7, 8])
-    assert store.read_range("data", 9, 9) == b""
-    for start, stop in ((90, 101), (100, 101), (500, 600)):
-        with pytest.raises(StoreError, match="too short"):
-            store.read_range("data", start, stop)
-    with pytest.raises(ValueError, match="not a byte range"):
-        store.read_range("data", 5, 4)
+    def test_ranges(self, store: Store) -> None:
+        store.write("data", bytes(range(100)))
+        assert store.read_range("data", 0, 100) == bytes(range(100))
+        assert store.read_range("data", 7, 9) == bytes([7, 8])
+        assert store.read_range("data", 9, 9) == b""
+        for start, stop in ((90, 101), (100, 101), (500, 600)):
+            with pytest.raises(StoreError, match="too short"):
+                store.read_range("data", start, stop)
+        with pytest.raises(ValueError, match="not a byte range"):
+            store.read_range("data", 5, 4)
 
+    def test_overwrite_is_atomic(self, store: Store) -> None:
+        versions = [bytes([n]) * 200_000 for n in range(8)]
+        store.write("data", versions[0])
+        done = threading.Event()
 
-def test_overwrite_is_atomic(store: Store) -> None:
-    versions = [bytes([n]) * 200_000 for n in range(8)]
-    store.write("data", versions[0])
-    done = threading.Event()
+        def read_all_the_while() -> set[bytes]:
+            other, seen = Store(store.url), set()
+            while not done.is_set():
+                seen.add(other.read("data"))
+            return seen
 
-    def read_all_the_while() -> set[bytes]:
-        other, seen = Store(store.url), set()
-        while not done.is_set():
-            seen.add(other.read("data"))
-        return seen
+        with ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(read_all_the_while)
+            for version in versions:
+                store.write("data", version)
+            done.set()
+            assert seen.result() <= set(versions)
+        assert store.read("data") == versions[-1]
 
-    with ThreadPoolExecutor(1) as pool:
-        seen = pool.submit(read_all_the_while)
-        for version in versions:
-            store.write("data", version)
-        done.set()
-        assert seen.result() <= set(versions)
-    assert store.read("data") == versions[-1]
+    def test_a_large_file_is_downloaded(self, store: Store, tmp_path: Path) -> None:
+        data = random.Random(0).randbytes(12 * 2**20)
+        store.write("large/file", data)
+        assert store.size("large/file") == len(data)
+        store.download("large/file", tmp_path / "made" / "copy")
+        assert (tmp_path / "made" / "copy").read_bytes() == data
+        assert os.listdir(tmp_path / "made") == ["copy"]
+        assert store.read_range("large/file", 9_000_000, 9_000_100) == data[9_000_000:9_000_100]
 
+    def test_keys_are_recursive_sorted_and_fresh(self, store: Store) -> None:
+        other = Store(store.url)
+        for key in ("b/2", "a", "b/10", "b-c/1", "b/d/e"):
+            before = store.keys()
+            other.write(key, b"x")
+            assert store.keys() == sorted([*before, key]) and store.exists(key)
+        assert store.keys() == ["a", "b-c/1", "b/10", "b/2", "b/d/e"]
+        assert store.keys("b") == store.keys("b/") == ["b/10", "b/2", "b/d/e"]
+        assert store.keys("a") == ["a"]
+        assert store.keys("b/d/e/f") == store.keys("nothing") == []
+        other.delete("b/2")
+        assert store.keys("b") == ["b/10", "b/d/e"]
 
-def test_a_large_file_is_downloaded(store: Store, tmp_path: Path) -> None:
-    data = random.Random(0).randbytes(12 * 2**20)
-    store.write("large/file", data)
-    assert store.size("large/file") == len(data)
-    store.download("large/file", tmp_path / "made" / "copy")
-    assert (tmp_path / "made" / "copy").read_bytes() == data
-    assert os.listdir(tmp_path / "made") == ["copy"]
-    assert store.read_range("large/file", 9_000_000, 9_000_100) == data[9_000_000:9_000_100]
+    def test_sizes_are_those_of_what_is_listed(self, store: Store) -> None:
+        for key, count in (("b/2", 2), ("a", 0), ("b/d/e", 5), ("b-c/1", 1)):
+            store.write(key, bytes(count))
+        assert store.sizes() == {"a": 0, "b-c/1": 1, "b/2": 2, "b/d/e": 5}
+        assert list(store.sizes()) == store.keys()
+        assert store.sizes("b") == store.sizes("b/") == {"b/2": 2, "b/d/e": 5}
+        assert store.sizes("a") == {"a": 0}
+        assert store.sizes("nothing") == {}
+        store.write("b/2", b"")
+        store.delete("b/d")
+        assert store.sizes("b") == {"b/2": 0}
 
+    def test_what_may_be_missing_is_found_or_none(self, store: Store) -> None:
+        store.write("a/b", b"1")
+        store.write("empty", b"")
+        assert store.find("a/b") == b"1" and store.find("empty") == b""
+        for key in ("a", "a/b/c", "missing"):
+            assert store.find(key) is None
+        with pytest.raises(ValueError, match="not a key"):
+            store.find("../a")
 
-def test_keys_are_recursive_sorted_and_fresh(store: Store) -> None:
-    other = Store(store.url)
-    for key in ("b/2", "a", "b/10", "b-c/1", "b/d/e"):
-        before = store.keys()
-        other.write(key, b"x")
-        assert store.keys() == sorted([*before, key]) and store.exists(key)
-    assert store.keys() == ["a", "b-c/1", "b/10", "b/2", "b/d/e"]
-    assert store.keys("b") == store.keys("b/") == ["b/10", "b/2", "b/d/e"]
-    assert store.keys("a") == ["a"]
-    assert store.keys("b/d/e/f") == store.keys("nothing") == []
-    other.delete("b/2")
-    assert store.keys("b") == ["b/10", "b/d/e"]
+    def test_many_files_are_read_in_the_order_of_their_keys(self, store: Store) -> None:
+        keys = [f"a/{number}" for number in range(20)]
+        for number, key in enumerate(keys):
+            store.write(key, bytes([number]))
+        assert store.read_many(keys[::-1]) == [bytes([number]) for number in reversed(range(20))]
+        assert store.read_many([]) == []
+        with pytest.raises(StoreKeyError, match="a/none"):
+            store.read_many([*keys, "a/none"])
 
+    def test_delete(self, store: Store) -> None:
+        for key in ("a/1", "a/b/2", "a/*", "ab/3", "c"):
+            store.write(key, b"x")
+        store.delete("a/*")
+        assert store.keys() == ["a/1", "a/b/2", "ab/3", "c"]
+        store.delete("a")
+        store.delete("c")
+        assert store.keys() == ["ab/3"]
+        store.delete("a")
+        store.delete("ab/3/4")
+        assert store.keys() == ["ab/3"]
 
-def test_delete(store: Store) -> None:
-    for key in ("a/1", "a/b/2", "a/*", "ab/3", "c"):
-        store.write(key, b"x")
-    store.delete("a/*")
-    assert store.keys() == ["a/1", "a/b/2", "ab/3", "c"]
-    store.delete("a")
-    store.delete("c")
-    assert store.keys() == ["ab/3"]
-    store.delete("a")
-    store.delete("ab/3/4")
-    assert store.keys() == ["ab/3"]
+    def test_pickles_as_its_url(self, store: Store) -> None:
+        store.write("a", b"1")
+        copy = pickle.loads(pickle.dumps(store))
+        assert copy.url == store.url and copy.read("a") == b"1"
+        assert len(pickle.dumps(store)) < 200
+        assert pickle.loads(pickle.dumps(store.fs)).cat_file(store.path("a")) == b"1"
 
+    def test_works_in_threads(self, store: Store) -> None:
+        store.write("a", b"1")
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(store.read, ["a"] * 16)) == {b"1"}
 
-def test_pickles_as_its_url(store: Store) -> None:
-    store.write("a", b"1")
-    copy = pickle.loads(pickle.dumps(store))
-    assert copy.url == store.url and copy.read("a") == b"1"
-    assert len(pickle.dumps(store)) < 200
-    assert pickle.loads(pickle.dumps(store.fs)).cat_file(store.path("a")) == b"1"
-
-
-def test_works_in_threads(store: Store) -> None:
-    store.write("a", b"1")
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(store.read, ["a"] * 16)) == {b"1"}
+    def test_json_is_stable(self, store: Store) -> None:
+        store.write_json("x.json", {"b": [1, 2.5, None], "a": "Ω"})
+        assert (
+            store.read("x.json").decode() == '{\n "a": "Ω",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'
+        )
+        assert store.read_json("x.json") == {"a": "Ω", "b": [1, 2.5, None]}
+        with pytest.raises(ValueError, match="JSON"):
+            store.write_json("x.json", float("nan"))
+        store.write("x.json", b"{")
+        with pytest.raises(StoreError, match=r"x\.json is not JSON"):
+            store.read_json("x.json")
 
 
 @pytest.mark.s3
@@ -155,15 +207,19 @@ def test_works_after_a_fork(s3_environment: str) -> None:
     )
 
 
-def test_json_is_stable(store: Store) -> None:
-    store.write_json("x.json", {"b": [1, 2.5, None], "a": "Ω"})
-    assert store.read("x.json").decode() == '{\n "a": "Ω",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'
-    assert store.read_json("x.json") == {"a": "Ω", "b": [1, 2.5, None]}
-    with pytest.raises(ValueError, match="JSON"):
-        store.write_json("x.json", float("nan"))
-    store.write("x.json", b"{")
-    with pytest.raises(StoreError, match=r"x\.json is not JSON"):
-        store.read_json("x.json")
+@pytest.mark.parametrize(
+    "module", ["store", "filesystems", "contract", "formats", "records", "verify"]
+)
+def test_looking_into_a_local_store_imports_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "numpy", "pyarrow", "safetensors", "s3fs", "aiobotocore", "botocore"}
+    script = (
+        f"import sys; at_start = set(sys.modules); import raytvb.storage.{module}\n"
+        f"print(*sorted({heavy} & (set(sys.modules) - at_start)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize(
@@ -209,16 +265,6 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(StoreError, match=problem):
             Store(url)
-
-
-def test_other_schemes_work() -> None:
-    store = Store("memory://test-store")
-    store.check_writable()
-    store.write("a/b", b"12")
-    store.write("c", b"3")
-    assert store.keys() == ["a/b", "c"] and store.read("a/b") == b"12"
-    store.delete("a")
-    assert store.keys() == ["c"]
 
 
 def test_a_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:

@@ -34,10 +34,13 @@ from vector_files import (
 
 from raytvb.errors import VectorError
 from raytvb.maths.gram import BLOCK
+from raytvb.storage.masks import OpenMasks
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 from raytvb.storage.vector_set import VectorSet, block_columns
 from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
+
+INFO = vector_info("base")
 
 
 @pytest.fixture
@@ -74,17 +77,14 @@ def test_a_vector_file_is_an_ordinary_safetensors_file(
 
 def test_equal_vectors_are_equal_bytes_whatever_the_order_of_the_tensors() -> None:
     values, info = values_of(SHAPES, seed=1), vector_info("base", mask_path="../m", mask="f")
-    made = {
-        vector_bytes(dict(order), dict(reversed(info.items())))
-        for order in itertools.permutations(values.items())
-    }
-    assert made == {vector_bytes(values, info)}
-    assert vector_bytes(values_of(SHAPES, seed=2), info) not in made
+    files = {vector_bytes(dict(order), info) for order in itertools.permutations(values.items())}
+    assert files == {vector_bytes(values, info)}
+    assert vector_bytes(values_of(SHAPES, seed=2), info) not in files
 
 
 def test_a_vector_file_has_one_dtype() -> None:
     with pytest.raises(ValueError, match="one dtype"):
-        vector_bytes({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}, {})
+        vector_bytes({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}, INFO)
 
 
 @pytest.mark.parametrize("dtype", DTYPES["both"])
@@ -169,9 +169,10 @@ def test_a_file_that_is_no_vector_file_is_an_error_that_names_it(store: Store, d
 
 @pytest.mark.parametrize("field", ["base", "mask", "mask_fingerprint"])
 def test_metadata_without_a_field_is_an_error_that_names_both(store: Store, field: str) -> None:
-    info = vector_info("base", mask_path="mask.safetensors", mask="f")
+    info = vector_info("base", mask_path="mask.safetensors", mask="f").to_json()
     del info[field]
-    store.write("x/vector.safetensors", vector_bytes({"a": torch.zeros(3)}, info))
+    data = save({"a": torch.zeros(3)}, metadata={"raytvb": json.dumps(info)})
+    store.write("x/vector.safetensors", data)
     with pytest.raises(
         VectorError, match=rf"x/vector\.safetensors is no vector file: .* no {field}$"
     ):
@@ -194,9 +195,8 @@ def test_a_shape_that_does_not_fit_its_bytes_is_an_error_that_names_the_tensor(
 )
 def test_other_dtypes_are_an_error(store: Store, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     tensors = {"a": torch.zeros(2, dtype=dtypes[0]), "b": torch.zeros(2, dtype=dtypes[1])}
-    store.write(
-        "vector.safetensors", save(tensors, metadata={"raytvb": json.dumps(vector_info("base"))})
-    )
+    metadata = {"raytvb": json.dumps(INFO.to_json())}
+    store.write("vector.safetensors", save(tensors, metadata=metadata))
     with pytest.raises(VectorError, match=r"vector\.safetensors.*F32 or BF16"):
         VectorFile(store, "vector.safetensors")
 
@@ -443,3 +443,44 @@ def signed_weights() -> Tensor:
     weights = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights[1], weights[:, 2], weights[3, 3] = 0.0, 0.0, 0.0
     return weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subset_has_the_coordinates_of_all(store: Store, kind: str) -> None:
+    """Two of the vectors with masks of their own share theirs: opened by themselves they have less
+    coordinates than with the others."""
+    keys, V = put_set(store, kind)
+    vectors = open_set(store, keys)
+    chosen = vectors.subset([2, 3])
+    assert [file.key for file in chosen.files] == keys[2:4] and len(vectors.files) == 5
+    assert (chosen.count, chosen.mask, chosen.compact) == (
+        vectors.count,
+        vectors.mask,
+        vectors.compact,
+    )
+    expected = common(kind, V)[:, 2:4].T.float()
+    assert torch.equal(chosen.read_all(0, chosen.count), expected)
+    assert torch.equal(vectors.subset([3]).read_all(0, chosen.count), expected[1:])
+    alone = open_set(store, keys[2:4])
+    assert (alone.count < chosen.count) == (kind == "per-task")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_opened_by_its_keys_is_the_same(store: Store, kind: str) -> None:
+    keys, _ = put_set(store, kind)
+    expected, opened = open_set(store, keys), VectorSet.open(store, keys)
+    assert [file.key for file in opened.files] == keys
+    assert (opened.compact, opened.count) == (expected.compact, expected.count)
+    assert torch.equal(opened.read_all(0, opened.count), expected.read_all(0, expected.count))
+    masks = {id(file.mask) for file in opened.files if file.mask is not None}
+    assert len(masks) == {"dense": 0, "shared": 1, "per-task": 3, "mixed": 2}[kind]
+
+
+def test_a_mask_that_was_made_again_is_opened_again(store: Store) -> None:
+    masks, values = OpenMasks(), values_of(SHAPES, seed=1)
+    first = VectorFile(store, put_vector(store, "one", values, random_mask(SHAPES, 1)), masks)
+    second = VectorFile(store, put_vector(store, "two", values, random_mask(SHAPES, 1)), masks)
+    assert first.mask is second.mask
+    third = VectorFile(store, put_vector(store, "three", values, random_mask(SHAPES, 2)), masks)
+    assert third.mask is not None and third.mask is not first.mask
+    assert third.mask.fingerprint == random_mask(SHAPES, 2).fingerprint

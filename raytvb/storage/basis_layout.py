@@ -1,11 +1,10 @@
-"""Bases on disk: S = V B written and read in pieces of at most 32 MB, so that no process holds a
-whole basis.
+"""Bases on disk: S = V B in pieces of at most 32 MB, so that no process holds a whole basis.
 
 A basis is a folder of safetensors files, each a range of the coordinates of all its vectors, and an
 index as the Hugging Face hub has it (`weight_map`: tensor to file). A tensor is named after its
-parameter and stacks the M basis
-vectors: (M, *shape), or (M, kept) where the vectors share a mask. A tensor in which a file ends is
-cut, and its parts are named `parameter[start:stop]` by flat positions. Values are float32.
+parameter and stacks the M basis vectors: (M, *shape), or (M, kept) where the vectors share a mask.
+A tensor in which a file ends is cut, and its parts are named `parameter[start:stop]` by flat
+positions. Values are float32.
 """
 
 from __future__ import annotations
@@ -15,20 +14,32 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from raytvb.maths.gram import BLOCK
-from raytvb.storage.vectors import vector_info
+from raytvb.storage.contract import Contract
+from raytvb.storage.vectors import VectorInfo, vector_info
 
 INDEX = "basis.safetensors.index.json"
 
-
-SEGMENT = (
-    16 * BLOCK
-)  # coordinates: files never cross a multiple of it, so that writers can share a basis
-
+SEGMENT = 16 * BLOCK
+"""Coordinates. Files never cross a multiple of it, so that writers can share a basis."""
 
 _FILE_BYTES = 32 * 2**20
+
+
+class BasisMetadata(Contract):
+    """Metadata of the index of a basis."""
+
+    total_size: int
+    """Bytes of all values."""
+    size: int
+    """Number of basis vectors M."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of what is stored of one vector, as `Layout.shapes`."""
+    parameters: dict[str, tuple[int, ...]]
+    """Shapes of the parameters, as `Layout.parameters`."""
+    raytvb: VectorInfo
+    """As in the header of a vector file in the folder of the basis."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +53,42 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
     """Shapes of what is stored: those of the parameters, or (kept,) where there is a mask."""
     mask_key: str | None = None
+    """Key of the shared mask in the store."""
     mask: str | None = None
     """Fingerprint of the shared mask."""
 
     @property
     def count(self) -> int:
         """Number of coordinates."""
-        return sum(prod(s) for s in self.shapes.values())
+        return sum(map(prod, self.shapes.values()))
 
-    def info(self, prefix: str) -> dict[str, Any]:
+    def info(self, prefix: str) -> VectorInfo:
         """Metadata of files in the folder `prefix`."""
         path = None if self.mask_key is None else posixpath.relpath(self.mask_key, prefix)
         return vector_info(self.base, mask_path=path, mask=self.mask)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one file has of one parameter."""
+
+    tensor: str
+    """Name of the tensor in the file."""
+    count: int
+    """Number of coordinates."""
+    shape: tuple[int, ...]
+    """Of one vector."""
+
+
 def file_columns(size: int) -> int:
-    """Coordinates in each file of a basis of `size` vectors: a power of two that divides SEGMENT,
-    at most 32 MB.
+    """Coordinates in each file of a basis of `size` vectors.
+
+    A power of two that divides SEGMENT; the file has at most 32 MB, unless that were less than
+    4,096 coordinates.
     """
-    return min(SEGMENT, max(4096, 1 << (max(1, _FILE_BYTES // (4 * size)).bit_length() - 1)))
+    fitting = max(1, _FILE_BYTES // (4 * size))
+    power_of_two = 1 << (fitting.bit_length() - 1)
+    return min(SEGMENT, max(4096, power_of_two))
 
 
 def file_names(size: int, count: int) -> list[str]:
@@ -69,46 +97,34 @@ def file_names(size: int, count: int) -> list[str]:
     return [f"basis-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
 
 
-def pieces_of(
-    shapes: Mapping[str, tuple[int, ...]], start: int, stop: int
-) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """(tensor name, number of coordinates, shape) of what lies in coordinates start..stop, in their
-    order.
-    """
+def pieces_of(shapes: Mapping[str, tuple[int, ...]], start: int, stop: int) -> Iterator[Piece]:
+    """What lies in coordinates start..stop, in their order; shapes: as `Layout.shapes`."""
     first = 0
     for name, shape in shapes.items():
         last = first + prod(shape)
         low, high = max(first, start), min(last, stop)
-        if low < high:
-            whole = high - low == last - first
-            yield (
-                (name, high - low, shape)
-                if whole
-                else (f"{name}[{low - first}:{high - first}]", high - low, (high - low,))
-            )
+        if (low, high) == (first, last) and low < high:
+            yield Piece(name, high - low, shape)
+        elif low < high:
+            yield Piece(f"{name}[{low - first}:{high - first}]", high - low, (high - low,))
         first = last
 
 
 def index_bytes(layout: Layout, size: int, prefix: str) -> bytes:
-    """The index of a basis of `size` vectors: which file has which tensor, and what the coordinates
-    are.
-    """
-    columns, where = file_columns(size), dict[str, str]()
+    """The index of a basis of `size` vectors: which file has which tensor, and the coordinates."""
+    columns = file_columns(size)
+    weight_map: dict[str, str] = {}
     for number, name in enumerate(file_names(size, layout.count)):
         start = number * columns
-        where |= {
-            t: name
-            for t, _, _ in pieces_of(layout.shapes, start, min(start + columns, layout.count))
-        }
-    shapes = {n: list(s) for n, s in layout.shapes.items()}
-    document = {
-        "metadata": {
-            "total_size": 4 * size * layout.count,
-            "size": size,
-            "shapes": shapes,
-            "parameters": {n: list(s) for n, s in layout.parameters.items()},
-            "raytvb": layout.info(prefix),
-        },
-        "weight_map": where,
-    }
+        stop = min(start + columns, layout.count)
+        for piece in pieces_of(layout.shapes, start, stop):
+            weight_map[piece.tensor] = name
+    metadata = BasisMetadata(
+        total_size=4 * size * layout.count,
+        size=size,
+        shapes=dict(layout.shapes),
+        parameters=dict(layout.parameters),
+        raytvb=layout.info(prefix),
+    )
+    document = {"metadata": metadata.to_json(), "weight_map": weight_map}
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

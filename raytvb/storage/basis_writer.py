@@ -20,6 +20,7 @@ from raytvb.storage.basis_layout import (
     index_bytes,
     pieces_of,
 )
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.records import RECORD, FileInfo, commit, find
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
@@ -40,8 +41,9 @@ class _Writer:
         self._buffer = torch.empty(size, min(self._columns, max(layout.count, 1)))
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Take weights.T @ rows for coordinates from `start` on, which follow those of the call
-        before.
+        """Take weights.T @ rows, rows (T, n), for the coordinates from `start` on.
+
+        They follow those of the call before.
         """
         while rows.shape[1]:
             at = start % self._columns
@@ -56,16 +58,16 @@ class _Writer:
         name = self._names[start // self._columns]
         if not bool(torch.isfinite(self._buffer[:, : stop - start]).all()):
             raise VectorError(
-                f"{self._store.where(self._prefix)} would have NaN or infinite values: a vector has "
-                f"them, or the weights have"
+                f"{self._store.where(self._prefix)} would have NaN or infinite values: a vector "
+                f"has them, or the weights have"
             )
-        tensors, first = {}, 0
-        for tensor, count, shape in pieces_of(self._layout.shapes, start, stop):
-            tensors[tensor] = (
-                self._buffer[:, first : first + count].reshape(-1, *shape).contiguous()
-            )
-            first += count
-        info = self._layout.info(self._prefix) | {"coordinates": [start, stop]}
+        tensors: dict[str, Tensor] = {}
+        first = 0
+        for piece in pieces_of(self._layout.shapes, start, stop):
+            values = self._buffer[:, first : first + piece.count]
+            tensors[piece.tensor] = values.reshape(-1, *piece.shape).contiguous()
+            first += piece.count
+        info = {**self._layout.info(self._prefix).to_json(), "coordinates": [start, stop]}
         data = save(tensors, metadata={"raytvb": json.dumps(info, sort_keys=True)})
         self._store.write(f"{self._prefix}/{name}", data)
         self.infos[name] = FileInfo.of(data)
@@ -78,20 +80,21 @@ def write_pieces(
     store: Store,
     stop: int,
 ) -> dict[str, dict[str, FileInfo]]:
-    """Write the files of V @ weights for each (folder, weights (T, M) float64) in one pass over the
-    blocks of V.
+    """Write the files of V @ weights in one pass over the blocks of V.
 
-    blocks: (start, rows (T, n) float32) that follow each other up to coordinate `stop`, from a
-    multiple of SEGMENT on, and begin at multiples of BLOCK. Products are taken over 65,536
-    coordinates and each by itself, so the bits of a file depend neither on the other outputs nor on
-    how the coordinates are shared among writers.
+    blocks: (start, rows (T, n) float32) that follow each other up to coordinate `stop`. They start
+    at a multiple of SEGMENT, and each begins at a multiple of BLOCK. outputs: folders and weights
+    (T, M) float64.
+
+    Products are taken over 65,536 coordinates, for each output by itself. So the bits of a file
+    depend neither on the other outputs nor on how the coordinates are shared among writers.
     Returns checksums by folder and file. Memory: 32 MB for each output.
     """
     writers = {prefix: _Writer(store, prefix, weights, layout, stop) for prefix, weights in outputs}
     for start, rows in blocks:
-        if (
-            rows.shape[1] == 1
-        ):  # as a single column of something wider, which BLAS multiplies another way
+        if rows.shape[1] == 1:
+            # A column of something wider, as in other blocks: BLAS multiplies a single one another
+            # way.
             rows = rows.repeat(1, 2)[:, :1]
         for first in range(0, rows.shape[1], BLOCK):
             for writer in writers.values():
@@ -102,49 +105,60 @@ def write_pieces(
 def write_combinations(
     paths: Sequence[str | PathLike[str]], outputs: Mapping[str, Tensor], url: str | PathLike[str]
 ) -> dict[str, dict[str, FileInfo]]:
-    """Write V @ weights of vector files into the store `url`, a folder for each {name: weights (T,
-    M) float64}.
+    """Write V @ weights of vector files into the store `url`, a folder for each of the outputs.
 
-    One pass over the vectors for all of them: bases (weights B), or K candidate merges (a column
-    each). Every folder is a basis that `StoredBasis(url, name)` reads; its record is written last.
-    Memory: two buffers of 64 MB and 32 MB for each output. What such a call wrote before into a
-    folder, from as many vectors of that model, is replaced. Raises VectorError for files that are
-    damaged or do not belong together and for results that are not finite, ValueError for weights
-    that do not have a row for each vector, UserError for a folder with a record of something else.
+    outputs: weights (T, M) float64 by name of the folder: bases (B), or K candidate merges (a
+    column each). All are written in one pass over the vectors. Every folder is a basis that
+    `StoredBasis(url, name)` reads; its record is written last. What such a call wrote before into a
+    folder, from as many vectors of that model, is replaced. Memory: two buffers of 64 MB, and 32 MB
+    for each output.
+
+    Raises VectorError for files that are damaged or do not belong together and for results that are
+    not finite, ValueError for weights that do not have a row for each vector, and UserError for a
+    folder with a record of something else.
     """
     vectors, store = VectorSet([VectorFile.open(p) for p in paths]), Store(fspath(url))
-    outputs = {name: torch.as_tensor(weights) for name, weights in outputs.items()}
-    for name, weights in outputs.items():
+    weights_of = {name: torch.as_tensor(weights) for name, weights in outputs.items()}
+    for name, weights in weights_of.items():
         if weights.ndim != 2 or len(weights) != len(paths) or not weights.shape[1]:
             raise ValueError(
                 f"weights of {name} must be ({len(paths)}, M), not {tuple(weights.shape)}"
             )
-    identity = {"base": vectors.files[0].info["base"], "vectors": len(paths)}
-    for name, record in {name: find(store, name, identity) for name in outputs}.items():
-        for old in (RECORD, *record["files"]) if record else ():
-            store.delete(f"{name}/{old}")
-    mask_key, shapes = None, vectors.parameters
-    if vectors.compact:
-        shapes = vectors.files[0].shapes
-    if vectors.mask is not None:
-        mask_key = f"masks/{vectors.mask.fingerprint[:16]}/mask.safetensors"
-        store.write(mask_key, vectors.files[0].store.read(vectors.files[0].mask_key))
-    layout = Layout(
-        identity["base"],
-        vectors.parameters,
-        shapes,
-        mask_key,
-        vectors.mask.fingerprint if vectors.mask else None,
-    )
-    files = write_pieces(vectors.blocks(), list(outputs.items()), layout, store, vectors.count)
-    for name, weights in outputs.items():
-        index = {INDEX: index_bytes(layout, weights.shape[1], name)}
+    identity: JsonObject = {"base": vectors.files[0].info.base, "vectors": len(paths)}
+    _delete_replaced(store, list(weights_of), identity)
+    layout = _write_layout(store, vectors)
+    files = write_pieces(vectors.blocks(), list(weights_of.items()), layout, store, vectors.count)
+    for name, weights in weights_of.items():
+        B = weights.double().contiguous().clone()
         commit(
             store,
             name,
             identity=identity,
             written=files[name],
-            files=index
-            | {"coefficients.safetensors": save({"B": weights.double().contiguous().clone()})},
+            files={
+                INDEX: index_bytes(layout, weights.shape[1], name),
+                "coefficients.safetensors": save({"B": B}),
+            },
         )
     return files
+
+
+def _delete_replaced(store: Store, names: Sequence[str], identity: JsonObject) -> None:
+    """Delete what the folders hold. UserError, and nothing deleted, where one is something else."""
+    replaced = {name: find(store, name, identity) for name in names}
+    for name, record in replaced.items():
+        if record is not None:
+            for file in (RECORD, *record.files):
+                store.delete(f"{name}/{file}")
+
+
+def _write_layout(store: Store, vectors: VectorSet) -> Layout:
+    """The coordinates of the vectors; a mask they share is copied into the store."""
+    first = vectors.files[0]
+    shapes = first.shapes if vectors.compact else vectors.parameters
+    if vectors.mask is None:
+        return Layout(first.info.base, vectors.parameters, shapes)
+    fingerprint = vectors.mask.fingerprint
+    mask_key = f"masks/{fingerprint[:16]}/mask.safetensors"
+    store.write(mask_key, first.store.read(first.mask_key))
+    return Layout(first.info.base, vectors.parameters, shapes, mask_key, fingerprint)

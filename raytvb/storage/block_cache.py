@@ -1,5 +1,4 @@
-"""A local copy of vectors on a range of coordinates, so that each is fetched once and multiplied
-often.
+"""A local copy of vectors on a range of coordinates: each is fetched once and multiplied often.
 
 Only what is stored is kept: float32 or bfloat16 values of the kept entries, and one bit a
 coordinate where a vector has a mask of its own. That is T * density * (coordinates) * 4 bytes, in
@@ -9,12 +8,13 @@ memory or in an unnamed temporary file that vanishes with its process.
 from __future__ import annotations
 
 import hashlib
+import io
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -22,46 +22,49 @@ from torch import Tensor
 from raytvb.errors import VectorError
 from raytvb.maths.bits import unpack_bits
 from raytvb.maths.gram import BLOCK
+from raytvb.storage.masks import MaskFile
 from raytvb.storage.records import PART, FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
-_READERS = 8  # parts that are fetched at a time
+_READERS = 8
+"""Parts that are fetched at a time."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A vector's values; for one with its own mask its bits and the kept entries before each
-    BLOCK.
-    """
+    """One vector in the cache."""
 
     offset: int
-    """In the temporary file."""
+    """Where its values begin in the temporary file, in bytes."""
     dtype: torch.dtype
     packed: Tensor | None
+    """The bits of its own mask, uint8; None where the coordinates are the stored values."""
     before: list[int]
+    """Kept entries before each BLOCK of the coordinates, where it has its own mask."""
     held: Tensor | None
     """The values as bytes, where they are in memory."""
 
 
 class BlockCache:
-    """Vectors by name on coordinates [start, stop); `start` is a multiple of BLOCK.
-
-    own_masks: the coordinates are those of all parameters, and every vector brings its mask; else
-    they are the stored values, which is the same for all.
-    """
+    """Vectors by name on coordinates [start, stop); `start` is a multiple of BLOCK."""
 
     def __init__(
         self, start: int, stop: int, *, own_masks: bool, folder: str | None = None
     ) -> None:
-        """folder: where the temporary file is made; None keeps everything in memory."""
+        """own_masks: the coordinates are those of all parameters, and every vector has its mask.
+
+        Else the coordinates are the stored values. folder: where the temporary file is made; None
+        keeps everything in memory.
+        """
         self.start, self.stop = start, stop
         self.kind = "memory" if folder is None else "disk"
         self.bytes = 0
+        """Of all values and bits."""
         self._own_masks = own_masks
         self._entries: dict[str, _Entry] = {}
         self._end = 0
-        self._file: Any = None
+        self._file: IO[bytes] | None = None
         if folder is not None:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="raytvb-", buffering=0)  # noqa: SIM115
 
@@ -69,25 +72,17 @@ class BlockCache:
         return name in self._entries
 
     def add(self, name: str, vector: VectorFile, info: FileInfo) -> None:
-        """Fetch a vector's part of the coordinates, checking every byte of it against the recorded
-        checksums.
+        """Fetch a vector's part of the coordinates.
 
-        Raises VectorError that names a file whose bytes differ; nothing of that one is kept.
+        info: as recorded; every byte of the part is compared with its checksums. Raises VectorError
+        that names a file whose bytes differ; nothing of that one is kept.
         """
-        packed, before = None, list[int]()
-        first, last = self.start, self.stop
+        packed: Tensor | None = None
+        counts = [self.start, self.stop]
         if self._own_masks and vector.mask is not None:
-            packed = vector.mask.packed(self.start, self.stop)
-            counts = [
-                vector.mask.kept_before(edge)
-                for edge in (*range(self.start, self.stop, BLOCK), self.stop)
-            ]
-            first, last = counts[0], counts[-1]
-            before = [count - first for count in counts]
-            for part, (low, high) in zip(packed.split(BLOCK // 8), pairwise(before), strict=False):
-                if int(unpack_bits(part, 8 * len(part)).sum()) != high - low:
-                    raise damaged(vector.store, vector.mask_key)
-        low, high = vector.byte_range(first, last)
+            packed, counts = self._own_mask(vector, vector.mask)
+        before = [count - counts[0] for count in counts] if packed is not None else []
+        low, high = vector.byte_range(counts[0], counts[-1])
         # torch's allocations begin at multiples of 64 bytes, numpy's do not: sums must not depend
         # on where.
         held = torch.empty(high - low, dtype=torch.uint8) if self._file is None else None
@@ -98,16 +93,32 @@ class BlockCache:
         self._end += high - low
         self.bytes += high - low + (0 if packed is None else len(packed))
 
+    def _own_mask(self, vector: VectorFile, mask: MaskFile) -> tuple[Tensor, list[int]]:
+        """The bits of a vector's mask here, and the kept entries before each BLOCK and the end.
+
+        The latter count from the first coordinate of the vector. Raises VectorError unless the bits
+        have as many kept entries.
+        """
+        packed = mask.packed(self.start, self.stop)
+        edges = (*range(self.start, self.stop, BLOCK), self.stop)
+        counts = [mask.kept_before(edge) for edge in edges]
+        for part, (low, high) in zip(packed.split(BLOCK // 8), pairwise(counts), strict=False):
+            if int(unpack_bits(part, 8 * len(part)).sum()) != high - low:
+                raise damaged(vector.store, vector.mask_key)
+        return packed, counts
+
     def drop(self, name: str) -> None:
-        """Forget a vector; its room in a temporary file is not used again, and stays counted."""
+        """Forget a vector. Its room in a temporary file is not used again, and stays counted."""
         entry = self._entries.pop(name, None)
         if entry is not None:
-            self.bytes -= sum(len(t) for t in (entry.held, entry.packed) if t is not None)
+            for tensor in (entry.held, entry.packed):
+                self.bytes -= 0 if tensor is None else len(tensor)
 
     def _put(self, entry: _Entry, at: int, piece: memoryview) -> None:
         if entry.held is not None:
             entry.held.numpy().data[at : at + len(piece)] = piece
             return
+        assert self._file is not None
         self._file.seek(entry.offset + at)
         while len(piece):
             piece = piece[self._file.write(piece) :]
@@ -118,21 +129,27 @@ class BlockCache:
         if entry.held is not None:
             return entry.held[first * width : (first + count) * width].view(entry.dtype).float()
         raw = torch.empty(count, dtype=entry.dtype)
-        self._file.seek(entry.offset + first * width)
-        view, done = raw.view(torch.uint8).numpy().data, 0
-        while done < len(view):
-            read = self._file.readinto(view[done:])
-            if not read:
+        self._read_into(entry.offset + first * width, raw.view(torch.uint8).numpy().data)
+        return raw.float()
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        """Bytes of the temporary file."""
+        assert isinstance(self._file, io.RawIOBase)
+        self._file.seek(offset)
+        done = 0
+        while done < len(buffer):
+            count = self._file.readinto(buffer[done:])
+            if not count:
                 raise OSError(
                     "the temporary file of the vectors is shorter than it was: is its disk full?"
                 )
-            done += read
-        return raw.float()
+            done += count
 
     def read(self, name: str, first: int, last: int) -> Tensor:
-        """Coordinates first..last (absolute) of a vector, float32; `first` must be a multiple of 8.
+        """Coordinates first..last of a vector, float32; `first` must be a multiple of 8.
 
-        May be a view of the cache: it is not to be written to.
+        They count from the start of the vector, not of the cache. The result may be a view of the
+        cache: it is not to be written to.
         """
         entry, at = self._entries[name], first - self.start
         if entry.packed is None:
@@ -150,12 +167,13 @@ class BlockCache:
 def _checked_parts(
     vector: VectorFile, info: FileInfo, low: int, high: int
 ) -> Iterator[tuple[int, memoryview]]:
-    """Bytes low..high of a vector file as (position, bytes), each part compared with its recorded
-    checksum.
+    """Bytes low..high of a vector file as (position, bytes).
+
+    Each part is compared with its recorded checksum.
     """
-    # A file without checksums of its parts is one part, of any size.
     if low == high:
         return
+    # A file without checksums of its parts is one part, of any size.
     size = PART if info.parts else max(info.size, 1)
     digests = info.parts or (info.sha256,)
     numbers = range(low // size, -(-high // size))
@@ -178,8 +196,9 @@ def _checked_parts(
 
 
 def check_header(vector: VectorFile, info: FileInfo) -> None:
-    """Compare the parts that have the vector's names and shapes with their checksums. Raises as
-    `BlockCache.add`.
+    """Compare the parts that have the vector's names and shapes with their checksums.
+
+    Raises as `BlockCache.add`.
     """
     for _ in _checked_parts(vector, info, 0, vector.data_start):
         pass
@@ -189,6 +208,6 @@ def damaged(store: Store, key: str) -> VectorError:
     """The error for bytes that are not those that were recorded."""
     folder = key.rpartition("/")[0]
     return VectorError(
-        f"{store.where(key)}: the bytes differ from those recorded; delete the folder {folder} of the "
-        f"store and run again to make it anew"
+        f"{store.where(key)}: the bytes differ from those recorded",
+        f"delete the folder {folder} of the store and run again to make it anew",
     )

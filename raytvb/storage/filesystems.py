@@ -1,6 +1,4 @@
-"""The fsspec filesystem of a URL: one client for all the stores of a process, with requests that
-end.
-"""
+"""The fsspec filesystem of a URL: one client for all stores of a process, with timeouts."""
 
 from __future__ import annotations
 
@@ -15,8 +13,10 @@ from raytvb.storage.store_errors import StoreError
 
 
 def filesystem_of(url: str, scheme: str, *, patient: bool = True) -> Any:
-    """The filesystem of a URL, shared by the stores of a process: a client takes 0.2 s to make, and
-    a handshake.
+    """The filesystem of a URL, shared by the stores of a process.
+
+    A new client would take 0.2 s and a handshake. patient: repeat requests that fail for about a
+    minute; else give up within about 20 seconds.
     """
     if scheme == "file":
         return fsspec.filesystem("file")
@@ -36,26 +36,24 @@ def _client(url: str, patient: bool, pid: int, settings: tuple[tuple[str, str], 
 
 
 def _s3_filesystem(patient: bool) -> Any:
-    from s3fs import (
-        S3FileSystem,
-    )  # here because it takes a second, which local stores need not wait
+    # Imported here because it takes a second, which local stores need not wait.
+    from s3fs import S3FileSystem
 
     class BoundedS3(S3FileSystem):  # type: ignore[misc]
-        """Requests that end: aiohttp has no timeout while it sends a body or waits for '100
-        Continue'.
+        """Every request has a timeout.
+
+        aiohttp has none while it sends a body or waits for '100 Continue'.
         """
 
         async def _call_s3(self, method: str, *options: Any, **arguments: Any) -> Any:
-            seconds = (120 if patient else 15) + len(
-                arguments.get("Body", b"")
-            ) / 2**19  # at least 0.5 MB/s
+            seconds = 120.0 if patient else 15.0
+            seconds += len(arguments.get("Body", b"")) / 2**19  # at least 0.5 MB/s
             return await asyncio.wait_for(super()._call_s3(method, *options, **arguments), seconds)
 
         call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
 
-        def __reduce__(
-            self,
-        ) -> tuple[Any, ...]:  # other processes have their own credentials and connections
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Other processes have their own credentials and connections.
             return filesystem_of, ("s3://", "s3")
 
     # Waits of up to 1 + 2 + 4 + 8 s lie between the attempts. Many S3-compatible servers refuse the
@@ -68,7 +66,6 @@ def _s3_filesystem(patient: bool) -> Any:
         "response_checksum_validation": "when_required",
     }
     fs = BoundedS3(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    fs.retries = (
-        2 if patient else 1
-    )  # s3fs repeats what botocore has repeated: the numbers multiply
+    # s3fs repeats what botocore has repeated: the numbers multiply.
+    fs.retries = 2 if patient else 1
     return fs

@@ -1,15 +1,15 @@
-"""The Gram matrix of an experiment in its store, as it grows: a snapshot, and a small file for each
-arrival since.
+"""The Gram matrix of an experiment in its store, as it grows.
 
-    gram/record.json, gram/<n>.safetensors      snapshot of the first n vectors; the record names
-    the file gram/rows/<n>.safetensors                   rows of the vectors that came when n were
-    there gram/owner.json                             which actor may write: the latest one fences
-    those before
+    gram/record.json, gram/<n>.safetensors   snapshot of the first n vectors; the record names the
+                                             file
+    gram/rows/<n>.safetensors                rows of the vectors that came when n were there
+    gram/owner.json                          which actor may write: the latest one fences those
+                                             before
 
 A row file says which vectors it belongs to (by a hash over all tasks and checksums so far), so
-whatever was written last, what is read is consistent; damaged ones are left out, and their vectors
-added again. Snapshots are made when the rows have grown by a quarter: what an arrival writes grows
-with the number of vectors, not with its square.
+whatever was written last, what is read is consistent. Damaged row files are left out, and their
+vectors added again. A snapshot is made when the rows have grown by a quarter: what an arrival
+writes grows with the number of vectors, not with its square.
 """
 
 from __future__ import annotations
@@ -19,47 +19,82 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.maths.gram import grown
 from raytvb.storage import records
+from raytvb.storage.contract import Contract, JsonObject, parse_json
+from raytvb.storage.formats import format_problem
 from raytvb.storage.store import Store
-from raytvb.storage.store_errors import StoreKeyError
 
 PREFIX = "gram"
 
-
 _OWNER = f"{PREFIX}/owner.json"
-
-
 _ROWS = f"{PREFIX}/rows"
 
 
-def _checksum(info: dict[str, Any], rows: Tensor) -> str:
-    """sha256 of all that a row file says."""
-    said = {k: v for k, v in info.items() if k != "sha256"}
-    return hashlib.sha256(
-        json.dumps(said, sort_keys=True).encode() + rows.contiguous().numpy().tobytes()
-    ).hexdigest()
+class Arrival(Contract):
+    """What bases could do after some vectors had arrived."""
+
+    vectors: int
+    """Number of vectors by then."""
+    floor: dict[int, float]
+    """Least relative squared error of any basis, by its size M."""
+
+
+class Snapshot(Contract):
+    """Metrics of the snapshot's record; its parents are the checksums of the vectors."""
+
+    tasks: tuple[str, ...]
+    """In the order of their arrival."""
+    history: tuple[Arrival, ...]
+
+
+class RowsInfo(Contract):
+    """Metadata of a row file."""
+
+    chain: str
+    """`GramState.chain` of the vectors before."""
+    vectors: tuple[tuple[str, str], ...]
+    """Tasks and checksums of the new vectors."""
+    history: tuple[Arrival, ...]
+    sha256: str = ""
+    """Over the rest and the rows."""
+
+    def checksum(self, rows: Tensor) -> str:
+        """What `sha256` must be."""
+        fields = self.to_json()
+        del fields["sha256"]
+        text = json.dumps(fields, sort_keys=True).encode()
+        return hashlib.sha256(text + rows.contiguous().numpy().tobytes()).hexdigest()
+
+
+class Owner(Contract):
+    """Who may write the Gram matrix."""
+
+    generation: int
+    """Number of writers so far."""
+    token: str
+    """Random, of the latest one."""
 
 
 @dataclass
 class GramState:
-    """Tasks in the order of their arrival, the checksum of each one's vector, and their G (T, T)
-    float64.
+    """Tasks in the order of their arrival, the checksum of each one's vector, and their G (T, T).
+
+    G is float64.
     """
 
     tasks: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     gram: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """{vectors, floor: {size: least relative error}} after some of the arrivals."""
+    history: list[Arrival] = field(default_factory=list)
+    """After some of the arrivals, in their order."""
     snapshot: int = 0
     """Vectors in the stored snapshot."""
 
@@ -80,31 +115,31 @@ class GramState:
         self.checksums |= dict(known)
 
     def forget(self, tasks: Sequence[str]) -> None:
-        """Leave vectors out, for they were made again."""
+        """Leave vectors out, because they were made again."""
         keep = [i for i, task in enumerate(self.tasks) if task not in tasks]
-        self.gram, self.tasks = self.gram[keep][:, keep], [self.tasks[i] for i in keep]
+        self.gram = self.gram[keep][:, keep]
+        self.tasks = [self.tasks[i] for i in keep]
         self.checksums = {task: self.checksums[task] for task in self.tasks}
 
     def ordered(self, tasks: Sequence[str]) -> Tensor:
-        """G in the order of the given tasks. Raises ValueError that names those which are not
-        there.
-        """
-        missing = [t for t in tasks if t not in self.checksums]
+        """G in the order of the given tasks. Raises ValueError that names those it lacks."""
+        missing = [task for task in tasks if task not in self.checksums]
         if missing:
             raise ValueError(f"vectors not taken in yet: {', '.join(missing)}")
-        order = [self.tasks.index(t) for t in tasks]
+        order = [self.tasks.index(task) for task in tasks]
         return self.gram[order][:, order]
 
     @classmethod
     def read(cls, store: Store) -> GramState:
-        """What the store knows; empty where that is nothing."""
+        """What the store has; empty where it has nothing.
+
+        Raises UserError and VectorError for files of a newer raytvb.
+        """
         state = cls._snapshot(store)
         while True:
-            try:
-                data = store.read(f"{_ROWS}/{len(state.tasks):06d}.safetensors")
-            except StoreKeyError:
-                return state
-            if not state._append(data):
+            key = f"{_ROWS}/{len(state.tasks):06d}.safetensors"
+            data = store.find(key)
+            if data is None or not state._append(data, store.where(key)):
                 return state
 
     @classmethod
@@ -112,37 +147,60 @@ class GramState:
         record = records.find(store, PREFIX)
         if record is None:
             return cls()
-        ((name, info),) = record["files"].items()
-        try:
-            data = store.read(f"{PREFIX}/{name}")
-        except StoreKeyError:  # replaced since the record was read
+        ((name, info),) = record.files.items()
+        data = store.find(f"{PREFIX}/{name}")
+        if data is None:  # replaced since the record was read
             return cls._snapshot(store, attempts - 1) if attempts else cls()
-        if not records.FileInfo.from_json(info).is_of(data):
+        if not info.is_of(data):
             return cls()  # damaged: the vectors are still there, and will be added again
-        tasks, metrics = list(record["metrics"]["tasks"]), record["metrics"]
+        snapshot = record.metrics_as(Snapshot, store.where(PREFIX))
         return cls(
-            tasks, dict(record["parents"]), load(data)["gram"], list(metrics["history"]), len(tasks)
+            list(snapshot.tasks),
+            dict(record.parents),
+            load(data)["gram"],
+            list(snapshot.history),
+            len(snapshot.tasks),
         )
 
-    def _append(self, data: bytes) -> bool:
-        """Add a row file's vectors; False where it belongs to others or is damaged: those will be
-        added again.
+    def _append(self, data: bytes, where: str) -> bool:
+        """Add the vectors of a row file.
+
+        False where it is damaged or belongs to other vectors: its own will be added again.
         """
-        length = int.from_bytes(data[:8], "little")
-        try:
-            info = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["raytvb"])
-            rows = load(data)["rows"]
-            if (
-                info["chain"] != self.chain
-                or info["sha256"] != _checksum(info, rows)
-                or not info["vectors"]
-            ):
-                return False
-        except (ValueError, KeyError, TypeError, SafetensorError):
+        parsed = _parse_rows(data, where)
+        if parsed is None:
             return False
-        self.extend([(t, c) for t, c in info["vectors"]], rows)
-        self.history += info["history"]
+        info, rows = parsed
+        belongs = info.chain == self.chain and info.sha256 == info.checksum(rows)
+        if not belongs or not info.vectors:
+            return False
+        self.extend(info.vectors, rows)
+        self.history += info.history
         return True
+
+
+def _parse_rows(data: bytes, where: str) -> tuple[RowsInfo, Tensor] | None:
+    """A row file; None where it is damaged. Raises VectorError where it is of a newer raytvb."""
+    fields = _metadata(data)
+    problem = None if fields is None else format_problem(fields, where)
+    if problem is not None:
+        if problem.newer:
+            raise VectorError(problem.reason, problem.remedy)
+        return None
+    try:
+        return RowsInfo.model_validate(fields), load(data)["rows"]
+    except (ValueError, KeyError, SafetensorError):
+        return None
+
+
+def _metadata(data: bytes) -> JsonObject | None:
+    """Our metadata of a safetensors file in memory; None where it is damaged."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["raytvb"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 class GramWriter:
@@ -151,15 +209,17 @@ class GramWriter:
     def __init__(self, store: Store) -> None:
         """Takes the right over."""
         self._store, self._token = store, uuid.uuid4().hex
-        before = store.read_json(_OWNER)["generation"] if store.exists(_OWNER) else 0
-        store.write_json(_OWNER, {"generation": before + 1, "token": self._token})
+        owner = _owner(store)
+        generation = 1 if owner is None else owner.generation + 1
+        store.write_json(_OWNER, Owner(generation=generation, token=self._token).to_json())
 
     def check(self) -> None:
         """Raise UserError where another writer has been made since."""
-        if self._store.read_json(_OWNER)["token"] != self._token:
+        owner = _owner(self._store)
+        if owner is None or owner.token != self._token:
             raise UserError(
-                f"another run works on {self._store.url} and has taken over its Gram matrix: let it "
-                f"finish, or stop it and run this again"
+                f"another run works on {self._store.url} and has taken over its Gram matrix: let "
+                f"it finish, or stop it and run this again"
             )
 
     def append(
@@ -167,36 +227,44 @@ class GramWriter:
         state: GramState,
         known: Sequence[tuple[str, str]],
         rows: Tensor,
-        history: Sequence[dict[str, Any]],
+        history: Sequence[Arrival],
     ) -> None:
-        """Extend the state by vectors and store that, as rows or as a snapshot."""
+        """Extend the state by vectors and store that, as rows or as a snapshot.
+
+        known: tasks and checksums of the new vectors. rows (new, T + new) float64: their inner
+        products with all. Raises UserError as `check`.
+        """
         self.check()
-        info = {"chain": state.chain, "vectors": [list(k) for k in known], "history": list(history)}
-        info["sha256"] = _checksum(info, rows)
-        key = f"{_ROWS}/{len(state.tasks):06d}.safetensors"
-        self._store.write(
-            key, save({"rows": rows.contiguous()}, metadata={"raytvb": json.dumps(info)})
-        )
+        info = RowsInfo(chain=state.chain, vectors=tuple(known), history=tuple(history))
+        fields = {**info.to_json(), "sha256": info.checksum(rows)}
+        data = save({"rows": rows.contiguous()}, metadata={"raytvb": json.dumps(fields)})
+        self._store.write(f"{_ROWS}/{len(state.tasks):06d}.safetensors", data)
         state.extend(known, rows)
         state.history += history
         if len(state.tasks) - state.snapshot >= max(16, state.snapshot // 4):
             self.save(state)
 
     def save(self, state: GramState) -> None:
-        """Store a snapshot, and delete what it replaces."""
+        """Store a snapshot, and delete what it replaces. Raises UserError as `check`."""
         self.check()
-        count, old = len(state.tasks), self._store.keys(PREFIX)
+        count = len(state.tasks)
+        before = self._store.keys(PREFIX)
         name = f"{count:06d}-{state.chain[:8]}.safetensors"
         records.commit(
             self._store,
             PREFIX,
             identity={},
             parents=state.checksums,
-            metrics={"tasks": state.tasks, "history": state.history},
+            metrics=Snapshot(tasks=tuple(state.tasks), history=tuple(state.history)),
             files={name: save({"gram": state.gram.contiguous()})},
         )
         state.snapshot = count
         kept = (_OWNER, f"{PREFIX}/{name}", f"{PREFIX}/{records.RECORD}")
-        for key in old:
+        for key in before:
             if key not in kept:
                 self._store.delete(key)
+
+
+def _owner(store: Store) -> Owner | None:
+    data, where = store.find(_OWNER), store.where(_OWNER)
+    return None if data is None else Owner.from_json(parse_json(data, where), where)

@@ -1,51 +1,161 @@
-"""The header that all our safetensors files share."""
+"""The header that all our safetensors files share.
+
+A safetensors file is 8 bytes with the length of its header, the header as JSON, and the values of
+all tensors one after the other. Our files have one metadata key, `raytvb`, which holds JSON again.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from raytvb.errors import VectorError
+from raytvb.storage.contract import Contract, JsonObject, problem_of
+from raytvb.storage.formats import format_problem
 from raytvb.storage.store import Store
 
-FORMAT = 1
+Metadata = TypeVar("Metadata", bound=Contract)
+
+_FIRST_READ = 2**16
+"""Bytes that are read at first: the headers of most models fit, which saves a request."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies; `begin` and `end` are bytes after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """A safetensors header: entries by name as {dtype, shape, data_offsets}, and where the data
-    section starts.
-    """
+    """The header of one file of a store."""
 
-    entries: Mapping[str, Any]
-    info: Mapping[str, Any]
+    store: Store
+    key: str
+    entries: Mapping[str, TensorEntry]
+    """By tensor name, in the order in which the tensors lie in the file."""
+    info: JsonObject
+    """Our metadata."""
     start: int
+    """Where the values begin: bytes from the start of the file."""
+    size: int
+    """Bytes of the file."""
+    first: bytes
+    """The first bytes of the file, as they were read."""
 
     @classmethod
     def read(cls, store: Store, key: str) -> Header:
-        """Raises VectorError for a file that is not whole, or has no metadata of ours."""
-        where, size = store.where(key), store.size(key)
+        """Two requests (three for a header of more than 64 KiB).
+
+        Raises VectorError for a file that is not whole, has no metadata of ours, or was written by
+        a newer raytvb.
+        """
+        size = store.size(key)
+        first = store.read_range(key, 0, min(size, _FIRST_READ))
         try:
-            if size < 8:
-                raise ValueError(f"it has {size} bytes")
-            length = struct.unpack("<Q", store.read_range(key, 0, 8))[0]
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"its header claims {length} bytes of a file of {size}")
-            raw = json.loads(store.read_range(key, 8, 8 + length))
-            if "raytvb" not in raw.get("__metadata__", {}):
-                raise ValueError("it has no `raytvb` metadata; `raytvb.vector_bytes` writes it")
-            info = dict(json.loads(raw.pop("__metadata__")["raytvb"]))
-            if not all(
-                {"dtype", "shape", "data_offsets"} <= entry.keys() for entry in raw.values()
-            ):
-                raise ValueError("its header leaves dtype, shape or place of a tensor out")
-            end = max((e["data_offsets"][1] for e in raw.values()), default=0)
-            if 8 + length + end != size:
-                raise ValueError(f"it has {size} bytes, its header describes {8 + length + end}")
+            stop = _header_end(first, size)
+            text = first[:stop]
+            if stop > len(first):
+                text += store.read_range(key, len(first), stop)
+            fields = json.loads(text[8:])
+            info = _our_metadata(fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _not_whole(store, key, str(error)) from None
+        # The rest of the header may be written another way by then.
+        problem = format_problem(info, store.where(key))
+        if problem is not None:
+            raise VectorError(problem.reason, problem.remedy)
+        try:
+            entries = _entries(fields)
+            _check_size(entries, stop, size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise VectorError(f"{where} is not a whole raytvb safetensors file: {error}") from None
-        ordered = dict(sorted(raw.items(), key=lambda item: item[1]["data_offsets"][0]))
-        return cls(ordered, info, 8 + length)
+            raise _not_whole(store, key, str(error)) from None
+        return cls(store, key, entries, info, stop, size, first)
+
+    def info_as(self, contract: type[Metadata], what: str) -> Metadata:
+        """Our metadata as a contract; `what` is the kind of file that has it.
+
+        Raises VectorError that says what the file lacks.
+        """
+        try:
+            return contract.model_validate(self.info)
+        except ValidationError as error:
+            missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
+            problem = f" has no {', '.join(missing)}" if missing else f": {problem_of(error)}"
+            where = self.store.where(self.key)
+            raise VectorError(f"{where} is no {what}: its metadata{problem}") from None
+
+    def tensor_bytes(self, name: str) -> bytes:
+        """The values of one tensor; no request where they lie close behind the header.
+
+        Raises KeyError where there is no such tensor.
+        """
+        entry = self.entries[name]
+        begin, end = self.start + entry.begin, self.start + entry.end
+        if end <= len(self.first):
+            return self.first[begin:end]
+        return self.store.read_range(self.key, begin, end)
+
+
+def _not_whole(store: Store, key: str, reason: str) -> VectorError:
+    return VectorError(f"{store.where(key)} is not a whole raytvb safetensors file: {reason}")
+
+
+def _header_end(first: bytes, size: int) -> int:
+    """Where the header ends, from the first bytes of a file of `size` bytes."""
+    if size < 8:
+        raise ValueError(f"it has {size} bytes")
+    length = int(struct.unpack("<Q", first[:8])[0])
+    if not 2 <= length <= size - 8:
+        raise ValueError(f"its header claims {length} bytes of a file of {size}")
+    return 8 + length
+
+
+def _our_metadata(fields: dict[str, dict[str, str]]) -> JsonObject:
+    """The parsed `raytvb` metadata of a parsed header."""
+    metadata = fields.get("__metadata__", {})
+    if "raytvb" not in metadata:
+        raise ValueError("it has no `raytvb` metadata; `raytvb.vector_bytes` writes it")
+    return dict(json.loads(metadata["raytvb"]))
+
+
+def _entries(fields: dict[str, JsonObject]) -> dict[str, TensorEntry]:
+    """The tensors of a parsed header in the order in which they lie."""
+    entries = []
+    for name, entry in fields.items():
+        if name == "__metadata__":
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+                entries.append((name, TensorEntry(dtype, _whole_numbers(shape), begin, end)))
+            case _:
+                raise ValueError("its header leaves dtype, shape or place of a tensor out")
+    entries.sort(key=lambda item: item[1].begin)
+    return dict(entries)
+
+
+def _whole_numbers(shape: Sequence[object]) -> tuple[int, ...]:
+    sizes = []
+    for size in shape:
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"its header has {size!r} in a shape")
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _check_size(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """ValueError unless the tensors end where the file ends."""
+    end = start
+    for entry in entries.values():
+        end = max(end, start + entry.end)
+    if end != size:
+        raise ValueError(f"it has {size} bytes, its header describes {end}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -9,28 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-TEMPORARY = ".raytvb-tmp-"  # names that begin so are in no listing
+TEMPORARY = ".raytvb-tmp-"
+"""How the names of unfinished files begin; no listing has them."""
 
 
 @contextmanager
 def local_writer(path: str) -> Iterator[BinaryIO]:
+    """A file to write to, which appears as `path` after the block."""
     with published_file(path) as temporary, open(temporary, "xb") as file:
         yield file
 
 
 @contextmanager
 def published_file(path: str) -> Iterator[str]:
-    """A temporary path beside `path`, whose folder is made; renamed to it after the block, dropped
-    on an error.
+    """A temporary path beside `path`, whose folder is made.
+
+    After the block it is renamed to `path`; on an error it is deleted.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         yield temporary
-        _fsync(
-            temporary
-        )  # before the rename: else a power cut may leave the name without the bytes
+        # Before the rename: else a power cut may leave the name without the bytes.
+        _fsync(temporary)
         os.replace(temporary, path)
         _fsync(folder)
     except BaseException:
@@ -47,14 +50,26 @@ def _fsync(path: str) -> None:
         os.close(descriptor)
 
 
+def check_folder(path: str) -> None:
+    """Raise OSError unless files can be written into the folder, or the folder can be made.
+
+    Changes nothing.
+    """
+    folder = path
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+
+
 def files_below(path: str) -> list[str]:
+    """Paths of all files in a folder and below, or the path itself where it is a file."""
     if os.path.isfile(path):
         return [path]
-    return [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path, onerror=_raise_unless_missing, followlinks=True)
-        for name in names
-    ]
+    walk = os.walk(path, onerror=_raise_unless_missing, followlinks=True)
+    return [os.path.join(folder, name) for folder, _, names in walk for name in names]
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -62,7 +77,17 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def sizes_below(path: str) -> dict[str, int]:
+    """Bytes by path of all files in a folder and below, as `files_below` lists them."""
+    sizes = {}
+    for name in files_below(path):
+        with suppress(FileNotFoundError):  # deleted since it was listed
+            sizes[name] = os.stat(name).st_size
+    return sizes
+
+
 def delete_local(path: str) -> None:
+    """Delete a file, or a folder with all in it; no error where there is nothing."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

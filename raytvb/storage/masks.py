@@ -1,18 +1,20 @@
-"""Mask files: which parameters a task trains, one bit each, and the safetensors header that all our
-files share.
+"""Mask files: which parameters a task trains, one bit each.
 
 A mask file packs D parameters to D/8 bytes and counts the kept ones per 65,536 coordinates, so that
-it can be read from the middle.
+it can be read from the middle. A coordinate is a position in all parameters laid end to end, names
+sorted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from threading import Lock
 
 import numpy as np
 import torch
@@ -23,18 +25,34 @@ from raytvb.errors import VectorError
 from raytvb.maths.bits import pack_bits, unpack_bits
 from raytvb.maths.gram import BLOCK
 from raytvb.maths.mask_selection import flatten
-from raytvb.storage.header import FORMAT, Header
+from raytvb.storage.contract import Contract
+from raytvb.storage.formats import FORMAT
+from raytvb.storage.header import Header
 from raytvb.storage.store import Store
+
+
+class MaskInfo(Contract):
+    """Metadata of a mask file."""
+
+    fingerprint: str
+    """As `Mask.fingerprint`."""
+    kept: int
+    """Number of kept parameters K."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the parameters by name."""
+    total: int
+    """Number of parameters D."""
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A selection of K out of D parameters: shapes by name, in sorted order, and a flat bool tensor
-    `bits` (D,).
-    """
+    """A selection of K out of D parameters."""
 
     shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the parameters, names sorted."""
     bits: Tensor
+    """Bool (D,): whether each coordinate is kept."""
 
     @classmethod
     def of(cls, mask: Mapping[str, Tensor]) -> Mask:
@@ -54,46 +72,45 @@ class Mask:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over names, shapes and bits."""
-        digest = hashlib.sha256(
-            json.dumps({n: list(s) for n, s in self.shapes.items()}, sort_keys=True).encode()
-        )
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode())
         digest.update(pack_bits(self.bits).numpy().tobytes())
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The mask file: `bits` uint8 (ceil(D/8),), `block_counts` int64 kept entries per 65,536
-        coordinates.
+        """The mask file: `bits` uint8 (ceil(D/8),), and `block_counts` int64 (ceil(D/65536),).
+
+        A block count is the number of kept entries in 65,536 coordinates.
         """
-        counts = torch.stack([b.sum() for b in self.bits.split(BLOCK)])
-        info = {
-            "fingerprint": self.fingerprint,
-            "format": FORMAT,
-            "kept": self.kept,
-            "shapes": {n: list(s) for n, s in self.shapes.items()},
-            "total": len(self.bits),
-        }
+        counts = torch.stack([block.sum() for block in self.bits.split(BLOCK)])
+        info = MaskInfo(
+            fingerprint=self.fingerprint,
+            kept=self.kept,
+            shapes=dict(self.shapes),
+            total=len(self.bits),
+        )
         tensors = {"bits": pack_bits(self.bits), "block_counts": counts}
-        return save(tensors, metadata={"raytvb": json.dumps(info, sort_keys=True)})
+        return save(tensors, metadata={"raytvb": json.dumps(info.to_json(), sort_keys=True)})
 
 
 class MaskFile:
     """Random access to a stored mask by coordinate range."""
 
     def __init__(self, store: Store, key: str) -> None:
-        """Reads the header and the block counts. Raises VectorError for a file that is not a whole
-        mask.
+        """Reads the header and the block counts.
+
+        Raises VectorError for a file that is not a whole mask, or of a newer raytvb.
         """
         self._store, self._key = store, key
         header = Header.read(store, key)
-        self.info = header.info
+        info = header.info_as(MaskInfo, "mask file")
+        self.shapes = {name: info.shapes[name] for name in sorted(info.shapes)}
+        self.total, self.kept, self.fingerprint = info.total, info.kept, info.fingerprint
         try:
-            self.total, self.kept = int(header.info["total"]), int(header.info["kept"])
-            self.fingerprint = str(header.info["fingerprint"])
-            self._bits = header.start + header.entries["bits"]["data_offsets"][0]
-            first, last = (header.start + o for o in header.entries["block_counts"]["data_offsets"])
+            self._bits = header.start + header.entries["bits"].begin
+            counts = np.frombuffer(header.tensor_bytes("block_counts"), dtype="<i8")
         except KeyError as error:
             raise VectorError(f"{store.where(key)} is no mask file: it has no {error}") from None
-        counts = np.frombuffer(store.read_range(key, first, last), dtype="<i8")
         self._before = np.concatenate([[0], np.cumsum(counts)])
         if len(counts) != -(-self.total // BLOCK) or self._before[-1] != self.kept:
             raise VectorError(
@@ -105,8 +122,9 @@ class MaskFile:
         return unpack_bits(self.packed(start, stop), stop - start)
 
     def packed(self, start: int, stop: int) -> Tensor:
-        """The same range as it is stored: uint8, eight coordinates a byte, the rest of the last
-        byte zero.
+        """The same range as it is stored: uint8, eight coordinates a byte.
+
+        What is left of the last byte is zero.
         """
         data = self._store.read_range(
             self._key, self._bits + start // 8, self._bits + (stop + 7) // 8
@@ -123,8 +141,7 @@ class MaskFile:
 
     def load(self) -> Mask:
         """The whole mask in memory, D bytes."""
-        shapes = {n: tuple(s) for n, s in sorted(self.info["shapes"].items())}
-        mask = Mask(shapes, self.bits(0, self.total))
+        mask = Mask(self.shapes, self.bits(0, self.total))
         if mask.fingerprint != self.fingerprint:
             raise VectorError(
                 f"{self._store.where(self._key)}: bits and fingerprint differ; the file is damaged"
@@ -132,28 +149,42 @@ class MaskFile:
         return mask
 
 
-def mask_intersections(masks: Sequence[MaskFile]) -> Tensor:
-    """Number of entries that each two masks both keep, (T, T) int64; its diagonal is what each
-    keeps.
+class OpenMasks:
+    """Masks that are open already: vectors with the same mask read its header once.
 
-    Reads every file once, T * 128 kB at a time. Raises VectorError for masks over different numbers
-    of parameters.
+    It may be used by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[str, MaskFile] = {}
+        self._locks: defaultdict[str, Lock] = defaultdict(Lock)
+
+    def open(self, store: Store, key: str, fingerprint: str) -> MaskFile:
+        """The mask under `key`; read anew where the one that is open has another fingerprint."""
+        where = store.where(key)
+        with self._locks[where]:
+            mask = self._masks.get(where)
+            if mask is None or mask.fingerprint != fingerprint:
+                mask = self._masks[where] = MaskFile(store, key)
+            return mask
+
+
+def mask_intersections(masks: Sequence[MaskFile]) -> Tensor:
+    """Number of entries that each two masks both keep, (T, T) int64.
+
+    The diagonal is what each mask keeps. Reads every file once, T * 128 kB at a time. Raises
+    VectorError for masks over different numbers of parameters.
     """
     totals = {m.total for m in masks}
     if len(totals) > 1:
         raise VectorError(f"masks over different numbers of parameters: {sorted(totals)}")
     counts = torch.zeros(len(masks), len(masks), dtype=torch.int64)
     for start in range(0, masks[0].total, 16 * BLOCK):
-        read = [m.packed(start, min(start + 16 * BLOCK, m.total)) for m in masks]
-        for first in range(0, len(read[0]), BLOCK // 8):
+        stop = min(start + 16 * BLOCK, masks[0].total)
+        packed = torch.stack([mask.packed(start, stop) for mask in masks])
+        for part in packed.split(BLOCK // 8, dim=1):
+            rows = [unpack_bits(row, 8 * len(row)) for row in part]
             # Products of zeros and ones: float32 counts up to 2^24 exactly.
-            bits = torch.stack(
-                [
-                    unpack_bits(
-                        r[first : first + BLOCK // 8], 8 * len(r[first : first + BLOCK // 8])
-                    )
-                    for r in read
-                ]
-            ).float()
+            bits = torch.stack(rows).float()
             counts += (bits @ bits.T).long()
     return counts

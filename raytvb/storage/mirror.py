@@ -6,23 +6,21 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from raytvb.errors import VectorError
 from raytvb.storage.basis_layout import INDEX
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
-from raytvb.storage.vectors import VectorFile
+from raytvb.storage.vectors import VectorFile, mask_key_of
 
 
 class Mirror:
-    """Local copies of store files for reading them often; a local store needs no copies. Removed
-    with the process.
-    """
+    """Local copies of store files, deleted with the process. A local store needs no copies."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._folder = (
-            None if store.local_path("x") else tempfile.TemporaryDirectory(prefix="raytvb-")
-        )
+        self._folder = None if store.is_local else tempfile.TemporaryDirectory(prefix="raytvb-")
         self.local = store if self._folder is None else Store(self._folder.name)
+        """Where the copies are; the store itself where it is local."""
 
     def fetch(self, key: str) -> None:
         """Make the key readable through `local`."""
@@ -30,27 +28,30 @@ class Mirror:
             self._store.download(key, str(Path(self._folder.name) / key))
 
     def basis(self, prefix: str) -> StoredBasis:
-        """Open a basis, all of its files and its mask fetched along with it."""
+        """Open a basis. All of its files and its mask are fetched."""
         remote = StoredBasis(self._store, prefix)
         if self._folder is None:
             return remote
-        for key in (
-            f"{prefix}/{INDEX}",
-            *remote.files,
-            *([remote.layout.mask_key] if remote.layout.mask_key else []),
-        ):
+        for key in (f"{prefix}/{INDEX}", *remote.files):
             self.fetch(key)
+        if remote.layout.mask_key is not None:
+            self.fetch(remote.layout.mask_key)
         return StoredBasis(self.local, prefix)
 
     def vector(self, key: str) -> VectorFile:
-        """Open a vector file, its mask fetched along with it."""
-        remote = VectorFile(self._store, key)
-        if self._folder is None:
-            return remote
-        self.fetch(key)
-        if remote.mask is not None:
-            self.fetch(remote.mask_key)
-        return VectorFile(self.local, key)
+        """Open a vector file. All of it and its mask are fetched.
+
+        To look at headers and masks only, open it in the store itself (`VectorSet.open`).
+        """
+        try:
+            self.fetch(key)
+            mask_key = mask_key_of(self.local, key)
+            if mask_key is not None:
+                self.fetch(mask_key)
+            return VectorFile(self.local, key)
+        except VectorError:
+            VectorFile(self._store, key)  # the error names the file in the store, not its copy
+            raise
 
 
 @cache

@@ -1,4 +1,9 @@
-"""Records: a thing in the store exists when its `record.json` does. Data first, record last."""
+"""Records: a thing in the store exists when its `record.json` does. Data first, record last.
+
+A record says what the thing depends on (its identity), what it was made of (its parents), what was
+measured meanwhile (its metrics), and the checksum of each of its files. `commit` writes one, `find`
+reads one, `find_all` reads those of a whole store.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +11,53 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TypeVar
+
+from pydantic import Field, JsonValue, model_serializer
 
 from raytvb.errors import UserError
+from raytvb.storage.contract import Contract, JsonObject, parse_json
+from raytvb.storage.formats import FORMAT, format_problem
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
+
+Metrics = TypeVar("Metrics", bound=Contract)
 
 RECORD = "record.json"
 
+PART = 4 * 2**20
+"""Bytes of a part of a file that has a checksum of its own."""
 
-PART = 4 * 2**20  # bytes
 
-
-@dataclass(frozen=True)
-class FileInfo:
-    """Checksum and size in bytes of one stored file."""
+class FileInfo(Contract):
+    """Checksum and size of one stored file."""
 
     sha256: str
     size: int
+    """Bytes."""
     parts: tuple[str, ...] = ()
-    """Checksums of its consecutive parts of 4 MiB, where it is larger: a range can be checked
-    without the rest.
+    """Checksums of the consecutive parts of 4 MiB, so that a range can be checked without the rest.
+
+    Empty where the file is no longer than one part.
     """
 
     @classmethod
     def of(cls, data: bytes) -> FileInfo:
         """Of bytes in memory."""
         view = memoryview(data)
-        parts = [hashlib.sha256(view[i : i + PART]).hexdigest() for i in range(0, len(data), PART)]
-        return cls(
-            hashlib.sha256(data).hexdigest(), len(data), tuple(parts) if len(parts) > 1 else ()
-        )
+        parts: list[str] = []
+        if len(data) > PART:
+            for start in range(0, len(data), PART):
+                parts.append(hashlib.sha256(view[start : start + PART]).hexdigest())
+        return cls(sha256=hashlib.sha256(data).hexdigest(), size=len(data), parts=tuple(parts))
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> FileInfo:
-        """As a record has it."""
-        return cls(fields["sha256"], fields["size"], tuple(fields.get("parts", ())))
-
-    def to_json(self) -> dict[str, Any]:
-        """For a record."""
-        return {"sha256": self.sha256, "size": self.size} | (
-            {"parts": list(self.parts)} if self.parts else {}
-        )
+    @model_serializer
+    def _fields(self) -> JsonObject:
+        """Without `parts` where there are none."""
+        fields: JsonObject = {"sha256": self.sha256, "size": self.size}
+        return {**fields, "parts": list(self.parts)} if self.parts else fields
 
     def is_of(self, data: bytes) -> bool:
         """The bytes are those of the file."""
@@ -59,63 +67,144 @@ class FileInfo:
 @cache
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    names = ("raytvb", "torch", "open_clip_torch", "ray", "safetensors", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
+    installed = {"python": platform.python_version()}
+    for name in ("raytvb", "torch", "open_clip_torch", "ray", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):  # raytvb itself, where a job was given its source only
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
-def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
+def differences(stored: object, requested: object, path: str = "") -> list[str]:
     """Fields in which two identities differ, one line each: `field: stored x, asked for y`.
 
-    In lists of things with a `name` (tasks) the things are compared by it, and then their order.
+    Lists of things with a `name` (tasks) are compared thing by thing, and then in their order.
     """
-    if isinstance(stored, dict) and isinstance(asked, dict):
+    if isinstance(stored, dict) and isinstance(requested, dict):
         lines = []
-        for key in sorted(stored.keys() | asked.keys()):
-            lines += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
+        for key in sorted(stored.keys() | requested.keys()):
+            inner = f"{path}.{key}" if path else key
+            lines += differences(stored.get(key), requested.get(key), inner)
         return lines
-    ours, theirs = _by_name(stored), _by_name(asked)
-    if ours and theirs and stored != asked:
-        only = [
-            f"{path}: {', '.join(n for n in left if n not in right)} {where}"
-            for left, right, where in (
-                (ours, theirs, "stored only"),
-                (theirs, ours, "asked for only"),
-            )
-            if left.keys() - right.keys()
-        ]
-        shared = [
-            d for n in ours if n in theirs for d in differences(ours[n], theirs[n], f"{path}[{n}]")
-        ]
-        return only + shared or [
-            f"{path}: stored in the order {', '.join(ours)}, asked for {', '.join(theirs)}"
-        ]
-    return [] if stored == asked else [f"{path}: stored {stored!r}, asked for {asked!r}"]
+    if stored == requested:
+        return []
+    ours, theirs = _by_name(stored), _by_name(requested)
+    if ours and theirs:
+        return _differences_by_name(ours, theirs, path)
+    return [f"{path}: stored {stored!r}, asked for {requested!r}"]
 
 
-def _by_name(value: Any) -> dict[str, Any]:
+def _by_name(value: object) -> dict[str, object]:
     """A list of things with names as a dictionary; empty for anything else."""
-    named = isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value)
-    return {v["name"]: v for v in value} if named else {}
+    things: dict[str, object] = {}
+    for thing in value if isinstance(value, list) else ():
+        if not isinstance(thing, dict) or "name" not in thing:
+            return {}
+        things[thing["name"]] = thing
+    return things
+
+
+def _differences_by_name(
+    stored: dict[str, object], requested: dict[str, object], path: str
+) -> list[str]:
+    """As `differences`, of two different lists of things with names."""
+    lines = []
+    for ours, theirs, where in (
+        (stored, requested, "stored only"),
+        (requested, stored, "asked for only"),
+    ):
+        only = [name for name in ours if name not in theirs]
+        if only:
+            lines.append(f"{path}: {', '.join(only)} {where}")
+    for name in stored:
+        if name in requested:
+            lines += differences(stored[name], requested[name], f"{path}[{name}]")
+    if lines:
+        return lines
+    return [f"{path}: stored in the order {', '.join(stored)}, asked for {', '.join(requested)}"]
+
+
+class Record(Contract):
+    """What `record.json` says of a stored thing."""
+
+    identity: JsonObject
+    """All that the thing depends on: it is made again only where this changes."""
+    parents: dict[str, str] = Field(default_factory=dict)
+    """Checksums of what it was made of, by the name of that."""
+    metrics: JsonObject = Field(default_factory=dict)
+    """What was measured while it was made; `metrics_as` gives it a type."""
+    files: dict[str, FileInfo] = Field(default_factory=dict)
+    """Its files by their names below the thing's folder."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of the packages that made it."""
+    format: int = 1
+    """Version of the store's format; records without one are of the first."""
+
+    def metrics_as(self, contract: type[Metrics], where: str) -> Metrics:
+        """The metrics as a contract; `where` names the thing. Raises StoreError as `from_json`."""
+        return contract.from_json(self.metrics, f"{where}/{RECORD}")
+
+    def is_of(self, identity: Mapping[str, JsonValue]) -> bool:
+        """Whether the thing has this identity."""
+        return not differences(self.identity, dict(identity))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(info.size for info in self.files.values())
+
+
+def parse_record(data: bytes, where: str) -> Record:
+    """The record in the bytes of a file; `where` names the file.
+
+    Raises StoreError for bytes that are no record, and UserError for a record of a newer raytvb.
+    """
+    fields = parse_json(data, where)
+    problem = format_problem(fields, where) if isinstance(fields, dict) else None
+    if problem is not None:
+        raise UserError(str(problem)) if problem.newer else StoreError(str(problem))
+    return Record.from_json(fields, where)
+
+
+def read_record(store: Store, key: str) -> Record:
+    """The record in one file of a store.
+
+    Raises StoreKeyError where there is none, else as `parse_record`.
+    """
+    return parse_record(store.read(key), store.where(key))
+
+
+def record_keys(store: Store, prefix: str = "") -> list[str]:
+    """Keys of all records in the folder `prefix` and below, sorted."""
+    return [key for key in store.keys(prefix) if key.endswith(f"/{RECORD}")]
+
+
+def find_all(store: Store, prefix: str = "") -> dict[str, Record]:
+    """The records in the folder `prefix` and below, by the folder of each thing.
+
+    One listing, then several reads at a time. Raises as `read_record`.
+    """
+    keys = record_keys(store, prefix)
+    records = {}
+    for key, data in zip(keys, store.read_many(keys), strict=True):
+        records[key.removesuffix(f"/{RECORD}")] = parse_record(data, store.where(key))
+    return records
 
 
 def find(
-    store: Store, prefix: str, identity: Mapping[str, Any] | None = None
-) -> dict[str, Any] | None:
-    """The record under `prefix`, or None where the thing does not exist (yet).
+    store: Store, prefix: str, identity: Mapping[str, JsonValue] | None = None
+) -> Record | None:
+    """The record under `prefix`, or None where the thing does not exist (yet). One request.
 
-    Raises UserError where it exists with another identity; the message shows the fields that
-    differ.
+    Raises UserError where it exists with another identity (the message shows the fields that
+    differ), and as `parse_record`.
     """
     key = f"{prefix}/{RECORD}"
-    if not store.exists(key):
+    data = store.find(key)
+    if data is None:
         return None
-    record = store.read_json(key)
+    record = parse_record(data, store.where(key))
     if identity is not None:
-        differing = differences(record["identity"], dict(identity))
+        differing = differences(record.identity, dict(identity))
         if differing:
             raise UserError(
                 f"{store.where(prefix)} belongs to another experiment:\n  "
@@ -129,25 +218,27 @@ def commit(
     store: Store,
     prefix: str,
     *,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, JsonValue],
     files: Mapping[str, bytes] | None = None,
     written: Mapping[str, FileInfo] | None = None,
     parents: Mapping[str, str] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write `files` (name to bytes), then the record that makes them exist; `written` names files
-    already there.
+    metrics: Contract | None = None,
+) -> Record:
+    """Write `files` (name to bytes), then the record that makes them exist.
+
+    `written` names files of the thing that are in the store already.
     """
     infos = dict(written or {})
     for name, data in (files or {}).items():
         store.write(f"{prefix}/{name}", data)
         infos[name] = FileInfo.of(data)
-    record = {
-        "identity": dict(identity),
-        "parents": dict(parents or {}),
-        "metrics": dict(metrics or {}),
-        "files": {n: i.to_json() for n, i in sorted(infos.items())},
-        "versions": versions(),
-    }
-    store.write_json(f"{prefix}/{RECORD}", record)
+    record = Record(
+        identity=dict(identity),
+        parents=dict(parents or {}),
+        metrics={} if metrics is None else metrics.to_json(),
+        files=infos,
+        versions=versions(),
+        format=FORMAT,
+    )
+    store.write_json(f"{prefix}/{RECORD}", record.to_json())
     return record

@@ -1,64 +1,68 @@
-"""Where experiments live: one URL (a folder, s3://bucket/prefix, any fsspec scheme) that holds
-files under string keys.
+"""Where experiments live: one URL that holds files under string keys.
 
-The only module that imports fsspec. What it adds: a key is either there in full or not there,
-listings are never stale, a store pickles as its URL, and an error says which key of which store it
-is about and the way out.
+The URL is a folder, s3://bucket/prefix, or of any scheme that fsspec knows. What a store adds to
+fsspec: a key is either there in full or not there, listings are never stale, a store pickles as its
+URL, and an error says which key of which store it is about and the way out.
 
 S3 takes endpoint and credentials from the usual AWS variables. A writer that was killed leaves no
-key but may leave
-bytes: a hidden temporary file in a folder, an unfinished upload in a bucket (a lifecycle rule
-removes those).
+key but may leave bytes: a hidden temporary file in a folder, an unfinished upload in a bucket (a
+lifecycle rule removes those).
+
+The room is read in this order. This module and what it stands on: `addresses` (URLs and keys),
+`filesystems` (the S3 client), `local_files` (atomic writes), `store_errors`. Then `records`: a
+thing exists when its `record.json` does. Then the tensor files: `header` (and `formats`), `masks`,
+`vectors`, `vector_set` (many vectors as one matrix, read in blocks), `basis_layout` with
+`basis_writer` and `stored_basis`, and `gram_state`, the Gram matrix as it grows. `mirror`,
+`block_cache` and `verify` use them. Modules from here to `records`, and `verify`, import neither
+torch nor numpy, so that a command which only looks at a store starts at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import repeat
 from typing import Any, NoReturn
 
-import fsspec.asyn
-
+from raytvb.storage.addresses import checked_key, parse_url
+from raytvb.storage.contract import parse_json
 from raytvb.storage.filesystems import filesystem_of
 from raytvb.storage.local_files import (
     TEMPORARY,
+    check_folder,
     delete_local,
     files_below,
     local_writer,
     published_file,
+    sizes_below,
 )
 from raytvb.storage.store_errors import WAYS_OUT, StoreError, StoreKeyError, library_code
 
 _DELETERS = 8
-
-
 _READERS = 16
 
 
 class Store:
-    """Files under relative keys ('vectors/a/record.json') below one URL; safe in threads, workers
-    and pickles.
+    """Files under relative keys ('vectors/a/record.json') below one URL.
 
+    It may be used by several threads, sent to other processes, and pickled.
     Every method that reaches the storage raises StoreError where that fails, StoreKeyError where a
     key to read is missing, and ValueError for a key that is empty, absolute, not normalised or
     reserved.
     """
 
     def __init__(self, url: str) -> None:
-        """Touches no storage. A relative path is made absolute, as workers have other working
-        directories.
+        """Touches no storage. A relative path becomes absolute: workers run in other folders.
 
         Raises StoreError for an unknown scheme and for an S3 URL without a bucket.
         """
-        self.url, self._scheme = _parse(url)
-        self._is_local = self._scheme == "file"
+        self.url, self._scheme = parse_url(url)
+        self.is_local = self._scheme == "file"
+        """The store is a folder of this machine's file system."""
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
@@ -68,15 +72,16 @@ class Store:
 
     @property
     def fs(self) -> Any:
-        """The fsspec filesystem, made at first use. Raises StoreError where the scheme's package is
-        not installed.
+        """The fsspec filesystem, made at first use.
+
+        Raises StoreError where the scheme's package is not installed.
         """
         return filesystem_of(self.url, self._scheme)
 
     def path(self, key: str) -> str:
         """The key's path as `fs` wants it; '' gives the root of the store."""
-        root = self.url if self._is_local else str(self.fs._strip_protocol(self.url))
-        return f"{root.rstrip('/')}/{_checked(key)}" if key else root
+        root = self.url if self.is_local else str(self.fs._strip_protocol(self.url))
+        return f"{root.rstrip('/')}/{checked_key(key)}" if key else root
 
     def where(self, key: str) -> str:
         """The key's full URL (or local path), as messages show it; '' gives the store's own."""
@@ -84,29 +89,42 @@ class Store:
 
     def local_path(self, key: str) -> str | None:
         """The key's path on this machine's file system, None where the store is elsewhere."""
-        return self.path(key) if self._is_local else None
+        return self.path(key) if self.is_local else None
 
     def check_writable(self) -> None:
-        """Write, read back and delete a small hidden file, giving up within about 20 seconds.
+        """Write, read back and delete a small hidden file; makes the folder of a local store.
 
-        Makes the folder of a local store. Raises StoreError that says why the store cannot be used.
+        Gives up within about 20 seconds. Raises StoreError that says why the store cannot be used.
         """
         data = uuid.uuid4().hex.encode()
         with self._explained("", "use"):
             fs, root = filesystem_of(self.url, self._scheme, patient=False), self.path("")
             path = f"{root.rstrip('/')}/{TEMPORARY}{data.decode()}"
-            if self._is_local:
+            if self.is_local:
                 os.makedirs(root, exist_ok=True)
             fs.pipe_file(path, data)
-            found = fs.cat_file(path)
+            returned = fs.cat_file(path)
             fs.rm_file(path)
-        if found != data:
+        if returned != data:
             raise StoreError(
                 f"{self.url} returned other bytes than were written: check the server behind it"
             )
 
+    def check_reachable(self) -> None:
+        """Check as much of `check_writable` as can be checked without changing anything.
+
+        A folder must be writable, or the nearest existing one above it. A server must answer; that
+        it takes files as well is not checked. Raises StoreError as `check_writable`.
+        """
+        with self._explained("", "use"):
+            if self.is_local:
+                check_folder(self.path(""))
+            else:
+                fs = filesystem_of(self.url, self._scheme, patient=False)
+                fs.find(f"{self.path('').rstrip('/')}/{TEMPORARY}none")
+
     def exists(self, key: str) -> bool:
-        """Whether there is a file with this key; a folder is none."""
+        """Whether there is a file with this key; a folder is not one."""
         try:
             self.size(key)
         except StoreKeyError:
@@ -114,13 +132,13 @@ class Store:
         return True
 
     def is_file(self) -> bool:
-        """Whether the URL itself is one file, and so no store."""
+        """Whether the URL is that of a file. Such a URL is no store."""
         with self._explained("", "read"):
             return bool(self.fs.isfile(self.path("")))
 
     def size(self, key: str) -> int:
         """Bytes of the file."""
-        path = self.path(_checked(key))
+        path = self.path(checked_key(key))
         with self._reading(key):
             info = self.fs.info(path)
             if info["type"] != "file":
@@ -128,30 +146,41 @@ class Store:
             return int(info["size"])
 
     def read(self, key: str) -> bytes:
-        """The whole file."""
-        path = self.path(_checked(key))
-        with self._reading(key):
-            return bytes(self.fs.cat_file(path))
+        """The whole file. One request."""
+        return self._read_whole(key, self.path(checked_key(key)))
+
+    def find(self, key: str) -> bytes | None:
+        """The whole file; None where there is none. One request."""
+        try:
+            return self.read(key)
+        except StoreKeyError:
+            return None
 
     def read_many(self, keys: Sequence[str]) -> list[bytes]:
-        """Whole files, in the order of the keys; several requests are under way at a time. All are
-        held in memory.
+        """Whole files in the order of the keys, all in memory.
 
-        For files that others have named: what `keys` lists is read, whatever characters are in it.
+        Several requests are under way at a time. Takes every key that `keys` lists, also one with
+        characters that `write` refuses: others may have named these files.
         """
-        with ThreadPoolExecutor(1 if self._is_local else _READERS) as pool:
-            return list(pool.map(self._read_listed, keys))
+        with ThreadPoolExecutor(1 if self.is_local else _READERS) as pool:
+            return list(pool.map(self.read_listed, keys))
 
-    def _read_listed(self, key: str) -> bytes:
+    def read_listed(self, key: str) -> bytes:
+        """The whole file under a key that `keys` has listed."""
+        return self._read_whole(key, f"{self.path('').rstrip('/')}/{key}")
+
+    def _read_whole(self, key: str, path: str) -> bytes:
+        # Left to itself, s3fs asks for the size first, to read large files in pieces at a time.
+        options = {"max_concurrency": 1} if self._scheme == "s3" else {}
         with self._reading(key):
-            return bytes(self.fs.cat_file(f"{self.path('').rstrip('/')}/{key}"))
+            return bytes(self.fs.cat_file(path, **options))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes start..stop-1; for an empty range the store is not asked.
+        """Bytes start..stop-1. An empty range takes no request.
 
         Raises StoreError where the file ends before `stop`, ValueError unless 0 <= start <= stop.
         """
-        path = self.path(_checked(key))
+        path = self.path(checked_key(key))
         if not 0 <= start <= stop:
             raise ValueError(f"not a byte range: {start}..{stop}")
         if start == stop:
@@ -159,47 +188,44 @@ class Store:
         with self._reading(key):
             data = bytes(self.fs.cat_file(path, start=start, end=stop))
             if len(data) != stop - start:
-                raise OSError(
-                    f"bytes {start}..{stop} were asked for, {len(data)} came: the file is too short"
-                )
+                raise _too_short(start, stop, len(data))
             return data
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Bytes from `start` on until `buffer` is full; of a local file without a copy. Raises as
-        `read_range`.
+        """Bytes from `start` on until `buffer` is full; a local file is read without a copy.
+
+        Raises as `read_range`.
         """
-        if not self._is_local:
+        if not self.is_local:
             buffer[:] = self.read_range(key, start, start + len(buffer))
             return
-        path = self.path(_checked(key))
+        path = self.path(checked_key(key))
         with self._reading(key), open(path, "rb", buffering=0) as file:
             file.seek(start)
             done = 0
             while done < len(buffer):
                 count = file.readinto(buffer[done:])
                 if not count:
-                    raise OSError(
-                        f"bytes {start}..{start + len(buffer)} were asked for, {done} came: the file is too "
-                        f"short"
-                    )
+                    raise _too_short(start, start + len(buffer), done)
                 done += count
 
     def write(self, key: str, data: bytes) -> None:
         """Create or replace the file, atomically."""
-        path = self.path(_checked(key))
+        path = self.path(checked_key(key))
         with self._explained(key, "write"):
-            if self._is_local:
+            if self.is_local:
                 with local_writer(path) as file:
                     file.write(data)
             else:
                 self.fs.pipe_file(path, data)
 
     def download(self, key: str, local_path: str | os.PathLike[str]) -> None:
-        """Copy the file to a path of this machine, whose folder is made; the path appears only when
-        it is complete.
+        """Copy the file to a path of this machine, whose folder is made.
+
+        The path appears only when it is complete.
         """
-        path = self.path(_checked(key))
-        copy = shutil.copyfile if self._is_local else self.fs.get_file
+        path = self.path(checked_key(key))
+        copy = shutil.copyfile if self.is_local else self.fs.get_file
         with (
             self._explained(key, "download"),
             published_file(os.fspath(local_path)) as temporary,
@@ -208,50 +234,67 @@ class Store:
             copy(path, temporary)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """All keys in the folder `prefix` and below (or `prefix` itself, if a file), sorted; []
-        where nothing is.
+        """All keys in the folder `prefix` and below, sorted; [] where nothing is.
 
-        A bucket that does not exist is an error, not an empty store.
+        Where `prefix` is a file, its key. A bucket that does not exist is an error, not an empty
+        store.
         """
-        path, root = self.path(prefix.rstrip("/")), self.path("").rstrip("/") + "/"
+        path = self.path(prefix.rstrip("/"))
         with self._explained(prefix, "list"):
-            found = files_below(path) if self._is_local else self.fs.find(path)
-        keys = (
-            name.removeprefix(root)
-            for name in found
-            if name.startswith(root) and not name.endswith("/")
-        )
-        return sorted(key for key in keys if not key.rpartition("/")[2].startswith(TEMPORARY))
+            paths = files_below(path) if self.is_local else self.fs.find(path)
+        return sorted(self._keys_of(paths))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of the files that `keys` lists, by key, from one listing."""
+        path = self.path(prefix.rstrip("/"))
+        with self._explained(prefix, "list"):
+            if self.is_local:
+                sizes = sizes_below(path)
+            else:
+                listing = self.fs.find(path, detail=True)
+                sizes = {name: int(info["size"]) for name, info in listing.items()}
+        keys = self._keys_of(sizes)
+        return {key: sizes[keys[key]] for key in sorted(keys)}
+
+    def _keys_of(self, paths: Iterable[str]) -> dict[str, str]:
+        """Paths of a listing by their keys, without unfinished files and markers of folders."""
+        root = self.path("").rstrip("/") + "/"
+        keys = {}
+        for path in paths:
+            key = path.removeprefix(root)
+            hidden = key.rpartition("/")[2].startswith(TEMPORARY)
+            if path.startswith(root) and not path.endswith("/") and not hidden:
+                keys[key] = path
+        return keys
 
     def delete(self, key_or_prefix: str) -> None:
-        """Delete a file, or a folder and all in it (in no particular order); no error where there
-        is nothing.
+        """Delete a file, or a folder and all in it in no particular order.
+
+        No error where there is nothing.
         """
-        path = self.path(_checked(key_or_prefix))
+        path = self.path(checked_key(key_or_prefix))
         with self._explained(key_or_prefix, "delete"):
-            if self._is_local:
+            if self.is_local:
                 delete_local(path)
                 return
             paths = [self.path(key) for key in self.keys(key_or_prefix)]
             # A request for each key: s3fs drops the errors of a bulk deletion, and takes '*' in a
             # key for a pattern.
             with ThreadPoolExecutor(_DELETERS) as pool:
-                for _ in pool.map(_remote_delete, repeat(self.fs), paths):
-                    pass
+                list(pool.map(self._delete_remote, paths))
+
+    def _delete_remote(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # another process may delete the same folder
+            self.fs.rm_file(path)
 
     def read_json(self, key: str) -> Any:
-        """The file as JSON. Raises StoreError where it is none."""
-        data = self.read(key)
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.where(key)} is not JSON ({error}): delete it and make it again"
-            ) from error
+        """The parsed file. Raises StoreError where it is not JSON."""
+        return parse_json(self.read(key), self.where(key))
 
     def write_json(self, key: str, obj: Any) -> None:
-        """Write as JSON: equal objects give equal bytes. Raises ValueError for NaN and infinity,
-        which JSON has not.
+        """Write as JSON; equal objects give equal bytes.
+
+        Raises ValueError for NaN and infinity, which JSON does not have.
         """
         text = json.dumps(obj, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
         self.write(key, f"{text}\n".encode())
@@ -264,16 +307,15 @@ class Store:
         except StoreError:
             raise
         except Exception as error:
-            foreign = self._scheme not in ("file", "s3")  # its library may raise anything
-            if (
-                isinstance(error, (OSError, ValueError)) or library_code(error) or foreign
-            ):  # ValueError: an endpoint
+            # Libraries of other schemes may raise anything; ValueError is a malformed endpoint.
+            foreign = self._scheme not in ("file", "s3")
+            if isinstance(error, (OSError, ValueError)) or library_code(error) or foreign:
                 self._explain(error, key, action)
             raise
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
-        """As `_explained`; that there is nothing, or no file, becomes StoreKeyError."""
+        """As `_explained`; a missing file, or a folder in its place, becomes StoreKeyError."""
         with self._explained(key, "read"):
             try:
                 yield
@@ -289,46 +331,5 @@ class Store:
         raise StoreError(f"cannot {action} {self.where(key)}: {reason}") from error
 
 
-def _parse(url: str) -> tuple[str, str]:
-    """The normalised URL (for a local store the absolute path) and its scheme."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        if not url or re.match(r"\w+:/", url):  # s3:/bucket would else become a folder
-            raise StoreError(
-                f"not a store URL: {url!r}; use a folder, s3://bucket/prefix or a URL fsspec knows"
-            )
-        scheme, rest = "file", url
-    if scheme not in fsspec.available_protocols():
-        raise StoreError(
-            f"unknown scheme {scheme!r} in {url!r}; use a folder, s3://bucket/prefix or one fsspec knows"
-        )
-    if scheme in ("file", "local"):
-        return os.path.abspath(os.path.expanduser(rest)), "file"
-    scheme = "s3" if scheme == "s3a" else scheme
-    if scheme == "s3" and not rest.strip("/"):
-        raise StoreError(f"no bucket in {url!r}: use s3://bucket/prefix")
-    return f"{scheme}://{rest.rstrip('/')}", scheme
-
-
-def _checked(key: str) -> str:
-    """The key itself; ValueError unless it means one place below the root on every kind of
-    storage.
-    """
-    parts = key.split("/")
-    if (
-        not key.isprintable()
-        or "\\" in key
-        or "?" in key
-        or any(part in ("", ".", "..") for part in parts)
-    ):
-        raise ValueError(
-            f"not a key: {key!r}; a key is relative, with '/' between names, without '.', '..', '\\', '?'"
-        )
-    if any(part.startswith(TEMPORARY) for part in parts):
-        raise ValueError(f"not a key: {key!r}; names that begin with {TEMPORARY} are reserved")
-    return key
-
-
-def _remote_delete(fs: Any, path: str) -> None:
-    with suppress(FileNotFoundError):  # another process may delete the same folder
-        fs.rm_file(path)
+def _too_short(start: int, stop: int, count: int) -> OSError:
+    return OSError(f"bytes {start}..{stop} were asked for, {count} came: the file is too short")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 
 import torch
@@ -13,7 +13,15 @@ from safetensors.torch import load
 from torch import Tensor
 
 from raytvb.errors import VectorError
-from raytvb.storage.basis_layout import INDEX, Layout, file_columns, file_names, pieces_of
+from raytvb.storage.basis_layout import (
+    INDEX,
+    BasisMetadata,
+    Layout,
+    file_columns,
+    file_names,
+    pieces_of,
+)
+from raytvb.storage.formats import format_problem
 from raytvb.storage.masks import MaskFile
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import combinations
@@ -23,36 +31,27 @@ class StoredBasis:
     """A basis in a store, read file by file."""
 
     def __init__(self, store: Store | str | PathLike[str], prefix: str) -> None:
-        """Reads the index (and the mask's header). Raises VectorError where they are not those of a
-        basis.
+        """Reads the index (and the mask's header).
 
-        store: or its URL; prefix: the folder of the basis in it.
+        store: or its URL; prefix: the folder of the basis in it. Raises VectorError where there is
+        no basis, or one of a newer raytvb.
         """
         store = store if isinstance(store, Store) else Store(fspath(store))
         self.store, self.prefix = store, prefix
-        try:
-            document = json.loads(store.read(f"{prefix}/{INDEX}"))
-            metadata = document["metadata"]
-            info = metadata["raytvb"]
-            self.size = int(metadata["size"])
-            self.parameters = {n: tuple(s) for n, s in sorted(metadata["parameters"].items())}
-            shapes = {n: tuple(s) for n, s in sorted(metadata["shapes"].items())}
-            key = (
-                posixpath.normpath(posixpath.join(prefix, info["mask"])) if "mask" in info else None
-            )
-            self.layout = Layout(
-                info["base"], self.parameters, shapes, key, info.get("mask_fingerprint")
-            )
-            if self.size < 1:
-                raise ValueError(f"{self.size} vectors")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise VectorError(
-                f"{store.where(prefix)}/{INDEX} is not the index of a basis: {error!r}"
-            ) from None
-        self.mask = None if key is None else MaskFile(store, key)
+        metadata = _read_index(store, prefix)
+        self.size = metadata.size
+        self.parameters = _sorted_by_name(metadata.parameters)
+        info = metadata.raytvb
+        mask_key = None
+        if info.mask is not None:
+            mask_key = posixpath.normpath(posixpath.join(prefix, info.mask))
+        shapes = _sorted_by_name(metadata.shapes)
+        self.layout = Layout(info.base, self.parameters, shapes, mask_key, info.mask_fingerprint)
+        self.mask = None if mask_key is None else MaskFile(store, mask_key)
         if self.mask is not None and self.mask.fingerprint != self.layout.mask:
             raise VectorError(
-                f"{store.where(prefix)} was made with another mask than {store.where(str(key))}"
+                f"{store.where(prefix)} was made with another mask than "
+                f"{store.where(str(mask_key))}"
             )
         self.count = self.layout.count
         self._held: tuple[int, Tensor] | None = None
@@ -63,35 +62,40 @@ class StoredBasis:
         return [f"{self.prefix}/{name}" for name in file_names(self.size, self.count)]
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Consecutive (start, rows (M, n) float32), a file at a time; `start` and `stop` are where
-        files begin or end.
+        """Consecutive (start, rows (M, n) float32), a file at a time.
 
-        Raises VectorError that names a file which does not hold what the index says.
+        `start` and `stop` (default: the last coordinate) are where files begin or end. Raises
+        VectorError that names a file which does not hold what the index says.
         """
         columns = file_columns(self.size)
         stop = self.count if stop is None else stop
         for first in range(start, stop, columns):
             last = min(first + columns, self.count)
             key = self.files[first // columns]
-            data = self.store.read(key)
-            try:
-                tensors = load(data)
-                parts = [
-                    tensors[name].reshape(self.size, count)
-                    for name, count, _ in pieces_of(self.layout.shapes, first, last)
-                ]
-            except (SafetensorError, KeyError, RuntimeError) as error:
-                raise VectorError(f"{self.store.where(key)} is damaged: {error!r}") from None
-            yield first, torch.cat(parts, dim=1)
+            yield first, self._rows(key, first, last)
+
+    def _rows(self, key: str, first: int, last: int) -> Tensor:
+        """The values of one file, which has the coordinates first..last: (M, last - first)."""
+        data = self.store.read(key)
+        parts: list[Tensor] = []
+        try:
+            tensors = load(data)
+            for piece in pieces_of(self.layout.shapes, first, last):
+                parts.append(tensors[piece.tensor].reshape(self.size, piece.count))
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise VectorError(f"{self.store.where(key)} is damaged: {error!r}") from None
+        return torch.cat(parts, dim=1)
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Coordinates from `start` on of all vectors into `out` (M, n); the last file is kept for
-        the next call.
+        """Coordinates from `start` on of all vectors into `out` (M, n).
+
+        The last file is kept in memory for the next call.
         """
         columns, done = file_columns(self.size), 0
         if not 0 <= start <= self.count - out.shape[1]:
+            stop = start + out.shape[1]
             raise ValueError(
-                f"{self.prefix} has {self.count} coordinates; {start}..{start + out.shape[1]} asked for"
+                f"{self.prefix} has {self.count} coordinates; {start}..{stop} asked for"
             )
         while done < out.shape[1]:
             first = (start + done) // columns * columns
@@ -110,3 +114,25 @@ class StoredBasis:
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
         """As `VectorSet.combinations`, of the basis vectors: weights (M, K)."""
         return combinations(self.blocks, self.count, weights)
+
+
+def _read_index(store: Store, prefix: str) -> BasisMetadata:
+    """The metadata of a basis. Raises as `StoredBasis`."""
+    where = f"{store.where(prefix)}/{INDEX}"
+    try:
+        fields = json.loads(store.read(f"{prefix}/{INDEX}"))["metadata"]
+        problem = format_problem(fields["raytvb"], where)
+        if problem is not None:
+            raise VectorError(problem.reason, problem.remedy)
+        metadata = BasisMetadata.model_validate(fields)
+        if metadata.size < 1:
+            raise ValueError(f"{metadata.size} vectors")
+    except VectorError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VectorError(f"{where} is not the index of a basis: {error!r}") from None
+    return metadata
+
+
+def _sorted_by_name(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shapes[name] for name in sorted(shapes)}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def parquet_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> bytes:
+def parquet_bytes(rows: Sequence[Mapping[str, object]], schema: pa.Schema | None = None) -> bytes:
     """Rows as a Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(r) for r in rows], schema=schema), buffer)

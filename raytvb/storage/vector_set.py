@@ -1,9 +1,11 @@
-"""Several vectors of one base, read in blocks so that memory is bounded by the block, never by T *
-D.
+"""Several vectors of one base as a matrix V (D, T), which is never in memory as a whole.
+
+It is read in blocks of coordinates, so that memory is bounded by the block.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -14,34 +16,32 @@ from torch import Tensor
 
 from raytvb.errors import VectorError
 from raytvb.maths.gram import BLOCK
-from raytvb.storage.masks import MaskFile
+from raytvb.storage.masks import MaskFile, OpenMasks
+from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
-BUFFER_BYTES = (
-    64 * 2**20
-)  # of the values of a block; two are held, one read while the other is used
+BUFFER_BYTES = 64 * 2**20
+"""Of the values of one block. Two blocks are held: one is read while the other is used."""
 
+COMBINED_BYTES = 512 * 2**20
+"""Of the sums of vectors that are made in one pass."""
 
-COMBINED_BYTES = 512 * 2**20  # of the sums of vectors that are made in one pass
-
-
-# Threads that fill a block: local store, remote one. More than one that copies from the disk's
-# cache would only take the interpreter from the thread that multiplies.
-_READERS = {True: 1, False: 16}
+_LOCAL_READERS, _REMOTE_READERS = 1, 16
+"""Threads that fill a block. A second one that copies from the disk's cache would only take the
+interpreter from the thread that multiplies."""
 
 
 def block_columns(rows: int, budget: int = BUFFER_BYTES) -> int:
-    """Coordinates of a block of `rows` float32 vectors: whole BLOCKs, or where one is too much a
-    power of two.
+    """Coordinates of a block of `rows` float32 vectors.
+
+    A multiple of BLOCK, or a power of two where one BLOCK is more than the budget (bytes).
     """
     columns = budget // (4 * max(1, rows))
     return columns // BLOCK * BLOCK if columns >= BLOCK else max(8, 1 << (columns.bit_length() - 1))
 
 
 class Coordinates(Protocol):
-    """What vectors have in common: parameters by name, and which of their entries are
-    coordinates.
-    """
+    """What vectors have in common: the parameters, and which of their entries are coordinates."""
 
     @property
     def parameters(self) -> Mapping[str, tuple[int, ...]]:
@@ -49,7 +49,7 @@ class Coordinates(Protocol):
 
     @property
     def mask(self) -> MaskFile | None:
-        """The mask whose kept entries are the coordinates; None where every entry is one."""
+        """The mask whose kept entries are the coordinates; None where all entries are."""
 
     @property
     def count(self) -> int:
@@ -63,8 +63,9 @@ class Coordinates(Protocol):
 
 
 class VectorSet:
-    """T vectors of one base on common coordinates: the stored values where all share a mask, else
-    all D parameters.
+    """T vectors of one base on common coordinates.
+
+    These are the stored values where all vectors share a mask, else all D parameters.
     """
 
     def __init__(self, files: Sequence[VectorFile]) -> None:
@@ -73,20 +74,43 @@ class VectorSet:
             raise VectorError("no vectors given")
         self.files = list(files)
         first = files[0]
-        self.compact = all(
-            f.info.get("mask_fingerprint") == first.info.get("mask_fingerprint") for f in files
-        )
+        fingerprints = {file.info.mask_fingerprint for file in files}
+        self.compact = len(fingerprints) == 1
+        """The coordinates are the stored values."""
         for file in files[1:]:
             check_pair(first, file, compact=self.compact)
         self.parameters = first.parameters
         self.mask = first.mask if self.compact else None
-        self.count = (
-            first.stored if self.compact else sum(prod(s) for s in self.parameters.values())
-        )
+        self.count = first.stored if self.compact else sum(map(prod, self.parameters.values()))
+
+    @classmethod
+    def open(cls, store: Store, keys: Sequence[str]) -> VectorSet:
+        """Open vector files of one store by their keys, several at a time where it is remote.
+
+        Reads the headers and the counts of the masks, no values. Raises VectorError as `VectorFile`
+        and the constructor.
+        """
+        masks = OpenMasks()
+
+        def open_one(key: str) -> VectorFile:
+            return VectorFile(store, key, masks)
+
+        with ThreadPoolExecutor(_readers(store)) as pool:
+            return cls(list(pool.map(open_one, keys)))
+
+    def subset(self, indices: Sequence[int]) -> VectorSet:
+        """Some of the vectors, on the coordinates of all of them.
+
+        Opened by themselves they could have fewer: those of a mask which only they share.
+        """
+        chosen = copy.copy(self)
+        chosen.files = [self.files[index] for index in indices]
+        return chosen
 
     def read_into(self, index: int, start: int, out: Tensor) -> None:
-        """Coordinates from `start` of vector `index` into `out`; zero where its own mask keeps
-        nothing.
+        """Coordinates from `start` on of vector `index` into `out`.
+
+        They are zero where the vector's own mask keeps nothing.
         """
         file = self.files[index]
         if self.compact or file.mask is None:
@@ -106,11 +130,11 @@ class VectorSet:
         return out[:, before:]
 
     def blocks(self, columns: int | None = None) -> Generator[tuple[int, Tensor], None, None]:
-        """All coordinates as consecutive (start, rows (T, n) float32): the next block is read while
-        one is used.
+        """All coordinates as consecutive (start, rows (T, n) float32).
 
-        The rows are a buffer that is written again: they are good until the next is asked for.
-        Memory: two blocks of T * columns float32 values (64 MB each by default).
+        The next block is read while one is used. The rows are a buffer that is written again: they
+        are good until the next block is asked for. Memory: two blocks of T * columns float32 values
+        (64 MB each by default). Raises ValueError unless `columns` is a multiple of 8.
         """
         count = len(self.files)
         step = block_columns(count) if columns is None else columns
@@ -118,7 +142,6 @@ class VectorSet:
             raise ValueError(f"a block must be a positive multiple of 8, not {step}")
         starts = range(0, self.count, step)
         buffers = [torch.empty(count * min(step, self.count)) for _ in range(min(2, len(starts)))]
-        local = self.files[0].store.local_path(self.files[0].key) is not None
 
         def read(number: int) -> tuple[Tensor, list[Future[None]]]:
             width = min(step, self.count - starts[number])
@@ -128,32 +151,33 @@ class VectorSet:
                 pool.submit(self.read_into, i, starts[number], rows[i]) for i in range(count)
             ]
 
-        with ThreadPoolExecutor(_READERS[local]) as pool:
+        with ThreadPoolExecutor(_readers(self.files[0].store)) as pool:
             try:
                 ahead = read(0) if starts else None
                 for number, start in enumerate(starts):
                     assert ahead is not None
                     rows, reads = ahead
-                    for each in reads:
-                        each.result()
+                    for vector in reads:
+                        vector.result()
                     ahead = read(number + 1) if number + 1 < len(starts) else None
                     yield start, rows
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
-        """sum_t weights[t, k] * v_t over the common coordinates, for each k in turn; weights (T, K)
-        float64.
+        """sum_t weights[t, k] * v_t over the common coordinates, for each k in turn.
 
-        Each is float32 (count,). As many as fit in 512 MB are made in one pass over the vectors; a
-        vector that none of them has weight for is not read.
+        weights: (T, K) float64. Each sum is float32 (count,). As many as fit in 512 MB are made in
+        one pass over the vectors; a vector without weight in any of them is not read.
         """
         for part in weights.split(_together(self.count), dim=1):
             used = part.any(dim=1).nonzero()[:, 0].tolist()
-            chosen = VectorSet([self.files[i] for i in used]) if used else self
-            # Some of the vectors may have less in common than all of them.
-            chosen.compact, chosen.mask, chosen.count = self.compact, self.mask, self.count
+            chosen = self.subset(used) if used else self
             yield from combinations(chosen.blocks, self.count, part[used] if used else part)
+
+
+def _readers(store: Store) -> int:
+    return _LOCAL_READERS if store.is_local else _REMOTE_READERS
 
 
 def _together(count: int) -> int:
@@ -164,8 +188,9 @@ def _together(count: int) -> int:
 def combinations(
     blocks: Callable[[], Iterator[tuple[int, Tensor]]], count: int, weights: Tensor
 ) -> Iterator[Tensor]:
-    """Columns of V @ weights (count,) float32 one after the other; `blocks` gives (start, rows of
-    V' (T, n)) anew.
+    """Columns of V @ weights (count,) float32 one after the other.
+
+    blocks: called for each pass over the vectors; gives (start, rows of V' (T, n) float32).
     """
     for part in weights.split(_together(count), dim=1):
         factors = part.T.to(torch.float32).contiguous()
@@ -181,11 +206,11 @@ def check_pair(first: VectorFile, file: VectorFile, *, compact: bool) -> None:
 
     compact: the stored values are to be the common coordinates, so the masks must be the same.
     """
-    if file.info["base"] != first.info["base"]:
+    if file.info.base != first.info.base:
         raise VectorError(
             f"{first.where} and {file.where} are differences from different pretrained models"
         )
-    if compact and file.info.get("mask_fingerprint") != first.info.get("mask_fingerprint"):
+    if compact and file.info.mask_fingerprint != first.info.mask_fingerprint:
         raise VectorError(f"{first.where} and {file.where} have different masks")
     if compact and file.shapes != first.shapes:
         raise VectorError(

@@ -1,5 +1,4 @@
-"""Vector files: what is on disk, and reading it in blocks so that memory is bounded by the block,
-never by T * D.
+"""Vector files: one task vector on disk, and reading any range of it.
 
 A vector file is a safetensors file of one dtype with tensors in the order of their sorted names, so
 its data section is one flat array and a range of coordinates is a range of bytes. Its only metadata
@@ -14,38 +13,59 @@ import os
 import posixpath
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import model_serializer
 from safetensors.torch import save
 from torch import Tensor
 
 from raytvb.errors import VectorError
 from raytvb.maths.gram import BLOCK
-from raytvb.storage.header import FORMAT, Header
-from raytvb.storage.masks import MaskFile
+from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage.formats import FORMAT
+from raytvb.storage.header import Header
+from raytvb.storage.masks import MaskFile, OpenMasks
 from raytvb.storage.store import Store
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
-def vector_info(
-    base: str, *, mask_path: str | None = None, mask: str | None = None
-) -> dict[str, Any]:
-    """Metadata of a vector file: fingerprint of the base, and path and fingerprint of the mask
-    where it is sparse.
+class VectorInfo(Contract):
+    """Metadata of a vector file."""
+
+    base: str
+    """Fingerprint of the pretrained model that the vector is a difference from."""
+    kind: Literal["dense", "sparse"] = "dense"
+    mask: str | None = None
+    """Path of the mask file relative to the vector file; None for a dense vector."""
+    mask_fingerprint: str | None = None
+    format: int = FORMAT
+
+    @model_serializer
+    def _fields(self) -> JsonObject:
+        """Without the fields of the mask where the vector is dense."""
+        fields: JsonObject = {"base": self.base, "format": self.format, "kind": self.kind}
+        if self.mask is None:
+            return fields
+        return {**fields, "mask": self.mask, "mask_fingerprint": self.mask_fingerprint}
+
+
+def vector_info(base: str, *, mask_path: str | None = None, mask: str | None = None) -> VectorInfo:
+    """Metadata of a vector file.
+
+    base: fingerprint of the pretrained model. mask: fingerprint of the mask of a sparse vector, and
+    mask_path the path of its file relative to the vector file.
     """
-    info: dict[str, Any] = {
-        "base": base,
-        "format": FORMAT,
-        "kind": "dense" if mask is None else "sparse",
-    }
-    return info if mask is None else info | {"mask": mask_path, "mask_fingerprint": mask}
+    if mask is None:
+        return VectorInfo(base=base)
+    return VectorInfo(base=base, kind="sparse", mask=mask_path, mask_fingerprint=mask)
 
 
-def vector_bytes(values: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes:
-    """A vector file: dense parameter tensors, or per parameter the 1-D kept values. One dtype, fp32
-    or bf16.
+def vector_bytes(values: Mapping[str, Tensor], info: VectorInfo) -> bytes:
+    """A vector file: dense parameter tensors, or per parameter the 1-D kept values.
+
+    Raises ValueError unless all have one dtype, float32 or bfloat16.
     """
     dtypes = {t.dtype for t in values.values()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16}:
@@ -53,70 +73,88 @@ def vector_bytes(values: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes
             f"a vector file has one dtype, float32 or bfloat16, not {', '.join(map(str, dtypes))}"
         )
     tensors = {n: t.detach().cpu().contiguous() for n, t in values.items()}
-    return save(tensors, metadata={"raytvb": json.dumps(dict(info), sort_keys=True)})
+    return save(tensors, metadata={"raytvb": json.dumps(info.to_json(), sort_keys=True)})
+
+
+def mask_key_of(store: Store, key: str) -> str | None:
+    """Key of the mask file of a vector file; None where it is dense. Raises as `VectorFile`."""
+    info = Header.read(store, key).info_as(VectorInfo, "vector file")
+    return _mask_key(store, key, info) if info.kind == "sparse" else None
+
+
+def _mask_key(store: Store, key: str, info: VectorInfo) -> str:
+    where = store.where(key)
+    if info.mask is None or info.mask_fingerprint is None:
+        missing = "mask" if info.mask is None else "mask_fingerprint"
+        raise VectorError(f"{where} is no vector file: its metadata has no {missing}")
+    mask_key = posixpath.normpath(posixpath.join(posixpath.dirname(key), info.mask))
+    if mask_key.startswith(("../", "/")):
+        raise VectorError(f"{where}: its mask {info.mask} lies outside of {store.url}")
+    return mask_key
 
 
 class VectorFile:
     """One vector in a store, read by ranges; opening it reads its header (and its mask's) only."""
 
-    def __init__(self, store: Store, key: str) -> None:
-        """Raises VectorError for a file that is truncated, of mixed dtype or not a vector file."""
+    def __init__(self, store: Store, key: str, masks: OpenMasks | None = None) -> None:
+        """masks: where other vectors are opened too, so that a mask they share is read once.
+
+        Raises VectorError for a file that is truncated, of mixed dtype, not a vector file, or of a
+        newer raytvb.
+        """
         self.store, self.key = store, key
         header = Header.read(store, key)
-        self.info, self.data_start = header.info, header.start
-        sparse = self.info.get("kind") == "sparse"
-        missing = {"base", *(("mask", "mask_fingerprint") if sparse else ())} - self.info.keys()
-        if missing:
+        self.info = header.info_as(VectorInfo, "vector file")
+        self.data_start, self.file_size = header.start, header.size
+        self.dtype = self._one_dtype(header)
+        self.shapes = {name: entry.shape for name, entry in header.entries.items()}
+        self._check_order(header)
+        self.stored = sum(map(prod, self.shapes.values()))
+        self.mask: MaskFile | None = None
+        if self.info.kind == "sparse":
+            self.mask_key = _mask_key(store, key, self.info)
+            self.mask = self._open_mask(masks or OpenMasks())
+
+    def _one_dtype(self, header: Header) -> torch.dtype:
+        names = {entry.dtype for entry in header.entries.values()}
+        if len(names) != 1 or not names <= _DTYPES.keys():
             raise VectorError(
-                f"{self.where} is no vector file: its metadata has no {', '.join(sorted(missing))}"
+                f"{self.where}: dtypes {sorted(names)}; a vector file has one, F32 or BF16"
             )
-        dtypes = {e["dtype"] for e in header.entries.values()}
-        if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
-            raise VectorError(
-                f"{self.where}: dtypes {sorted(dtypes)}; a vector file has one, F32 or BF16"
-            )
-        self.dtype = _DTYPES[dtypes.pop()]
-        self.shapes = {n: tuple(e["shape"]) for n, e in header.entries.items()}
+        return _DTYPES[names.pop()]
+
+    def _check_order(self, header: Header) -> None:
+        """VectorError unless the tensors follow each other, names sorted, without gaps."""
         if list(self.shapes) != sorted(self.shapes):
             raise VectorError(f"{self.where}: tensors are not in the order of their names")
-        self.stored = 0
+        end = 0
         for name, entry in header.entries.items():
-            first, self.stored = self.stored, self.stored + prod(entry["shape"])
-            if entry["data_offsets"] != [
-                first * self.dtype.itemsize,
-                self.stored * self.dtype.itemsize,
-            ]:
+            begin, end = end, end + prod(entry.shape) * self.dtype.itemsize
+            if (entry.begin, entry.end) != (begin, end):
                 raise VectorError(
                     f"{self.where}: shape and place of {name} do not fit; the file is damaged"
                 )
-        self.mask: MaskFile | None = None
-        if sparse:
-            folder = posixpath.dirname(key)
-            self.mask_key = posixpath.normpath(posixpath.join(folder, self.info["mask"]))
-            if self.mask_key.startswith(("../", "/")):
-                raise VectorError(
-                    f"{self.where}: its mask {self.info['mask']} lies outside of {store.url}"
-                )
-            self.mask = MaskFile(store, self.mask_key)
-            if (
-                self.mask.fingerprint != self.info["mask_fingerprint"]
-                or self.mask.kept != self.stored
-            ):
-                raise VectorError(
-                    f"{self.where} was made with another mask than {store.where(self.mask_key)}"
-                )
+
+    def _open_mask(self, masks: OpenMasks) -> MaskFile:
+        expected = str(self.info.mask_fingerprint)
+        mask = masks.open(self.store, self.mask_key, expected)
+        if mask.fingerprint != expected or mask.kept != self.stored:
+            raise VectorError(
+                f"{self.where} was made with another mask than {self.store.where(self.mask_key)}"
+            )
+        return mask
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> VectorFile:
-        """From a path or URL outside of any experiment. The store is rooted where the mask can be
-        reached too.
+        """From a path or URL outside of any experiment.
+
+        The store is rooted where the mask can be reached too. Raises as the constructor.
         """
-        url = os.fspath(url)
-        folder, name = posixpath.split(url)
+        folder, name = posixpath.split(os.fspath(url))
         folder = Store(folder or ".").url  # absolute, so that the levels below are all there
         levels: list[str] = []
-        header = Header.read(Store(folder), name)
-        for _ in range(str(header.info.get("mask", "")).count("../")):
+        info = Header.read(Store(folder), name).info
+        for _ in range(str(info.get("mask", "")).count("../")):
             above, last = posixpath.split(folder)
             if not last or above.endswith(":/"):  # the root, or a bucket
                 break
@@ -132,9 +170,7 @@ class VectorFile:
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name, also where only some of their entries are stored."""
-        if self.mask is None:
-            return self.shapes
-        return {n: tuple(s) for n, s in sorted(self.mask.info["shapes"].items())}
+        return self.shapes if self.mask is None else self.mask.shapes
 
     def byte_range(self, start: int, stop: int) -> tuple[int, int]:
         """Where stored values start..stop lie in the file."""
@@ -142,7 +178,10 @@ class VectorFile:
         return self.data_start + start * width, self.data_start + stop * width
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Stored values start..start + len(out) into `out`, float32 and contiguous."""
+        """Stored values start..start + len(out) into `out`, float32 and contiguous.
+
+        Raises VectorError where the vector ends before.
+        """
         raw = out if self.dtype == out.dtype else torch.empty(len(out), dtype=self.dtype)
         first, last = self.byte_range(start, start + len(out))
         if start + len(out) > self.stored:
@@ -161,19 +200,25 @@ class VectorFile:
 
     def not_finite(self) -> list[str]:
         """Names of the tensors with NaN or infinite values; reads the whole file in blocks."""
-        bad, first = [], 0
+        bad: list[str] = []
+        start = 0
         for name, shape in self.shapes.items():
-            last = first + prod(shape)
-            parts = (
-                self.values(a, min(a + 16 * BLOCK, last)) for a in range(first, last, 16 * BLOCK)
-            )
-            if not all(bool(torch.isfinite(p).all()) for p in parts):
+            stop = start + prod(shape)
+            if not self._is_finite(start, stop):
                 bad.append(name)
-            first = last
+            start = stop
         return bad
 
+    def _is_finite(self, start: int, stop: int) -> bool:
+        step = 16 * BLOCK
+        for first in range(start, stop, step):
+            values = self.values(first, min(first + step, stop))
+            if not bool(torch.isfinite(values).all()):
+                return False
+        return True
+
     def complain(self) -> VectorError:
-        """The error for a vector whose inner products are not finite, naming tensors."""
+        """The error for a vector whose inner products are not finite; it names the tensors."""
         bad = self.not_finite()
         if not bad:
             return VectorError(f"{self.where} has values so large that their products are infinite")

@@ -2,58 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Sequence
 
 from raytvb.errors import UserError
 from raytvb.storage import records
-from raytvb.storage.records import FileInfo
+from raytvb.storage.records import FileInfo, Record
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError, StoreKeyError
+
+_READ_BYTES = 64 * 2**20
+"""What is read of a file at a time."""
 
 
 def check_files(store: Store, prefix: str, names: Sequence[str] | None = None) -> None:
-    """Raise UserError for a file of the thing under `prefix` (or those of the names) that is not as
-    recorded.
+    """Compare the files of the thing under `prefix`, or those of the names, with its record.
+
+    Raises UserError that names the first file which is not as recorded.
     """
     record = records.find(store, prefix)
-    for name, info in ({} if record is None else record["files"]).items():
+    if record is None:
+        return
+    for name, info in record.files.items():
         if names is None or name in names:
             problem = _problem(store, f"{prefix}/{name}", info)
-            if problem:
+            if problem is not None:
                 raise UserError(f"{store.url}: {problem}")
 
 
-def _problem(store: Store, key: str, info: Mapping[str, Any]) -> str | None:
+def _problem(store: Store, key: str, info: FileInfo) -> str | None:
     """What is wrong with a stored file, and the way out; None where it is as recorded."""
+    folder = key.rpartition("/")[0]
+    way_out = f"delete the folder {folder} and run again to make it anew"
     try:
-        data = store.read(key)
-    except FileNotFoundError:
-        found = "missing"
-    else:
-        if FileInfo.from_json(info).is_of(data):
-            return None
-        same = len(data) == info["size"]
-        found = (
-            "its contents have changed" if same else f"{len(data)} bytes instead of {info['size']}"
-        )
-    return (
-        f"{key}: {found}; delete the folder {key.rpartition('/')[0]} and run again to make it anew"
-    )
+        size = store.size(key)
+        if size != info.size:
+            return f"{key}: {size} bytes instead of {info.size}; {way_out}"
+        if _checksum(store, key, size) != info.sha256:
+            return f"{key}: its contents have changed; {way_out}"
+    except StoreKeyError:
+        return f"{key}: missing; {way_out}"
+    return None
+
+
+def _checksum(store: Store, key: str, size: int) -> str:
+    """sha256 of a file of `size` bytes, which is never in memory as a whole."""
+    digest = hashlib.sha256()
+    for start in range(0, size, _READ_BYTES):
+        digest.update(store.read_range(key, start, min(start + _READ_BYTES, size)))
+    return digest.hexdigest()
 
 
 def verify(store: Store) -> tuple[int, list[str]]:
-    """Check every recorded file against its checksum: (files checked, problems, each naming its
-    file).
+    """Check every recorded file against its checksum. Returns as `verify_records`."""
+    return verify_records(store, records.record_keys(store))
+
+
+def verify_records(store: Store, keys: Sequence[str]) -> tuple[int, list[str]]:
+    """Check the files of some records, given by the keys of the records.
+
+    Returns the number of files checked, and the problems, each naming its file. A record that
+    cannot be read is a problem too; those of a newer raytvb are told as one.
     """
-    checked, problems = 0, []
-    for key in store.keys():
-        if not key.endswith(f"/{records.RECORD}"):
+    checked = 0
+    problems: list[str] = []
+    newer: list[str] = []
+    for key in keys:
+        try:
+            record = records.read_record(store, key)
+        except StoreKeyError:  # deleted since it was listed
             continue
-        prefix = key.removesuffix(f"/{records.RECORD}")
-        for name, info in store.read_json(key)["files"].items():
-            path = f"{prefix}/{name}"
-            checked += 1
-            problem = _problem(store, path, info)
-            if problem:
-                problems.append(problem)
+        except UserError as error:
+            newer.append(str(error))
+        except StoreError as error:
+            problems.append(str(error))
+        else:
+            checked += len(record.files)
+            problems += _problems(store, key.removesuffix(f"/{records.RECORD}"), record)
+    if newer:
+        others = f" (and {len(newer) - 1} other records)" if len(newer) > 1 else ""
+        problems.insert(0, newer[0] + others)
     return checked, problems
+
+
+def _problems(store: Store, prefix: str, record: Record) -> list[str]:
+    """What is wrong with the files of one thing."""
+    problems = []
+    for name, info in record.files.items():
+        problem = _problem(store, f"{prefix}/{name}", info)
+        if problem is not None:
+            problems.append(problem)
+    return problems

@@ -1,0 +1,50 @@
+"""The number that says how a file is written: `format` in records and in headers of tensor files.
+
+A store may be opened by an older raytvb than the one that wrote it. Every reader of a record or of
+a header asks here first, so that this ends in one clear message and not in a file that is taken for
+a damaged one and made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FORMAT = 1
+"""The format that is written, and the highest that is read."""
+
+
+@dataclass(frozen=True)
+class FormatProblem:
+    """Why a file cannot be read, and what the user can do."""
+
+    reason: str
+    remedy: str
+    newer: bool
+    """It was written by a newer raytvb; else its format is no number, and the file damaged."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
+
+def format_problem(fields: Mapping[str, object], where: str) -> FormatProblem | None:
+    """What is wrong with the `format` among the fields of a record or header; None if it is read.
+
+    where: the file, for the message. Files without a `format` are older than the field: they have
+    format 1.
+    """
+    number = fields.get("format", 1)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        return FormatProblem(
+            f"{where} has the format {number!r}, which is no format of raytvb",
+            "the file is damaged: delete its folder and run again to make it anew",
+            newer=False,
+        )
+    if number > FORMAT:
+        return FormatProblem(
+            f"{where} has format {number}, written by a newer raytvb; this one reads formats up "
+            f"to {FORMAT}",
+            "upgrade raytvb (pip install --upgrade raytvb)",
+            newer=True,
+        )
+    return None
