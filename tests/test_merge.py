@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -15,8 +16,7 @@ from raytvb.experiment.stored import load_coefficients
 from raytvb.finetuning.masks import load_mask
 from raytvb.maths import mixes
 from raytvb.maths.basis_fit import fit_basis
-from raytvb.maths.merge_methods import MERGE, UNSCALED
-from raytvb.merging.merge import METHODS
+from raytvb.maths.merge_registry import MERGE_METHODS, compared_merges
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 
@@ -40,32 +40,20 @@ def test_a_decoded_merge_is_the_same_merge_of_the_decoded_vectors() -> None:
 pytestmark = pytest.mark.ray
 
 
-def test_a_merge_is_an_ordinary_open_clip_model(finished: tuple[Path, Store], tmp_path: Path):
+def merge(store: Store, out: Path, *options: str) -> None:
+    """`raytvb merge`, which has to go well."""
+    assert main(["merge", store.url, *options, "--out", str(out)]) == 0
+
+
+def test_a_merge_is_an_ordinary_open_clip_model(
+    finished: tuple[Path, Store], tmp_path: Path
+) -> None:
     _, store = finished
     out = tmp_path / "merged"
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                "--add",
-                TASKS[0],
-                "--negate",
-                f"{TASKS[1]}=0.5",
-                "--basis",
-                "full",
-                "--coefficient",
-                "0.7",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    mix = ["--add", TASKS[0], "--negate", f"{TASKS[1]}=0.5"]
+    merge(store, out, *mix, "--basis", "full", "--coefficient", "0.7")
     merged = open_clip.create_model(f"local-dir:{out}").state_dict()
     base = load_file(store.path("base/model.safetensors"))
-    from raytvb.finetuning.masks import load_mask
-
     mask = load_mask(store, "shared").tensors()
     vectors = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS[:2]]
     for name, value in base.items():
@@ -80,48 +68,15 @@ def test_a_merge_is_an_ordinary_open_clip_model(finished: tuple[Path, Store], tm
 
 def test_merged_models_classify_from_any_folder(
     finished: tuple[Path, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     out = tmp_path / "merged"
-    assert (
-        main(
-            [
-                "merge",
-                finished[1].url,
-                "--add",
-                TASKS[0],
-                "--add",
-                f"{TASKS[0]}=0.5",
-                "--basis",
-                "full",
-                "--coefficient",
-                "0.4",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = ["--basis", "full", "--coefficient", "0.4"]
+    merge(finished[1], out, "--add", TASKS[0], "--add", f"{TASKS[0]}=0.5", *options)
     monkeypatch.chdir(tmp_path)
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(["a picture of a greek letter alpha."])
     assert int((tokens != 0).sum()) > 3
     twice = open_clip.create_model(f"local-dir:{out}").state_dict()
-    assert (
-        main(
-            [
-                "merge",
-                finished[1].url,
-                "--add",
-                f"{TASKS[0]}=1.5",
-                "--basis",
-                "full",
-                "--coefficient",
-                "0.4",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    merge(finished[1], out, "--add", f"{TASKS[0]}=1.5", *options)
     once = open_clip.create_model(f"local-dir:{out}").state_dict()
     assert all(torch.equal(t, once[n]) for n, t in twice.items())
 
@@ -141,7 +96,7 @@ def test_merges_that_make_no_sense_are_refused(
     tmp_path: Path,
     options: list[str],
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     assert main(["merge", finished[1].url, *options, "--out", str(tmp_path / "out")]) != 0
     assert not (tmp_path / "out").exists() and "rror" in capsys.readouterr().err
 
@@ -165,25 +120,10 @@ def basis_vectors(store: Store, name: str) -> Tensor:
     ).T.double()
 
 
-def test_an_analogy_is_decoded_from_the_basis(finished: tuple[Path, Store], tmp_path: Path):
+def test_an_analogy_is_decoded_from_the_basis(finished: tuple[Path, Store], tmp_path: Path) -> None:
     _, store = finished
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                "--analogy",
-                *TASKS,
-                "--basis",
-                "svd-m2",
-                "--coefficient",
-                "0.5",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    options = ["--basis", "svd-m2", "--coefficient", "0.5"]
+    merge(store, tmp_path / "out", "--analogy", *TASKS, *options)
     W = load_coefficients(store, "svd-m2")[1]
     expected = 0.5 * basis_vectors(store, "svd-m2") @ (W[:, 0] - W[:, 1] + W[:, 2])
     torch.testing.assert_close(difference(store, tmp_path / "out"), expected, rtol=0, atol=1e-6)
@@ -191,57 +131,24 @@ def test_an_analogy_is_decoded_from_the_basis(finished: tuple[Path, Store], tmp_
 
 def test_the_plain_sum_and_single_basis_vectors(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     _, store = finished
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                "--merge",
-                "sum",
-                "--basis",
-                "ae-anchored-m2",
-                "--out",
-                str(tmp_path / "a"),
-            ]
-        )
-        == 0
-    )
+    merge(store, tmp_path / "a", "--merge", "sum", "--basis", "ae-anchored-m2")
     S = basis_vectors(store, "ae-anchored-m2")
-    searched = store.read_json("search/ae-anchored-m2-sum/record.json")["metrics"]["coefficient"][
-        "3"
-    ]
-    torch.testing.assert_close(
-        difference(store, tmp_path / "a"), searched * S.sum(1), rtol=0, atol=1e-6
-    )
+    chosen = store.read_json("search/ae-anchored-m2-sum/record.json")["metrics"]["coefficient"]
+    expected = chosen["3"] * S.sum(1)
+    torch.testing.assert_close(difference(store, tmp_path / "a"), expected, rtol=0, atol=1e-6)
     assert "all tasks from ae-anchored-m2-sum" in capsys.readouterr().out
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                "--basis",
-                "ae-anchored-m2",
-                "--vector",
-                "2=0.75",
-                "--vector",
-                "1=-0.5",
-                "--out",
-                str(tmp_path / "b"),
-            ]
-        )
-        == 0
-    )
-    torch.testing.assert_close(
-        difference(store, tmp_path / "b"), 0.75 * S[:, 1] - 0.5 * S[:, 0], rtol=0, atol=1e-6
-    )
+    vectors = ["--vector", "2=0.75", "--vector", "1=-0.5"]
+    merge(store, tmp_path / "b", "--basis", "ae-anchored-m2", *vectors)
+    expected = 0.75 * S[:, 1] - 0.5 * S[:, 0]
+    torch.testing.assert_close(difference(store, tmp_path / "b"), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sum"])
+@pytest.mark.parametrize("method", compared_merges())
 def test_methods_of_the_literature_on_kept_entries(
     finished: tuple[Path, Store], tmp_path: Path, method: str
-):
+) -> None:
     """Against the method on whole tensors, made here, with the coefficient that is the default or
     given.
     """
@@ -256,23 +163,9 @@ def test_methods_of_the_literature_on_kept_entries(
         "--basis",
         "full",
     ]
-    given = [] if method in UNSCALED else ["--coefficient", "0.5"]
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                *options,
-                "--method",
-                method,
-                *given,
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
-    alpha = 1.0 if method in UNSCALED else 0.5
+    given = [] if MERGE_METHODS[method].coefficient == "one" else ["--coefficient", "0.5"]
+    merge(store, tmp_path / "out", *options, "--method", method, *given)
+    alpha = 1.0 if MERGE_METHODS[method].coefficient == "one" else 0.5
     base, merged = (
         load_file(store.path("base/model.safetensors")),
         load_file(tmp_path / "out/model.safetensors"),
@@ -285,7 +178,7 @@ def test_methods_of_the_literature_on_kept_entries(
     }
     generator = torch.Generator().manual_seed(0)
     flat = torch.cat(list(rows.values()), dim=1).abs()
-    extra = {
+    extra: dict[str, dict[str, Any]] = {
         "dare": {"generator": generator},
         "ties": {
             "thresholds": flat.sort(dim=1, descending=True).values[
@@ -294,13 +187,13 @@ def test_methods_of_the_literature_on_kept_entries(
         },
     }
     for name, kept in mask.items():
-        if method in ("tsv-m", "iso-c"):
+        if MERGE_METHODS[method].matrices:
             whole = torch.zeros(3, *kept.shape)
             whole[:, kept] = rows[name]
-            change = MERGE[method](whole)
+            change = MERGE_METHODS[method](whole)
         else:
             change = torch.zeros(kept.shape)
-            change[kept] = MERGE[method](rows[name], **extra.get(method, {}))
+            change[kept] = MERGE_METHODS[method](rows[name], **extra.get(method, {}))
         if method == "iso-c" and kept.ndim == 2:  # of a sum of lower rank any directions are right
             left, right = (torch.linalg.svdvals(d) for d in (merged[name] - base[name], change))
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
@@ -314,27 +207,12 @@ def test_methods_of_the_literature_on_kept_entries(
     assert same and all(torch.equal(merged[n], base[n]) for n in same)
 
 
-def test_a_method_on_vectors_that_a_basis_gives_back(finished: tuple[Path, Store], tmp_path: Path):
+def test_a_method_on_vectors_that_a_basis_gives_back(
+    finished: tuple[Path, Store], tmp_path: Path
+) -> None:
     _, store = finished
-    assert (
-        main(
-            [
-                "merge",
-                store.url,
-                "--add",
-                TASKS[0],
-                "--add",
-                TASKS[2],
-                "--basis",
-                "svd-m2",
-                "--method",
-                "mean",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    mix = ["--add", TASKS[0], "--add", TASKS[2]]
+    merge(store, tmp_path / "out", *mix, "--basis", "svd-m2", "--method", "mean")
     W = load_coefficients(store, "svd-m2")[1]
     expected = basis_vectors(store, "svd-m2") @ (W[:, 0] + W[:, 2]) / 2
     torch.testing.assert_close(difference(store, tmp_path / "out"), expected, rtol=0, atol=1e-6)
@@ -365,14 +243,14 @@ def test_merges_that_cannot_be(
     options: list[str],
     words: str,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     assert main(["merge", finished[1].url, *options, "--out", str(tmp_path / "out")]) == 1
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_spectrum_is_that_of_the_vectors(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     _, store = finished
     assert main(["spectrum", store.url, "--method", "svd", "--size", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

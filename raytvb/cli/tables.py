@@ -2,60 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raytvb.report.contracts import Summary
+    from raytvb.storage.contract import JsonObject
+    from raytvb.storage.store import Store
 
 
 def wide_console(least: int) -> Console:
-    """Standard output with room for a table: in a log there is no terminal whose width would be
-    known.
+    """Standard output that is at least so many columns wide: a log has no terminal whose width
+    would be known.
     """
+    from rich.console import Console
+
     return Console(width=max(least, Console().width), highlight=False)
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_results(store: Store) -> None:
+    """The results in a store's summary as a table."""
+    from raytvb.report.contracts import read_summary
+
+    print_summary(read_summary(store))
+
+
+def print_summary(summary: Summary) -> None:
     """The results as a table on standard output."""
-    from raytvb.maths.counts import mean
-    from raytvb.report.formatting import format_bytes
-    from raytvb.report.text import subset_sizes, summary_lines
+    from rich.table import Table
+
+    from raytvb.report.figures import subset_sizes
+    from raytvb.report.text import summary_lines
 
     sizes = subset_sizes(summary)
     table = Table(title="Test accuracy, %: tasks added from …", title_justify="left")
-    for column in (
-        "vectors",
-        "error",
-        f"all {len(summary['tasks'])}",
-        *(f"{s} added" for s in sizes[:-1]),
-        "subsets",
-        "bytes",
-    ):
-        table.add_column(column, justify="left" if column == "vectors" else "right")
-    rows = summary["addition"] | summary["random_subset"]
-    marks = {"*": [summary["chosen"]["name"]], "+": summary.get("search", {}).get("front", [])}
-    for name in (
-        "full",
-        *sorted(n for n in summary["addition"] if n != "full"),
-        *sorted(summary["random_subset"]),
-    ):
-        entry = rows[name]
-        parts = [
-            f"{100 * entry['subsets'][s]:.1f}" if s in entry["subsets"] else "–" for s in sizes[:-1]
-        ]
-        overall = (
-            f"{100 * mean(list(entry['subsets'].values())):.1f}"
-            if len(entry["subsets"]) == len(sizes)
-            else "–"
-        )
-        table.add_row(
-            " ".join([name, *(m for m, names in marks.items() if name in names)]),
-            f"{entry['relative_error']:.3f}",
-            f"{100 * entry['mean']:.1f}",
-            *parts,
-            overall,
-            format_bytes(entry["stored_bytes"]),
-        )
+    table.add_column("vectors")
+    partial = [f"{size} added" for size in sizes[:-1]]
+    for column in ("error", f"all {len(summary.tasks)}", *partial, "subsets", "bytes"):
+        table.add_column(column, justify="right")
+    bases = sorted(name for name in summary.addition if name != "full")
+    for name in ("full", *bases, *sorted(summary.random_subset)):
+        table.add_row(*_cells(summary, name, sizes))
     wide_console(110).print(table)
     for line in summary_lines(summary):
         print(line)
+
+
+def _cells(summary: Summary, name: str, sizes: Sequence[int]) -> list[str]:
+    """The row of one candidate."""
+    from raytvb.report.figures import overall
+    from raytvb.report.formatting import format_bytes, percent
+
+    entry = summary.addition.get(name) or summary.random_subset[name]
+    label = name
+    if name == summary.chosen.name:
+        label += " *"
+    if name in summary.search.front:
+        label += " +"
+    complete = len(entry.subsets) == len(sizes)
+    return [
+        label,
+        f"{entry.relative_error:.3f}",
+        percent(entry.mean),
+        *(percent(entry.subsets.get(size)) for size in sizes[:-1]),
+        percent(overall(entry)) if complete else percent(None),
+        format_bytes(entry.stored_bytes),
+    ]
+
+
+def print_fields(fields: JsonObject) -> None:
+    """A JSON object as a table of dotted names and values."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    for name, value in _flattened("", fields):
+        table.add_row(name, value)
+    wide_console(110).print(table, markup=False)
+
+
+def _flattened(name: str, value: object) -> list[tuple[str, str]]:
+    """Dotted names and printed values of everything in a JSON value."""
+    match value:
+        case dict():
+            items = list(value.items())
+        case list():
+            items = list(enumerate(value))
+        case None:
+            return [(name, "not measured")]
+        case bool() | str():
+            return [(name, str(value))]
+        case int():
+            return [(name, f"{value:,}")]
+        case _:
+            return [(name, f"{value:.4g}")]
+    rows = []
+    for key, inner in items:
+        rows += _flattened(f"{name}.{key}" if name else str(key), inner)
+    return rows

@@ -1,107 +1,122 @@
-"""The report: `report/summary.json` for programs and one self-contained HTML page with tables and
-plots.
+"""The report of a run: `report/summary.json` for programs, and a page for people.
+
+In which order to read this room:
+    contracts.py    what a summary holds
+    summary.py      the summary is built from a finished store; finished_search.py, entries.py,
+                    accuracies.py, operations.py and arrivals.py build its parts
+    figures.py      means and counts that are worked out of a summary, for all that show it
+    text.py         the lines that a command prints
+    plots.py        the plots, as SVG; drawing.py and the *_plot(s).py draw them
+    page.py         the page, from the template page.html.j2; here the stage begins
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import Any
 
 import jinja2
 
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import REPORT, SUMMARY
 from raytvb.maths.counts import mean
+from raytvb.report import figures
+from raytvb.report.contracts import AdditionEntry, Interval, Summary
+from raytvb.report.drawing import short
 from raytvb.report.formatting import format_bytes, percent
-from raytvb.report.plots import (
-    plot_disentanglement,
-    plot_error,
-    plot_front,
-    plot_negation,
-    plot_online,
-    plot_storage,
-    plot_stream,
-    plot_subsets,
-    plot_tasks,
-)
+from raytvb.report.plots import draw_plots
 from raytvb.report.summary import summarise
-from raytvb.report.text import (
-    Summary,
-    chosen_names,
-    decoded_bases,
-    headline,
-    negated,
-    negations,
-    objective_on_test,
-    subset_sizes,
-)
-from raytvb.storage.gram_state import GramState
+from raytvb.storage.gram_state import Arrival, GramState
 from raytvb.storage.store import Store
 
-OBJECTIVES = {
-    "subsets": "the mean accuracy of additions of all sizes, each size weighing the same",
-    "all": "the accuracy of the addition of all tasks",
-    "single": "the mean accuracy of the tasks one by one",
+_OBJECTIVES = {
+    "subsets": "the mean accuracy of additions, where each number of tasks added weighs the same",
+    "all": "the mean accuracy of the addition of all tasks",
+    "single": "the mean accuracy of the tasks, each added alone",
 }
 
 
-def write_report(store: Store, experiment: Experiment) -> dict[str, Any]:
-    """Write summary and page, the page first; returns the summary. Raises UserError where results
-    are missing.
+def write_report(store: Store, experiment: Experiment) -> Summary:
+    """Write the page, then the summary, and return the summary.
+
+    Raises UserError if results are missing; the message names the stage to run.
     """
     summary = summarise(store, experiment)
     history = GramState.read(store).history
     store.write(REPORT, render(summary, experiment.name, history).encode())
-    store.write_json(SUMMARY, summary)
+    store.write_json(SUMMARY, summary.to_json())
     return summary
 
 
-def render(summary: Summary, name: str, history: list[dict[str, Any]]) -> str:
-    """The HTML page; everything inline, nothing fetched."""
+def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
+    """The HTML page of a summary; plots are inline, and nothing is fetched.
+
+    Args:
+        name: of the experiment.
+        history: the errors while vectors arrived.
+    """
+    negation_figures = {}
+    for subject, negations in figures.negations(summary).items():
+        negation_figures[subject] = figures.negation_figures(negations)
+    return _template().render(
+        name=name,
+        summary=summary,
+        plots=draw_plots(summary, history),
+        headline=figures.headline(summary),
+        subjects=figures.subjects(summary),
+        subset_sizes=figures.subset_sizes(summary),
+        objective=_OBJECTIVES[summary.search.objective_of],
+        on_test=_objectives_on_test(summary),
+        negation_figures=negation_figures,
+        embedded=all(task.startswith("glyphs/") for task in summary.tasks),
+        **_tables_of_additions(summary),
+    )
+
+
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {
         "percent": percent,
         "bytes": format_bytes,
-        "interval": lambda ends: "–".join(map(percent, ends)),
-        "short": lambda task: task.split("/")[-1],
+        "interval": _interval,
+        "short": short,
+        "mean": _mean,
+        "overall": figures.overall,
     }
-    pairs = summary["disentanglement"]
-    plain = {n: e for n, e in summary["addition"].items() if e["merge"] in ("decoded", "sum")}
-    highest = max(
-        (e for p in pairs for m in p["models"].values() for row in m["error"] for e in row),
-        default=0.0,
-    )
-    environment.globals |= {
-        "mean": lambda values: mean(list(values)),
-        "subset_sizes": subset_sizes(summary),
-        "objectives": OBJECTIVES,
-        "objective_on_test": lambda entry: objective_on_test(summary, entry),
-        "subjects": ["full", *chosen_names(summary)],
-        "negated": {n: negated(entries) for n, entries in negations(summary).items()},
-        "plain": plain | summary["random_subset"],
-        "merged": {n: e for n, e in summary["addition"].items() if n not in plain},
-        "weighted": {n: e for n, e in summary["addition"].items() if "weighted" in e},
-    }
-    template = environment.from_string(
-        (files("raytvb.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
-    plots = {
-        "error": plot_error(summary) if decoded_bases(summary) else "",
-        "subsets": plot_subsets(summary),
-        "tasks": plot_tasks(summary),
-        "front": plot_front(summary),
-        "storage": plot_storage(summary),
-        "negation": plot_negation(summary) if summary["negation"] else "",
-        "stream": plot_stream(history) if history else "",
-        "online": plot_online(summary) if summary["online"] else "",
-        "pairs": [plot_disentanglement(p, min(2.0, highest) or 2.0) for p in pairs],
-    }
-    return template.render(
-        name=name,
-        summary=summary,
-        plots=plots,
-        headline=headline(summary),
-        embedded=all(t.startswith("glyphs/") for t in summary["tasks"]),
-    )
+    source = files("raytvb.report") / "page.html.j2"
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _interval(ends: Interval) -> str:
+    return "–".join(map(percent, ends))
+
+
+def _mean(values: Iterable[float]) -> float:
+    return mean(list(values))
+
+
+def _objectives_on_test(summary: Summary) -> dict[str, float]:
+    """What the search maximises, on the test split, of the candidates on the front."""
+    objectives = {}
+    for name in summary.search.front:
+        if name in summary.addition:  # one that stopped early may not have been tested
+            entry = summary.addition[name]
+            objectives[name] = figures.objective_on_test(summary, entry)
+    return objectives
+
+
+def _tables_of_additions(summary: Summary) -> dict[str, dict[str, AdditionEntry]]:
+    """Candidates by table: tasks that are added, tasks merged by another method, and candidates
+    with several coefficients.
+    """
+    added: dict[str, AdditionEntry] = {}
+    merged: dict[str, AdditionEntry] = {}
+    weighted = {}
+    for name, entry in summary.addition.items():
+        table = added if entry.merge in ("decoded", "sum") else merged
+        table[name] = entry
+        if entry.weighted is not None:
+            weighted[name] = entry
+    return {"added": added | summary.random_subset, "merged": merged, "weighted": weighted}

@@ -1,0 +1,176 @@
+"""Addends as coefficients of stored vectors, and the coefficient that validation chose for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raytvb.errors import UserError
+from raytvb.experiment.layout import basis_prefix, search_prefix, vector_prefix
+from raytvb.experiment.metrics import BasisMetrics
+from raytvb.experiment.stored import load_coefficients, stored_basis, vector_set
+from raytvb.maths.basis_registry import convex_methods
+from raytvb.maths.merge_registry import MERGE_METHODS
+from raytvb.maths.mixes import decoded, length_ratios, summed, vector_of
+from raytvb.merging.addends import Addends, BasisSum, BasisVectors, Tasks
+from raytvb.search.candidates import ADDITION, FULL
+from raytvb.search.contracts import Outcome, Setting
+from raytvb.storage import records
+from raytvb.storage.gram_state import GramState
+from raytvb.storage.store import Store
+from raytvb.storage.vector_set import Coordinates
+from raytvb.storage.verify import check_files
+
+_VECTOR = "vector.safetensors"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """coefficient * sum_f weights[f] * vectors[f], to be added to the pretrained weights."""
+
+    source: str
+    """Name of the candidate of the search whose coefficient is used."""
+    vectors: Coordinates
+    """The F stored vectors."""
+    weights: Tensor
+    """(F,) float64."""
+    setting: Setting
+    """The coefficient that validation chose, and whether decoded vectors have the lengths of the
+    task vectors."""
+    columns: Tensor | None = None
+    """(F, n) float64, of tasks: the n weighted task vectors one by one; `weights` is their sum."""
+
+
+def mixture(store: Store, source: str, addends: Addends) -> Mixture:
+    """The mixture of addends from `source`: `full`, or the name of a basis.
+
+    Raises UserError for a basis that is not there or has no such vectors or sum, and for damaged
+    files; ValueError that names the tasks without a vector.
+    """
+    if source != FULL.name:
+        return _of_basis(store, source, addends)
+    if not isinstance(addends, Tasks):
+        raise UserError(
+            f"only a basis has vectors to merge like that: name one with --basis "
+            f"(`raytvb ls {store.url}`)"
+        )
+    return _of_full_vectors(store, addends)
+
+
+def _of_full_vectors(store: Store, tasks: Tasks) -> Mixture:
+    vector_of(_stored_tasks(store), tasks.weights)  # every task has a vector
+    for task in tasks.weights:
+        check_files(store, vector_prefix(task), [_VECTOR])
+    weights = torch.tensor(list(tasks.weights.values()), dtype=torch.float64)
+    coefficient = _coefficient(store, FULL.name, tasks)
+    return Mixture(
+        FULL.name,
+        vector_set(store.url, list(tasks.weights)),
+        weights,
+        Setting(coefficient),
+        weights.diag(),
+    )
+
+
+def _stored_tasks(store: Store) -> list[str]:
+    """Tasks that have a vector. Raises UserError if there are none."""
+    tasks = []
+    for key in store.keys("vectors"):
+        if key.endswith(f"/{_VECTOR}"):
+            tasks.append(key.removeprefix("vectors/").removesuffix(f"/{_VECTOR}"))
+    if not tasks:
+        raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
+    return tasks
+
+
+def _of_basis(store: Store, name: str, addends: Addends) -> Mixture:
+    record = records.find(store, basis_prefix(name))
+    if record is None:
+        names = sorted({key.split("/")[1] for key in store.keys("basis")})
+        raise UserError(
+            f"{store.url} has no basis {name!r}; it has {', '.join(names) or 'none'}, and `full`"
+        )
+    check_files(store, basis_prefix(name))
+    metrics = record.metrics_as(BasisMetrics, basis_prefix(name))
+    match addends:
+        case Tasks():
+            return _decoded(store, name, metrics, addends)
+        case BasisSum():
+            return _basis_sum(store, name, metrics)
+        case BasisVectors():
+            return _basis_vectors(store, name, addends)
+
+
+def _decoded(store: Store, name: str, metrics: BasisMetrics, tasks: Tasks) -> Mixture:
+    """Tasks decoded from a basis."""
+    x = vector_of(metrics.tasks, tasks.weights)
+    own_lengths = tasks.lengths == "own"
+    if tasks.lengths is None:
+        own_lengths = searched_setting(store, name, tasks.added).own_lengths
+    B, W = load_coefficients(store, name)
+    if own_lengths:
+        W = W * length_ratios(GramState.read(store).ordered(metrics.tasks), B @ W)
+    return Mixture(
+        name,
+        stored_basis(store.url, name),
+        decoded(W, x),
+        Setting(_coefficient(store, name, tasks), own_lengths),
+        decoded(W, x.diag())[:, x != 0],
+    )
+
+
+def _basis_sum(store: Store, name: str, metrics: BasisMetrics) -> Mixture:
+    if not metrics.convex:
+        raise UserError(
+            f"the vectors of {name} are no convex combinations of task vectors, so their plain sum "
+            f"means nothing: use `--merge decoded`, or a basis of {', '.join(convex_methods())}"
+        )
+    candidate = f"{name}-sum"
+    setting = searched_setting(store, candidate, len(metrics.tasks))
+    basis = stored_basis(store.url, name)
+    return Mixture(candidate, basis, summed(basis.size), replace(setting, own_lengths=False))
+
+
+def _basis_vectors(store: Store, name: str, addends: BasisVectors) -> Mixture:
+    basis = stored_basis(store.url, name)
+    missing = [str(number) for number in addends.weights if not 1 <= number <= basis.size]
+    if missing:
+        raise UserError(f"{name} has the vectors 1 to {basis.size}, not {', '.join(missing)}")
+    weights = torch.zeros(basis.size, dtype=torch.float64)
+    for number, weight in addends.weights.items():
+        weights[number - 1] = weight
+    return Mixture(name, basis, weights, Setting(1.0))
+
+
+def searched_setting(store: Store, candidate: str, count: int) -> Setting:
+    """What validation chose for additions of `count` tasks, or of the searched number nearest to
+    it. Without a search: the coefficient 1 / count.
+    """
+    outcome = _outcome(store, candidate)
+    if outcome is None or not outcome.coefficient:
+        return Setting(1.0 / count)
+    return outcome.setting(min(outcome.coefficient, key=lambda size: (abs(size - count), size)))
+
+
+def _coefficient(store: Store, source: str, tasks: Tasks) -> float:
+    """What validation chose for merging so many tasks from `source` by the merge method.
+
+    Without a search of that method: 1 if the method is made for a coefficient of 1, otherwise the
+    coefficient of addition.
+    """
+    if tasks.merge_method != ADDITION:
+        candidate = f"{source}-{tasks.merge_method}"
+        if _outcome(store, candidate) is not None:
+            return searched_setting(store, candidate, tasks.added).coefficient
+        if MERGE_METHODS.lookup(tasks.merge_method).coefficient == "one":
+            return 1.0
+    return searched_setting(store, source, tasks.added).coefficient
+
+
+def _outcome(store: Store, candidate: str) -> Outcome | None:
+    """What the search says of a candidate; None if it has not been searched."""
+    prefix = search_prefix(candidate)
+    record = records.find(store, prefix)
+    return None if record is None else record.metrics_as(Outcome, prefix)

@@ -1,0 +1,76 @@
+"""Accuracies and the entries of candidates, from the rows of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from raytvb.evaluation.rows import Row
+from raytvb.maths.counts import mean, wilson
+from raytvb.report.contracts import Accuracies, Spread, WeightedAccuracies
+from raytvb.search.contracts import TunedWeights
+
+
+def accuracies_of(rows: Sequence[Row], model: str) -> dict[str, float]:
+    """Accuracy of one model, by task."""
+    return {row.task: row.accuracy for row in rows if row.model == model}
+
+
+def measured(rows: Sequence[Row], fine_tuned: Mapping[str, float]) -> Accuracies:
+    """Accuracies of one model, with a row for each task.
+
+    fine_tuned: accuracy of each task's own model, to which they are normalised.
+    """
+    per_task, counts, interval = {}, {}, {}
+    normalised: dict[str, float | None] = {}
+    shares = []
+    for row in rows:
+        per_task[row.task] = row.accuracy
+        counts[row.task] = row.correct, row.total
+        interval[row.task] = wilson(row.count)
+        normalised[row.task] = None
+        if fine_tuned[row.task] > 0:
+            normalised[row.task] = row.accuracy / fine_tuned[row.task]
+            shares.append(row.accuracy / fine_tuned[row.task])
+    return Accuracies(
+        mean=mean(list(per_task.values())),
+        per_task=per_task,
+        normalised=normalised,
+        normalised_mean=mean(shares) if shares else None,
+        counts=counts,
+        interval=interval,
+    )
+
+
+def by_subset_size(rows: Sequence[Row]) -> dict[int, float]:
+    """Mean accuracy of all rows with as many tasks added, by that number, rising."""
+    accuracies: dict[int, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.size, []).append(row.accuracy)
+    return {size: mean(accuracies[size]) for size in sorted(accuracies)}
+
+
+def weighted(
+    rows: Sequence[Row], tuned: TunedWeights, fine_tuned: Mapping[str, float]
+) -> WeightedAccuracies:
+    """The addition of all tasks with several coefficients, among the rows of a candidate."""
+    own_rows = [row for row in rows if row.model == tuned.kind]
+    accuracies = measured(own_rows, fine_tuned)
+    return WeightedAccuracies(
+        **dict(accuracies),
+        kind=tuned.kind,
+        weights=tuned.weights,
+        validation_accuracy=tuned.accuracy,
+    )
+
+
+def spread(accuracies: Accuracies, full: Accuracies) -> Spread:
+    """Distance of single tasks from the addition of the full vectors."""
+    gaps = {}
+    for task, accuracy in accuracies.per_task.items():
+        gaps[task] = accuracy - full.per_task[task]
+    worst = min(gaps, key=lambda task: (gaps[task], task))
+    return Spread(
+        mean_absolute_difference=mean(list(map(abs, gaps.values()))),
+        worst_task=worst,
+        worst_difference=gaps[worst],
+    )

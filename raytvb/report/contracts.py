@@ -1,0 +1,285 @@
+"""The results of an experiment, as `report/summary.json` has them and the page shows them.
+
+Accuracies and intervals are shares, 0 to 1, of the test split unless a field says otherwise. Every
+choice behind them (coefficients, the chosen basis) was made on validation data. Intervals are
+Wilson intervals of 95 %, (low, high).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from pydantic import SerializerFunctionWrapHandler, field_serializer, model_serializer
+
+from raytvb.experiment.layout import SUMMARY
+from raytvb.experiment.metrics import OverlapMetrics, PrecisionMetrics
+from raytvb.search.contracts import Choice
+from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage.store import Store
+
+Interval: TypeAlias = tuple[float, float]
+
+
+class Accuracies(Contract):
+    """Accuracies of one model on several tasks."""
+
+    mean: float
+    """Of the tasks' accuracies."""
+    per_task: dict[str, float]
+    normalised: dict[str, float | None]
+    """Accuracy over that of the task's fine-tuned model; null where the latter is 0."""
+    normalised_mean: float | None
+    """Of the tasks that have a normalised accuracy; null if none has."""
+    counts: dict[str, tuple[int, int]]
+    """(correct answers, images) by task."""
+    interval: dict[str, Interval]
+
+
+class WeightedAccuracies(Accuracies):
+    """All tasks added, with a coefficient of its own for each task or each stored vector."""
+
+    kind: str
+    """`per-task` or `per-basis`."""
+    weights: tuple[float, ...]
+    validation_accuracy: float
+    """Mean over the tasks, on validation images."""
+
+
+class Spread(Contract):
+    """Distance of single tasks from the addition of the full vectors, which a mean hides."""
+
+    mean_absolute_difference: float
+    worst_task: str
+    worst_difference: float
+    """Accuracy of the worst task minus its accuracy with the full vectors."""
+
+
+class AdditionEntry(Accuracies):
+    """One candidate. The accuracies are of the model to which all tasks are added."""
+
+    merge: str
+    """`decoded`: the tasks' vectors are added; `sum`: the plain sum of the basis vectors; otherwise
+    the merge method that makes one vector of the tasks'."""
+    method: str
+    """Basis method, or `full` or `random-subset`."""
+    size: int
+    """M, the number of stored vectors; 0 for the full vectors."""
+    online: bool
+    relative_error: float
+    """Share of the squared norm of all task vectors that the stored vectors do not give back."""
+    stored_bytes: int
+    validation_objective: float | None
+    """What the search maximises; null where it could not be measured."""
+    validation_share: float | None
+    """Share of the validation images behind the coefficients."""
+    stopped: bool
+    """The search of this candidate ended early."""
+    coefficient: dict[int, float]
+    """By number of tasks added."""
+    own_lengths: dict[int, bool]
+    """By number of tasks added: decoded vectors are given the lengths of the task vectors."""
+    subsets: dict[int, float]
+    """Mean accuracy of all additions, by number of tasks added."""
+    spread: Spread
+    weighted: WeightedAccuracies | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, fields: SerializerFunctionWrapHandler) -> Any:
+        """`weighted` is left out if there is none."""
+        values = fields(self)
+        if self.weighted is None:
+            del values["weighted"]
+        return values
+
+
+class NamedAdditionModel(Accuracies):
+    """A named addition from one kind of vectors."""
+
+    coefficient: float
+
+
+class NamedAddition(Contract):
+    """An addition that the experiment names."""
+
+    tasks: tuple[str, ...]
+    models: dict[str, NamedAdditionModel]
+    """By what is added: `full`, and the chosen basis."""
+
+
+class Negation(Contract):
+    """One task that was subtracted, and the control that had to survive it."""
+
+    before: float
+    after: float
+    interval: Interval
+    """Of `after`."""
+    control_before: float
+    control_after: float
+    coefficient: float
+    """0 where subtracting would not lower the target on validation data."""
+    control_validation_before: float
+    control_validation_after: float
+
+
+class UnseenModel(Contract):
+    """Accuracy on an unseen task, and the number of coefficients learned for it."""
+
+    accuracy: float
+    interval: Interval
+    coefficients: int
+
+
+class UnseenEntry(Contract):
+    """A task without a vector: coefficients of other tasks' vectors are learned for it."""
+
+    images: int
+    """Training images that the coefficients were learned on."""
+    zero_shot: UnseenModel
+    basis: UnseenModel
+    full: UnseenModel
+
+
+class PairErrors(Contract):
+    """Disentanglement errors of one pair of tasks, 0 (no interference) to 2."""
+
+    error: tuple[tuple[float, ...], ...]
+    """Rows: coefficients of the first task; columns: of the second."""
+    mean: float
+
+
+class Disentanglement(Contract):
+    """A pair of tasks over a grid of their coefficients."""
+
+    tasks: tuple[str, str]
+    coefficients: tuple[float, ...]
+    """Of both axes of the grid."""
+    models: dict[str, PairErrors]
+    """By what is added: `full`, and the chosen basis."""
+
+
+class ArrivalAccuracies(Contract):
+    """Accuracies after each arrival, from one kind of vectors."""
+
+    accuracy: tuple[tuple[float | None, ...], ...]
+    """Arrivals by tasks, each task by itself; null where it had not arrived."""
+    mean: tuple[float, ...]
+    """Of each row of `accuracy`."""
+    added: tuple[float, ...]
+    """After each arrival: mean accuracy of one model to which all tasks so far are added."""
+    forgetting: dict[str, float]
+    """By task: its best accuracy before the last arrival, minus that after it."""
+
+
+class Online(Contract):
+    """A basis that took the task vectors in one by one, beside two references."""
+
+    method: str
+    size: int
+    arrivals: tuple[int, ...]
+    """Numbers of tasks after which it was measured."""
+    tasks: tuple[str, ...]
+    """The columns of `accuracy`; 16 of the tasks where there are more."""
+    online: ArrivalAccuracies
+    offline: ArrivalAccuracies
+    """A basis of the same method and size, fitted to all vectors so far."""
+    full: ArrivalAccuracies
+    """The task vectors themselves."""
+
+
+class ChosenBasis(Contract):
+    """The basis that the search chose."""
+
+    name: str
+    method: str
+    size: int
+    merge: str
+    coefficient: dict[int, float]
+    own_lengths: dict[int, bool]
+    objective: float
+    """On validation data."""
+    tolerance: float | None
+    stored_bytes: int
+
+
+class NothingChosen(Contract):
+    """No basis is valid."""
+
+    name: None = None
+    reason: str
+
+
+class StoredBytes(Contract):
+    """Sizes of the files in the store, in bytes."""
+
+    dense_fp32: int
+    """What dense float32 vectors of all tasks would take."""
+    vectors: int
+    masks: int
+    heads: int
+    basis: int
+    """All bases together."""
+
+
+class Provenance(Contract):
+    """What the results depend on."""
+
+    experiment: JsonObject
+    """The frozen part of the experiment."""
+    base: str
+    """Fingerprint of the pretrained model."""
+    selection: str
+    """Data that every choice was made on."""
+    test: str
+    """When the test split was read."""
+    precision: PrecisionMetrics
+    versions: dict[str, str]
+
+    @field_serializer("precision")
+    def _as_measured(self, precision: PrecisionMetrics) -> Any:
+        """Figures that were not measured are left out."""
+        return precision.model_dump(mode="json", exclude_unset=True)
+
+
+class Summary(Contract):
+    """All results of an experiment. The dictionaries of `addition` to `online` are by candidate or
+    by task, as their contract says.
+    """
+
+    tasks: tuple[str, ...]
+    zero_shot: dict[str, float]
+    """Accuracy of the pretrained model, by task."""
+    fine_tuned: dict[str, float]
+    """Accuracy of each task's own fine-tuned model."""
+    addition: dict[str, AdditionEntry]
+    """By candidate: `full` and the bases that were tested."""
+    random_subset: dict[str, AdditionEntry]
+    """By candidate: random subsets of the tasks instead of a basis."""
+    additions: tuple[NamedAddition, ...]
+    negation: dict[str, Negation]
+    """By task, from the full vectors."""
+    negation_basis: dict[str, Negation]
+    """By task, from the chosen basis."""
+    unseen: dict[str, UnseenEntry]
+    """By task."""
+    disentanglement: tuple[Disentanglement, ...]
+    online: dict[str, Online]
+    """By online basis."""
+    mask_overlap: OverlapMetrics | None
+    chosen: ChosenBasis | NothingChosen
+    search: Choice
+    stored_bytes: StoredBytes
+    seconds: dict[str, float]
+    """By stage, over all runs."""
+    floor: dict[str, float]
+    """By basis: the least relative error of any basis of its size."""
+    provenance: Provenance
+
+    @field_serializer("search")
+    def _as_recorded(self, search: Choice) -> Any:
+        """As the record of the search has it."""
+        return search.to_json()
+
+
+def read_summary(store: Store) -> Summary:
+    """The summary that the report stage wrote. Raises StoreError where there is none."""
+    return Summary.from_json(store.read_json(SUMMARY), store.where(SUMMARY))
