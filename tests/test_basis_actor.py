@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytvb.bases.builder import BasisBuilder
+from raytvb.bases.contracts import BuilderStatus, CacheUse, WrittenBases
+from raytvb.bases.spectrum import spectrum_of
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import vector_identity
 from raytvb.experiment.layout import vector_key, vector_prefix
+from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import load_coefficients, load_gram
-from raytvb.maths.basis_fit import task_errors
+from raytvb.maths.basis_fit import fit_basis, task_errors
 from raytvb.orchestration.actors import basis_actors
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
@@ -30,7 +34,7 @@ from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import vector_bytes, vector_info
 from raytvb.storage.verify import verify
-from raytvb.suite.glyphs import task_names
+from raytvb.suite.names import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7)}
 
@@ -89,43 +93,48 @@ def filled(folder: Path, tasks: int, **fields: Any) -> tuple[Experiment, Tensor]
     return asked, torch.stack([commit(asked, i) for i in range(tasks)], dim=1)
 
 
+def tasks_in(asked: Experiment) -> list[str]:
+    """The tasks whose vectors are in the stored Gram matrix, in the order of their arrival."""
+    return GramState.read(Store(asked.store)).tasks
+
+
 def test_it_answers_at_any_moment(tmp_path: Path) -> None:
     asked, V = filled(tmp_path, 6)
     builder = BasisBuilder(asked)
     order = [4, 0, 2, 5, 1, 3]
     for n, index in enumerate(order, 1):
         status = builder.add([asked.task_names[index]])
-        assert status["vectors"] == n and not status["failed"] and status["cache"] == "memory"
-        assert status["cache_bytes"] == n * 4 * mask().kept
+        assert status.vectors == n and not status.failed
+        assert status.cache == CacheUse("memory", n * 4 * mask().kept)
         part = V[:, order[:n]]
-        assert builder.tasks() == [asked.task_names[i] for i in order[:n]]
-        singular = torch.linalg.svdvals(part)
-        torch.testing.assert_close(builder.spectrum(), singular**2, rtol=1e-5, atol=1e-5)
+        spectrum = spectrum_of(Store(asked.store), "svd", 2)
+        assert spectrum.tasks == tuple(asked.task_names[i] for i in order[:n])
+        energy = torch.linalg.svdvals(part) ** 2
+        assert spectrum.share == pytest.approx((energy / energy.sum()).tolist(), abs=1e-6)
         if n > 2:
-            fit = builder.fit("svd", 2)
+            assert spectrum.fit is not None
+            fit = fit_basis(GramState.read(Store(asked.store)).gram, 2, method="svd")
             rebuilt = part @ fit.B @ fit.W
-            floor = float((singular[2:] ** 2).sum() / (singular**2).sum())
-            assert status["floor"]["2"] == pytest.approx(floor, rel=1e-5)
-            found = builder.errors("svd", 2)
-            for name, error in zip(
-                builder.tasks(), ((rebuilt - part) ** 2).sum(0) / (part**2).sum(0), strict=True
-            ):
-                assert found[name] == pytest.approx(float(error), rel=1e-4)
+            floor = float(energy[2:].sum() / energy.sum())
+            assert status.floor[2] == pytest.approx(floor, rel=1e-5)
+            errors = ((rebuilt - part) ** 2).sum(0) / (part**2).sum(0)
+            for name, error in zip(spectrum.tasks, errors.tolist(), strict=True):
+                assert spectrum.fit.per_task[name] == pytest.approx(error, rel=1e-4)
     torch.testing.assert_close(
         builder.gram(), V.T @ V, rtol=1e-6, atol=1e-6 * float((V.T @ V).max())
     )
-    assert torch.equal(builder.gram(), load_gram(Store(asked.store), asked))
+    stored = load_gram(Store(asked.store), asked)
+    assert stored is not None and torch.equal(builder.gram(), stored)
 
 
 def test_before_the_first_vector(tmp_path: Path) -> None:
     builder = BasisBuilder(experiment(str(tmp_path), 3))
-    assert builder.status() == {"vectors": 0, "floor": {}, "cache": "memory", "cache_bytes": 0}
-    assert builder.tasks() == [] and len(builder.spectrum()) == 0
-    with pytest.raises(ValueError, match="no vectors"):
-        builder.fit("svd", 1)
+    assert builder.status() == BuilderStatus()
+    with pytest.raises(UserError, match="has no Gram matrix yet"):
+        spectrum_of(Store(str(tmp_path)))
     with pytest.raises(ValueError, match="not taken in yet"):
         builder.write_bases()
-    failed = builder.add([task_names()[0]])["failed"]
+    failed = builder.add([task_names()[0]]).failed
     assert "has not been committed" in failed[task_names()[0]]
 
 
@@ -152,13 +161,13 @@ def test_a_builder_that_died_goes_on_and_nothing_is_read_twice(tmp_path: Path) -
     Store(asked.store).delete("gram")
     for task in asked.task_names:  # a new one for each: the state is in the store
         builder = BasisBuilder(asked)
-        assert builder.missing(asked.task_names)[0] == task
+        assert task not in tasks_in(asked)
         builder.add([task])
     again = BasisBuilder(asked)
-    assert again.missing(asked.task_names) == [] and torch.equal(again.gram(), expected)
+    assert tasks_in(asked) == list(asked.task_names) and torch.equal(again.gram(), expected)
     before = {k: (tmp_path / k).stat().st_mtime_ns for k in Store(asked.store).keys("gram")}
     again.add(asked.task_names)
-    assert again.status()["cache_bytes"] == 0  # known vectors are not fetched
+    assert again.status().cache.bytes == 0  # known vectors are not fetched
     changed = [
         k
         for k in Store(asked.store).keys("gram")
@@ -176,7 +185,7 @@ def test_a_vector_that_was_made_again_replaces_its_row(tmp_path: Path) -> None:
     builder.add(asked.task_names)
     torch.testing.assert_close(builder.gram(), V.T @ V, rtol=1e-5, atol=1e-3)
     fresh = BasisBuilder(asked)
-    assert torch.equal(fresh.gram(), builder.gram()) and len(fresh.tasks()) == 4
+    assert torch.equal(fresh.gram(), builder.gram()) and fresh.status().vectors == 4
 
 
 def test_a_stale_twin_cannot_write(tmp_path: Path) -> None:
@@ -186,7 +195,7 @@ def test_a_stale_twin_cannot_write(tmp_path: Path) -> None:
     new = BasisBuilder(asked)
     old.add(asked.task_names[2:3])  # nothing was taken from it yet
     new.add(asked.task_names[3:])
-    assert new.tasks() == list(asked.task_names)
+    assert tasks_in(asked) == list(asked.task_names)
     commit(asked, 0, seed=55)
     with pytest.raises(UserError, match="has taken over its Gram matrix"):
         old.add(asked.task_names)
@@ -204,8 +213,8 @@ def test_bases_are_the_products_and_records_come_last(tmp_path: Path) -> None:
     builder.add(asked.task_names)
     store = Store(asked.store)
     done = builder.write_bases()
-    assert sorted(done["written"]) == ["ae-anchored-m2", "ae-m2", "svd-m2"] and done["notes"] == []
-    assert builder.write_bases()["written"] == []
+    assert sorted(done.names) == ["ae-anchored-m2", "ae-m2", "svd-m2"] and done.notes == ()
+    assert builder.write_bases() == WrittenBases()
     for name in ("ae-anchored-m2", "ae-m2", "svd-m2"):
         B, W = load_coefficients(store, name)
         record = store.read_json(f"basis/{name}/{RECORD}")
@@ -228,14 +237,31 @@ def test_sizes_beyond_the_rank_give_the_exact_basis_with_a_note(tmp_path: Path) 
     builder = BasisBuilder(asked)
     builder.add(asked.task_names)
     done = builder.write_bases()
-    assert any("rank 3" in n for n in done["notes"]) and any(
-        "not below the 6 vectors" in n for n in done["notes"]
-    )
+    assert any("rank 3" in note for note in done.notes)
+    assert any("not below the 6 vectors" in note for note in done.notes)
     V, store = torch.stack(columns, 1), Store(asked.store)
     for name, most in (("ae-m4", 3), ("svd-m4", 3), ("ae-m6", 6)):
         B, W = load_coefficients(store, name)
         assert B.shape[1] <= most
         torch.testing.assert_close(V @ B @ W, V, rtol=1e-5, atol=1e-4)
+
+
+def test_metrics_in_the_records_of_bases(tmp_path: Path) -> None:
+    """Only online bases have bounds; JSON has no infinity, so an infinite condition is null."""
+    asked, _ = filled(tmp_path, 4, basis={"method": "svd", "online": True})
+    builder = BasisBuilder(asked)
+    builder.add(asked.task_names)
+    builder.write_bases()
+    fields = {"tasks", "vectors", "convex", "relative_error", "floor", "condition"}
+    store = Store(asked.store)
+    offline = store.read_json(f"basis/svd-m2/{RECORD}")["metrics"]
+    online = store.read_json(f"basis/svd-m2-online/{RECORD}")["metrics"]
+    assert offline.keys() == fields and online.keys() == fields | {"error_bounds"}
+    assert offline["condition"] >= 1 and online["condition"] is None
+    metrics = BasisMetrics.from_json(offline, "a record")
+    assert metrics.to_json() == offline
+    infinite = metrics.model_copy(update={"condition": math.inf})
+    assert infinite.to_json() == {**offline, "condition": None}
 
 
 def damage(asked: Experiment, index: int) -> Path:
@@ -251,15 +277,15 @@ def test_a_damaged_vector_is_named_and_the_rest_goes_on(tmp_path: Path, bad: int
     asked, V = filled(tmp_path, 4)
     path = damage(asked, bad)
     builder = BasisBuilder(asked)
-    failed = builder.add(asked.task_names)["failed"]
+    failed = builder.add(asked.task_names).failed
     assert list(failed) == [asked.task_names[bad]] and str(path) in failed[asked.task_names[bad]]
     assert "delete the folder" in failed[asked.task_names[bad]]
     good = [i for i in range(4) if i != bad]
-    assert builder.tasks() == [asked.task_names[i] for i in good]
+    assert tasks_in(asked) == [asked.task_names[i] for i in good]
     with pytest.raises(ValueError, match=f"not taken in yet: {asked.task_names[bad]}"):
         builder.write_bases()
     V[:, bad] = commit(asked, bad)
-    assert builder.add(asked.task_names)["failed"] == {}
+    assert builder.add(asked.task_names).failed == {}
     torch.testing.assert_close(builder.gram(), V.T @ V, rtol=1e-5, atol=1e-3)
 
 
@@ -274,7 +300,7 @@ def test_truncated_and_strange_vectors_are_named(tmp_path: Path) -> None:
     commit(asked, 1, values=values)
     data = vector_bytes({"visual.a": torch.zeros(5)}, vector_info("other-base"))
     records.commit(store, vector_prefix(names[2]), identity={}, files={"vector.safetensors": data})
-    failed = BasisBuilder(asked).add(names)["failed"]
+    failed = BasisBuilder(asked).add(names).failed
     assert set(failed) == set(names[:3])
     assert (
         "is not a whole raytvb safetensors file" in failed[names[0]]
@@ -364,7 +390,7 @@ def test_a_deleted_online_basis_is_made_again(tmp_path: Path, what: str) -> None
     store = Store(asked.store)
     before = {k: store.read(k) for k in store.keys("basis/svd-m2-online")}
     store.delete(f"basis/svd-m2-online{what}")
-    assert BasisBuilder(asked).write_bases()["written"] == ["svd-m2-online"]
+    assert BasisBuilder(asked).write_bases().names == ("svd-m2-online",)
     assert {k: store.read(k) for k in store.keys("basis/svd-m2-online")} == before
     assert verify(store)[1] == []
 
@@ -373,8 +399,6 @@ def test_errors_by_task_are_those_of_explicit_vectors() -> None:
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(50, 6, generator=generator).double()
     V[:, 2] = 0
-    from raytvb.maths.basis_fit import fit_basis
-
     fit = fit_basis(V.T @ V, 3)
     expected = ((V @ fit.B @ fit.W - V) ** 2).sum(0) / (V**2).sum(0).clamp(min=1e-300)
     torch.testing.assert_close(
@@ -392,8 +416,6 @@ def test_actors_that_are_killed_lose_nothing(
 ) -> None:
     import ray
 
-    pass
-
     asked, _ = filled(tmp_path, 8, resources={"shards": shards})
     expected = BasisBuilder(asked)
     expected.add(asked.task_names)
@@ -408,8 +430,8 @@ def test_actors_that_are_killed_lose_nothing(
         call = builder.add.remote([task])
         if number in (2, 5):
             ray.kill(actors[0 if number == 2 else -1], no_restart=False)  # while it works, perhaps
-        assert ray.get(call)["failed"] == {}
-    assert ray.get(builder.missing.remote(asked.task_names)) == []
+        assert ray.get(call).failed == {}
+    assert tasks_in(asked) == list(asked.task_names)
     assert torch.equal(ray.get(builder.gram.remote()), gram)
     ray.get(builder.write_bases.remote())
     assert {k: store.read(k) for k in store.keys("basis") if k.endswith("safetensors")} == {
@@ -437,7 +459,7 @@ stream = Stream(asked)
 for task in asked.task_names[:4]:
     stream.offer(task)
 stream.finish()
-assert stream.status["vectors"] == 4 and not stream.failed
+assert stream.status.vectors == 4 and not stream.failed
 homes = {a["Address"]["NodeID"] for a in state.actors().values() if a["State"] == "ALIVE"}
 victim = next(n for n in workers if n.node_id in homes)
 cluster.remove_node(victim, allow_graceful=False)
@@ -451,7 +473,7 @@ stream.finish()
 assert not stream.failed, stream.failed
 gone = {a["Address"]["NodeID"] for a in state.actors().values() if a["State"] == "ALIVE"}
 assert victim.node_id not in gone
-print("vectors", stream.status["vectors"], "written", sorted(stream.write_bases()["written"]))
+print("vectors", stream.status.vectors, "written", sorted(stream.write_bases().names))
 ray.shutdown()
 cluster.shutdown()
 """

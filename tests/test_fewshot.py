@@ -68,7 +68,7 @@ def some_vectors(folder: Path, masked: bool) -> tuple[VectorSet, list[dict[str, 
 
 def learned(vectors: VectorSet, classifier: nn.Module | None = None, **options: Any) -> Learned:
     images, labels = some_images()
-    given = {
+    given: dict[str, Any] = {
         "images": images,
         "labels": labels,
         "scales": SCALES,
@@ -221,7 +221,8 @@ def test_the_classifier_is_left_as_it_was(lr: float, tmp_path: Path) -> None:
     """Also where learning fails; and again after learning, the same is learned."""
     vectors, _ = some_vectors(tmp_path, masked=True)
     classifier, before = a_classifier(), state(a_classifier())
-    classifier.visual.requires_grad_(False)[3].requires_grad_(True)
+    classifier.visual.requires_grad_(False)
+    classifier.visual.get_submodule("3").requires_grad_(True)
     first = learned(vectors, classifier)
     if lr > 1:
         with pytest.raises(ValueError, match=r"not finite at step \d of 8: lr 1e\+38 is too high"):

@@ -3,7 +3,7 @@ files.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from vector_files import (
     vector_data,
 )
 
-from raytvb.bases.shards import CoordinateShard, Known, Outputs, write_bases
+from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, VectorVersion, Versions
+from raytvb.bases.shards import CoordinateShard, write_bases
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import vector_identity
@@ -38,7 +39,7 @@ from raytvb.storage.masks import Mask
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
-from raytvb.suite.glyphs import task_names
+from raytvb.suite.names import task_names
 
 SEGMENT = 2 * BLOCK
 SHAPES: Shapes = {"visual.w": (500, 1001), "visual.b": (7, 3)}  # D = 7.6 blocks, 4 segments
@@ -106,14 +107,14 @@ def coordinates(kind: str, V: Tensor) -> Tensor:
     return V[mask.bits] if mask is not None and kind == "shared" else V
 
 
-def known_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> list[tuple[str, str]]:
-    """Tasks, all or some, and the checksums in their records."""
-    found, names = [], experiment.task_names
+def versions_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> list[VectorVersion]:
+    """The vectors of tasks, all or some, as their records have them; shards read those again."""
+    versions, names = [], experiment.task_names
     for name in names if tasks is None else [names[i] for i in tasks]:
         record = records.find(Store(experiment.store), vector_prefix(name))
         assert record is not None
-        found.append((name, record["files"]["vector.safetensors"]["sha256"]))
-    return found
+        versions.append(replace(VectorVersion.of(name, record), file=None))
+    return versions
 
 
 @dataclass
@@ -126,31 +127,33 @@ class Several:
     def of(cls, experiment: Experiment, count: int) -> "Several":
         return cls([CoordinateShard(experiment, n, count) for n in range(count)])
 
-    def fetch(self, known: Known) -> dict[str, str]:
-        return {
-            task: reason for share in self.shares for task, reason in share.fetch(known).items()
-        }
+    def fetch(self, versions: Versions) -> dict[str, VectorError]:
+        failed: dict[str, VectorError] = {}
+        for share in self.shares:
+            failed |= share.fetch(versions)
+        return failed
 
-    def rows(self, known: Known, new: int) -> Tensor:
-        return torch.cat([s.rows(known, new) for s in self.shares])
+    def rows(self, versions: Versions, new: int) -> Tensor:
+        return torch.cat([s.rows(versions, new) for s in self.shares])
 
-    def atoms_gram(self, source: str | None, known: Known) -> Tensor:
-        return torch.cat([s.atoms_gram(source, known) for s in self.shares])
+    def atoms_gram(self, source: str | None, versions: Versions) -> Tensor:
+        return torch.cat([s.atoms_gram(source, versions) for s in self.shares])
 
     def write(
-        self, outputs: Outputs, known: Known, source: str | None = None
-    ) -> dict[str, dict[str, FileInfo]]:
-        parts = [s.write(outputs, known, source) for s in self.shares]
-        return {
-            folder: {n: i for part in parts for n, i in part[folder].items()}
-            for folder, _ in outputs
-        }
+        self, outputs: Outputs, versions: Versions, source: str | None = None
+    ) -> FilesByFolder:
+        written: FilesByFolder = {folder: {} for folder, _ in outputs}
+        for share in self.shares:
+            for folder, files in share.write(outputs, versions, source).items():
+                written[folder] |= files
+        return written
 
-    def cache(self) -> tuple[str, int]:
-        return self.shares[0].cache()[0], sum(s.cache()[1] for s in self.shares)
+    def cache(self) -> CacheUse:
+        caches = [share.cache() for share in self.shares]
+        return CacheUse(caches[0].kind, sum(cache.bytes for cache in caches))
 
-    def layout(self, known: Known) -> Layout:
-        return self.shares[-1].layout(known)
+    def layout(self, versions: Versions) -> Layout:
+        return self.shares[-1].layout(versions)
 
 
 def weights_of(rows: int, *sizes: int) -> dict[str, Tensor]:
@@ -166,7 +169,7 @@ def weights_of(rows: int, *sizes: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_inner_products_by_segment(tmp_path: Path, kind: str) -> None:
     experiment, V = filled(tmp_path, kind)
-    shard, known, S = CoordinateShard(experiment), known_of(experiment), coordinates(kind, V)
+    shard, known, S = CoordinateShard(experiment), versions_of(experiment), coordinates(kind, V)
     for new in (5, 1, 2):
         rows = shard.rows(known, new)
         assert rows.shape == (4, new, COUNT) and rows.dtype == torch.float64
@@ -184,7 +187,7 @@ def test_rows_are_inner_products_by_segment(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shares_order_batches_and_cache_change_no_bit(tmp_path: Path, kind: str) -> None:
     experiment, _ = filled(tmp_path, kind)
-    expected = CoordinateShard(experiment).rows(known_of(experiment), COUNT)
+    expected = CoordinateShard(experiment).rows(versions_of(experiment), COUNT)
     for cache, count, batches in (
         ("memory", 1, [[0], [1], [2], [3], [4]]),
         ("disk", 1, [[4], [2, 0], [3, 1]]),
@@ -198,11 +201,11 @@ def test_shares_order_batches_and_cache_change_no_bit(tmp_path: Path, kind: str)
         found = torch.full((4, COUNT, COUNT), torch.nan, dtype=torch.float64)
         for batch in batches:
             order += batch
-            rows = shards.rows(known_of(asked, order), len(batch))
+            rows = shards.rows(versions_of(asked, order), len(batch))
             for position, t in enumerate(batch):
                 found[:, t, order], found[:, order, t] = rows[:, position], rows[:, position]
         assert torch.equal(found, expected)
-        assert shards.cache()[0] == ("disk" if cache == "disk" else "memory")
+        assert shards.cache().kind == ("disk" if cache == "disk" else "memory")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,13 +219,13 @@ def test_the_cache_holds_what_is_stored_on_the_share(tmp_path: Path, kind: str) 
     bits = COUNT * -(-len(V) // 8) if kind == "per-task" else 0
     for count in (1, 3):
         shards = Several.of(experiment, count)
-        assert shards.cache() == ("memory", 0) and shards.fetch(known_of(experiment)) == {}
-        assert shards.cache() == ("memory", values + bits)
+        assert shards.cache() == CacheUse() and shards.fetch(versions_of(experiment)) == {}
+        assert shards.cache() == CacheUse("memory", values + bits)
 
 
 def test_each_vector_is_fetched_once(tmp_path: Path) -> None:
     experiment, V = filled(tmp_path, "shared")
-    shard, known = CoordinateShard(experiment), known_of(experiment)
+    shard, known = CoordinateShard(experiment), versions_of(experiment)
     assert shard.fetch(known) == {}
     Store(experiment.store).delete("vectors")
     assert shard.fetch(known) == {} and close_to(shard.rows(known, COUNT).sum(dim=0), V.T @ V)
@@ -236,7 +239,7 @@ def test_bases_are_the_same_bytes_for_any_number_of_shares(tmp_path: Path, kind:
     experiment, V = filled(tmp_path, kind)
     store, known, outputs = (
         Store(experiment.store),
-        known_of(experiment),
+        versions_of(experiment),
         weights_of(COUNT, 1, 2, 4),
     )
     made = []
@@ -265,7 +268,7 @@ def test_bases_are_the_numbers_that_one_pass_over_the_files_gives(
     tmp_path: Path, kind: str
 ) -> None:
     experiment, _ = filled(tmp_path / "store", kind)
-    store, outputs, known = Store(experiment.store), weights_of(COUNT, 3), known_of(experiment)
+    store, outputs, known = Store(experiment.store), weights_of(COUNT, 3), versions_of(experiment)
     write_bases(store, Several.of(experiment, 3), outputs, known)
     paths = [store.where(vector_key(t)) for t in experiment.task_names]
     write_combinations(paths, outputs, str(tmp_path / "made"))
@@ -278,7 +281,11 @@ def test_a_last_share_of_few_coordinates_changes_no_bit(tmp_path: Path, rest: in
     experiment, shapes = experiment_in(str(tmp_path), "dense"), Shapes(a=(2 * SEGMENT + rest,))
     for index in range(COUNT):
         commit(experiment, "dense", index, shapes=shapes)
-    store, known, outputs = Store(experiment.store), known_of(experiment), weights_of(COUNT, 2, 3)
+    store, known, outputs = (
+        Store(experiment.store),
+        versions_of(experiment),
+        weights_of(COUNT, 2, 3),
+    )
     write_bases(store, CoordinateShard(experiment), weights_of(COUNT, 4), known)
     grams, files = [], []
     for count in (1, 2, 3):
@@ -293,7 +300,7 @@ def test_a_last_share_of_few_coordinates_changes_no_bit(tmp_path: Path, rest: in
 def test_atoms_are_a_stored_basis_and_vectors(tmp_path: Path, kind: str) -> None:
     """The Gram matrix of [S N], and what is written of it."""
     experiment, V = filled(tmp_path, kind)
-    store, known = Store(experiment.store), known_of(experiment)
+    store, known = Store(experiment.store), versions_of(experiment)
     write_bases(store, CoordinateShard(experiment), weights_of(3, 2), known[:3])
     S = glued(store, "basis/m2")
     A = torch.cat([S, coordinates(kind, V[:, 3:])], dim=1)
@@ -310,7 +317,7 @@ def test_atoms_are_a_stored_basis_and_vectors(tmp_path: Path, kind: str) -> None
 
 def test_atoms_without_a_basis_are_the_vectors(tmp_path: Path) -> None:
     experiment, V = filled(tmp_path, "shared")
-    found = Several.of(experiment, 2).atoms_gram(None, known_of(experiment, [1, 4]))
+    found = Several.of(experiment, 2).atoms_gram(None, versions_of(experiment, [1, 4]))
     assert close_to(found.sum(dim=0), V[:, [1, 4]].T @ V[:, [1, 4]])
 
 
@@ -319,7 +326,7 @@ def test_in_a_bucket(s3_environment: str) -> None:
     experiment = experiment_in(f"{s3_environment}/one", "per-task", count=2)
     shapes = Shapes(w=(SEGMENT + BLOCK + 3,))
     V = torch.stack([commit(experiment, "per-task", i, shapes=shapes) for i in range(2)], dim=1)
-    shards, known, B = Several.of(experiment, 2), known_of(experiment), weights_of(2, 1)
+    shards, known, B = Several.of(experiment, 2), versions_of(experiment), weights_of(2, 1)
     assert close_to(shards.rows(known, 2).sum(dim=0), V.T @ V)
     store = Store(experiment.store)
     write_bases(store, shards, B, known)
@@ -348,7 +355,11 @@ def test_a_damaged_vector_is_reported_and_the_others_are_usable(
 ) -> None:
     """The first one too, which others are compared with."""
     experiment, V = filled(tmp_path, kind, 3)
-    store, known, task = Store(experiment.store), known_of(experiment), experiment.task_names[bad]
+    store, known, task = (
+        Store(experiment.store),
+        versions_of(experiment),
+        experiment.task_names[bad],
+    )
     key = vector_key(task)
     if damage in ("value", "last byte", "header"):
         flip(store, key, {"value": store.size(key) // 2, "last byte": -1, "header": 40}[damage])
@@ -358,7 +369,7 @@ def test_a_damaged_vector_is_reported_and_the_others_are_usable(
         truncate(store, key, {"cut": -4, "stub": 5, "empty": 0}[damage])
     shards = Several.of(experiment, 2)
     failed = shards.fetch(known)
-    assert list(failed) == [task] and key in failed[task]
+    assert list(failed) == [task] and key in str(failed[task])
     with pytest.raises(VectorError, match=key):
         shards.rows(known, 1)
     good = [i for i in range(3) if i != bad]
@@ -373,18 +384,18 @@ def test_a_damaged_header_that_lies_in_another_share_is_found(tmp_path: Path) ->
     experiment, shapes = experiment_in(str(tmp_path), "dense", count=2), Shapes(a=(17 * SEGMENT,))
     for index in range(2):
         commit(experiment, "dense", index, shapes=shapes)
-    store, known = Store(experiment.store), known_of(experiment)
-    data = store.read(vector_key(known[0][0]))
-    flip(store, vector_key(known[0][0]), data.index(b'"a"') + 1)
+    store, known = Store(experiment.store), versions_of(experiment)
+    data = store.read(vector_key(known[0].task))
+    flip(store, vector_key(known[0].task), data.index(b'"a"') + 1)
     shard = CoordinateShard(experiment, 1, 2)
     failed = shard.fetch(known)
-    assert list(failed) == [known[0][0]] and shard.fetch(known[1:]) == {}
+    assert list(failed) == [known[0].task] and shard.fetch(known[1:]) == {}
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone", "other"])
 def test_a_damaged_mask_is_reported_with_its_vector(tmp_path: Path, damage: str) -> None:
     experiment, V = filled(tmp_path, "per-task", 3)
-    store, known, task = Store(experiment.store), known_of(experiment), experiment.task_names[0]
+    store, known, task = Store(experiment.store), versions_of(experiment), experiment.task_names[0]
     key = f"masks/{task}/mask.safetensors"
     if damage == "flipped":
         flip(store, key, -1000)
@@ -396,16 +407,17 @@ def test_a_damaged_mask_is_reported_with_its_vector(tmp_path: Path, damage: str)
         truncate(store, key, {"cut": -1, "empty": 0}[damage])
     shard = CoordinateShard(experiment)
     failed = shard.fetch(known)
-    assert list(failed) == [task] and key in failed[task]
+    assert list(failed) == [task] and key in str(failed[task])
     assert close_to(shard.rows(known[1:], 2).sum(dim=0), V[:, 1:].T @ V[:, 1:])
 
 
 def test_a_vector_that_was_never_committed_is_reported(tmp_path: Path) -> None:
     experiment, _ = filled(tmp_path, "shared")
-    known = known_of(experiment)
-    Store(experiment.store).delete(f"{vector_prefix(known[1][0])}/record.json")
+    known = versions_of(experiment)
+    Store(experiment.store).delete(f"{vector_prefix(known[1].task)}/record.json")
     failed = CoordinateShard(experiment).fetch(known)
-    assert list(failed) == [known[1][0]] and "has not been committed" in failed[known[1][0]]
+    assert list(failed) == [known[1].task]
+    assert "has not been committed" in str(failed[known[1].task])
 
 
 @pytest.mark.parametrize("stranger", [0, 2])
@@ -414,10 +426,10 @@ def test_a_vector_of_another_base_is_named(tmp_path: Path, stranger: int) -> Non
     experiment, _ = filled(tmp_path, "shared", 3)
     records.commit(Store(experiment.store), BASE, identity={}, parents={"fingerprint": "base-1"})
     commit(experiment, "shared", stranger, base="base-2")
-    known, task = known_of(experiment), experiment.task_names[stranger]
+    known, task = versions_of(experiment), experiment.task_names[stranger]
     failed = CoordinateShard(experiment).fetch(known)
-    assert list(failed) == [task] and vector_key(task) in failed[task]
-    assert "another pretrained model" in failed[task]
+    assert list(failed) == [task] and vector_key(task) in str(failed[task])
+    assert "another pretrained model" in str(failed[task])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -434,22 +446,23 @@ def test_vectors_that_do_not_belong_to_the_first_are_named_with_it(
             experiment, "dense" if kind == "shared" else kind, 2, shapes={"visual.w": (1001, 500)}
         )
     first, task = experiment.task_names[0], experiment.task_names[2]
-    failed = CoordinateShard(experiment).fetch(known_of(experiment))
+    failed = CoordinateShard(experiment).fetch(versions_of(experiment))
     assert list(failed) == [task]
-    assert vector_key(first) in failed[task] and vector_key(task) in failed[task]
+    assert vector_key(first) in str(failed[task]) and vector_key(task) in str(failed[task])
 
 
 def test_a_vector_that_was_made_again_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     experiment, V = filled(tmp_path, "shared")
-    shards, before = Several.of(experiment, 2), known_of(experiment)
+    shards, before = Several.of(experiment, 2), versions_of(experiment)
     shards.rows(before, COUNT)
-    size = shards.cache()[1]
+    size = shards.cache().bytes
     V[:, 2] = commit(experiment, "shared", 2, seed=55)
-    known = known_of(experiment)
+    known = versions_of(experiment)
     assert known != before and close_to(shards.rows(known, COUNT).sum(dim=0), V.T @ V)
-    assert shards.cache()[1] == size
+    assert shards.cache().bytes == size
     failed = shards.fetch(before)  # what the old checksum stands for is not there any more
-    assert list(failed) == [known[2][0]] and vector_key(known[2][0]) in failed[known[2][0]]
+    assert list(failed) == [known[2].task]
+    assert vector_key(known[2].task) in str(failed[known[2].task])
 
 
 def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> None:
@@ -464,7 +477,7 @@ def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> N
         identity={},
         files={"vector.safetensors": vector_data(task.name, values, None, "", "base-1")},
     )
-    gram = CoordinateShard(experiment).rows(known_of(experiment), COUNT).sum(dim=0)
+    gram = CoordinateShard(experiment).rows(versions_of(experiment), COUNT).sum(dim=0)
     good = [0, 1, 2, 4]
     assert gram.diagonal().isnan().tolist() == [False, False, False, True, False]
     assert close_to(gram[good][:, good], V[:, good].T @ V[:, good])

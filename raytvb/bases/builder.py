@@ -1,298 +1,282 @@
-"""The stream from task vectors to bases: takes each vector as it commits, keeps the exact Gram
-matrix and fits of it.
+"""The stream from task vectors to bases: each vector is taken in as it commits.
 
-A plain class; `remote` wraps it as a Ray actor. Its state is in the store (see `gram_state`), so a
-restarted actor goes on where it was, a repeated call changes nothing, and of two actors only the
-later one writes.
+How the room works, in reading order: `BasisBuilder` here keeps the exact Gram matrix of all vectors
+and fits bases to it, which needs T x T numbers only. `shards` do everything that is as long as a
+vector. `online` has the bases that follow the tasks one by one. `contracts` has what passes between
+them. `spectrum` shows what a basis of any size would lose.
+
+The builder is a plain class; `orchestration` wraps it as a Ray actor. Its state is in the store
+(see `storage.gram_state`). So a restarted actor goes on where it was, a repeated call changes
+nothing, and of two actors only the later one writes.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from raytvb.bases.contracts import BuilderStatus, Shards, VectorVersion, WrittenBases
 from raytvb.bases.online import OnlineBasis
-from raytvb.bases.shards import CoordinateShard, Shards, write_bases
+from raytvb.bases.shards import CoordinateShard, write_bases
+from raytvb.errors import VectorError
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import basis_identity
-from raytvb.experiment.layout import basis_prefix, basis_vector_key, basis_vector_prefix
-from raytvb.experiment.stored import basis_vector_record, write_coefficients
-from raytvb.maths.basis_fit import BasisFit, fit_bases, fit_basis, relative_loss, task_errors
+from raytvb.experiment.layout import COEFFICIENTS, basis_prefix, basis_vector_prefix
+from raytvb.experiment.metrics import BasisMetrics
+from raytvb.experiment.stored import write_coefficients
+from raytvb.experiment.task_store import task_stores
+from raytvb.maths.basis_fit import BasisFit, fit_bases, relative_loss
 from raytvb.maths.gram import grown
 from raytvb.models.process import worker_setup
 from raytvb.storage import records
-from raytvb.storage.gram_state import GramState, GramWriter
+from raytvb.storage.gram_state import Arrival, GramState, GramWriter
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
+REMEDY = "delete its folder in the store and run again to make it anew"
+"""What a user can do about a stored vector that cannot be used, where its error does not tell."""
+
 
 class BasisBuilder:
-    """Streams the vectors of one experiment into its Gram matrix, and writes the bases.
-
-    The shards do what is D-sized; here are T x T numbers only.
-    """
+    """Streams the vectors of one experiment into its Gram matrix, and writes the bases."""
 
     def __init__(self, experiment: Experiment, shards: Shards | None = None) -> None:
-        """Reads what the store knows; with the first change it takes the Gram matrix over.
+        """Reads what the store has; with the first change it takes the Gram matrix over.
 
-        shards: default, one in this process.
+        shards: by default one in this process.
         """
         worker_setup()
         self._experiment, self._store = experiment, Store(experiment.store)
+        self._tasks = task_stores(experiment)
         self._shards = shards if shards is not None else CoordinateShard(experiment)
         self._state = GramState.read(self._store)
         self._claimed: GramWriter | None = None
-        self._online = [
-            OnlineBasis(experiment, self._store, self._shards, c)
-            for c in basis_specs(experiment)
-            if c.online
-        ]
+        self._online: list[OnlineBasis] = []
+        for spec in basis_specs(experiment):
+            if spec.online:
+                self._online.append(OnlineBasis(experiment, self._store, self._shards, spec))
 
     @property
     def _writer(self) -> GramWriter:
-        """The right to write, taken at first use; from then on a builder that had it before cannot
-        write.
+        """The right to write, taken at first use.
+
+        From then on a builder that had it before cannot write any more.
         """
         if self._claimed is None:
             self._claimed = GramWriter(self._store)
-            self._state = GramState.read(self._store)  # as the one before left it
+            self._state = GramState.read(self._store)  # as the builder before left it
         return self._claimed
+
+    def status(self) -> BuilderStatus:
+        """How far this builder has come."""
+        history = self._state.history
+        floor = history[-1].floor if history else {}
+        return BuilderStatus(len(self._state.tasks), floor, self._shards.cache())
+
+    def gram(self) -> Tensor:
+        """The Gram matrix (T, T) float64 in the order of the experiment's tasks.
+
+        Raises ValueError that names the vectors which have not been taken in yet.
+        """
+        return self._state.ordered(self._experiment.task_names)
 
     # Taking vectors in ----------------------------------------------------------------------------
 
-    def add(self, tasks: Sequence[str]) -> dict[str, Any]:
+    def add(self, tasks: Sequence[str]) -> BuilderStatus:
         """Take in the committed vectors of tasks: each is read once, the Gram matrix extended and
         saved.
 
         Idempotent; a vector that was made again replaces its old row. A vector that cannot be used
-        is left out, and its reason told; the rest goes on. Returns `status()` with `failed` {task:
-        reason}.
+        is left out and named in the status that is returned; the rest goes on.
         """
-        failed, committed = dict[str, str](), dict[str, str]()
-        for task in dict.fromkeys(tasks):
-            record = basis_vector_record(self._store, self._experiment, task)
-            if record is None:
-                failed[task] = f"{self._store.where(self._key(task))} has not been committed"
-            else:
-                committed[task] = record["files"]["vector.safetensors"]["sha256"]
-        if any(self._state.checksums.get(task) != checksum for task, checksum in committed.items()):
+        committed, failed = self._committed(tasks)
+        if self._unknown(committed):
             self._writer.check()
-        new = [k for k in committed.items() if self._state.checksums.get(k[0]) != k[1]]
-        replaced = [task for task, _ in new if task in self._state.checksums]
+            new = self._unknown(committed)  # taking the right to write may have read the state anew
+            if new:
+                failed |= self._take_in(new)
+        return replace(self.status(), failed=failed)
+
+    def _committed(self, tasks: Sequence[str]) -> tuple[list[VectorVersion], dict[str, str]]:
+        """The vectors of the tasks, each record read once; by task, what is not committed."""
+        versions: list[VectorVersion] = []
+        missing: dict[str, str] = {}
+        for task in dict.fromkeys(tasks):
+            task_store = self._tasks[task]
+            record = task_store.basis_vector()
+            if record is None:
+                where = self._store.where(task_store.basis_vector_key)
+                missing[task] = f"{where} has not been committed"
+            else:
+                versions.append(VectorVersion.of(task, record))
+        return versions, missing
+
+    def _unknown(self, versions: Sequence[VectorVersion]) -> list[VectorVersion]:
+        """Those that have no row of the Gram matrix."""
+        return [v for v in versions if self._state.checksums.get(v.task) != v.checksum]
+
+    def _take_in(self, new: Sequence[VectorVersion]) -> dict[str, str]:
+        """Extend the Gram matrix and the online bases; by task, why a vector cannot be used."""
+        replaced = [version.task for version in new if version.task in self._state.checksums]
         if replaced:
             self._state.forget(replaced)
             self._writer.save(self._state)
-        if new:
-            failed |= self._shards.fetch(new)
-            new = [k for k in new if k[0] not in failed]
-            failed |= self._extend(new) if new else {}
-            for basis in self._online:
-                basis.follow(self._state.checksums)
-        way_out = "; delete its folder in the store and run again to make it anew"
-        return self.status() | {
-            "failed": {
-                t: r if "delete the folder" in r or t not in committed else r + way_out
-                for t, r in failed.items()
-            }
-        }
+        failed = self._shards.fetch(new)
+        usable = [version for version in new if version.task not in failed]
+        if usable:
+            failed |= self._extend(usable)
+        for basis in self._online:
+            basis.follow(self._state.checksums)
+        return {task: str(error.with_remedy(REMEDY)) for task, error in failed.items()}
 
-    def _extend(self, new: list[tuple[str, str]]) -> dict[str, str]:
-        """Rows of usable vectors; task to reason for those with values that are not finite."""
-        rows = self._shards.rows([*self._state.known, *new], len(new)).sum(dim=0)
+    def _extend(self, new: Sequence[VectorVersion]) -> dict[str, VectorError]:
+        """Add the rows of vectors; by task, the error of those with values that are not finite."""
         before = len(self._state.tasks)
-        bad = [i for i in range(len(new)) if not bool(torch.isfinite(rows[i, before + i]))]
-        failed = {
-            new[i][0]: str(VectorFile(self._store, self._key(new[i][0])).complain()) for i in bad
-        }
-        good = [i for i in range(len(new)) if i not in bad]
+        known = [VectorVersion(task, checksum) for task, checksum in self._state.known]
+        rows = self._shards.rows([*known, *new], len(new)).sum(dim=0)
+        failed: dict[str, VectorError] = {}
+        good: list[int] = []
+        for position, version in enumerate(new):
+            if bool(torch.isfinite(rows[position, before + position])):
+                good.append(position)
+            else:
+                key = self._tasks[version.task].basis_vector_key
+                failed[version.task] = VectorFile(self._store, key).complain()
         if good:
-            columns = [*range(before), *(before + i for i in good)]
-            self._append([new[i] for i in good], rows[good][:, columns])
+            columns = [*range(before), *(before + position for position in good)]
+            self._append([new[position] for position in good], rows[good][:, columns])
         return failed
 
-    def _key(self, task: str) -> str:
-        return basis_vector_key(self._experiment, task)
-
-    def _append(self, known: list[tuple[str, str]], rows: Tensor) -> None:
-        total = len(self._state.tasks) + len(known)
-        last = self._state.history[-1]["vectors"] if self._state.history else 0
+    def _append(self, new: Sequence[VectorVersion], rows: Tensor) -> None:
+        """Store rows (new, T + new) of the Gram matrix, sometimes with what bases would lose."""
+        total = len(self._state.tasks) + len(new)
+        is_last = total == len(self._experiment.tasks)
+        last_look = self._state.history[-1].vectors if self._state.history else 0
         history = []
-        if total <= 64 or total >= 1.1 * last or total == len(self._experiment.tasks):
-            history = [{"vectors": total, "floor": self._floors(grown(self._state.gram, rows))}]
-        self._writer.append(self._state, known, rows, history)
-        if total == len(self._experiment.tasks):
+        if total <= 64 or total >= 1.1 * last_look or is_last:
+            floors = self._floors(grown(self._state.gram, rows))
+            history = [Arrival(vectors=total, floor=floors)]
+        pairs = [(version.task, version.checksum) for version in new]
+        self._writer.append(self._state, pairs, rows, history)
+        if is_last:
             self._writer.save(self._state)
 
-    def _floors(self, gram: Tensor) -> dict[str, float]:
-        """Least relative error of any basis, at each size that is smaller than the number of
-        vectors.
-        """
+    def _floors(self, gram: Tensor) -> dict[int, float]:
+        """Least relative error of any M vectors, for each size M below the number of vectors."""
         values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-        return {
-            str(m): float(values[m:].sum() / values.sum())
-            for m in sizes_of(self._experiment)
-            if m < len(gram) and values.sum() > 0
-        }
-
-    def missing(self, tasks: Sequence[str]) -> list[str]:
-        """Those of the tasks that have not been taken in."""
-        return [t for t in tasks if t not in self._state.checksums]
-
-    # Answers, at any moment -----------------------------------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """Number of vectors so far, the least error at each size, and the cache: where it is and
-        its bytes.
-        """
-        latest = self._state.history[-1]["floor"] if self._state.history else {}
-        kind, size = self._shards.cache()
-        return {
-            "vectors": len(self._state.tasks),
-            "floor": latest,
-            "cache": kind,
-            "cache_bytes": size,
-        }
-
-    def tasks(self) -> list[str]:
-        """The tasks so far in the order of their arrival: position t is row t of every matrix."""
-        return list(self._state.tasks)
-
-    def gram(self) -> Tensor:
-        """The Gram matrix (T, T) float64 in the order of the experiment's tasks, once all are
-        there.
-        """
-        return self._state.ordered(self._experiment.task_names)
-
-    def fit(self, method: str, size: int) -> BasisFit:
-        """The fit of `size` basis vectors to the vectors so far, in the order of `tasks()`.
-        ValueError for none.
-        """
-        if not self._state.tasks:
-            raise ValueError("no vectors have been taken in yet")
-        return fit_basis(self._state.gram, size, method=method, generator=self._generator())
-
-    def spectrum(self) -> Tensor:
-        """Eigenvalues (T,) float64 of the Gram matrix so far, falling."""
-        return torch.linalg.eigvalsh(self._state.gram).flip(0).clamp(min=0)
-
-    def errors(self, method: str, size: int) -> dict[str, float]:
-        """Relative squared error of each task so far, as `fit(method, size)` reconstructs it."""
-        found = task_errors(self._state.gram, self.fit(method, size)).tolist()
-        return dict(zip(self._state.tasks, found, strict=True))
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._experiment.seed)
+        total = values.sum()
+        if not total > 0:
+            return {}
+        sizes = [size for size in sizes_of(self._experiment) if size < len(gram)]
+        return {size: float(values[size:].sum() / total) for size in sizes}
 
     # Writing bases --------------------------------------------------------------------------------
 
-    def write_bases(self) -> dict[str, Any]:
-        """Write every basis that has no record, all in one pass over the vectors.
-
-        Returns `written`, their names, and `notes`, what a user should know of them.
-        """
-        gram, experiment = self.gram(), self._experiment
+    def write_bases(self) -> WrittenBases:
+        """Write every basis that has no record, all offline ones in one pass over the vectors."""
+        gram = self.gram()
         for basis in self._online:
             basis.follow(self._state.checksums)
-        missing = [
-            c
-            for c in basis_specs(experiment)
-            if records.find(
-                self._store,
-                basis_prefix(c.name),
-                basis_identity(experiment, c),
-            )
-            is None
-        ]
+        missing = self._missing_bases()
         if not missing:
-            return {"written": [], "notes": []}
+            return WrittenBases()
         self._writer.check()
-        fits, notes = self._fits(gram, [c for c in missing if not c.online])
-        known = [(t, self._state.checksums[t]) for t in experiment.task_names]
-        outputs = {basis_prefix(n): fit.B for n, fit in fits.items()}
-        files = write_bases(self._store, self._shards, outputs, known) if outputs else {}
-        for c in missing:
-            if not c.online:
-                fit, written = fits[c.name], files[basis_prefix(c.name)]
-                self._commit(
-                    c,
-                    gram,
-                    fit.B,
-                    fit.W,
-                    written,
-                    {"floor": fit.floor, "condition": fit.condition, "relative_error": fit.loss},
-                )
-        for basis, c in zip(
-            self._online, (c for c in basis_specs(experiment) if c.online), strict=True
-        ):
-            if c in missing:
-                state = basis.state
-                self._commit(
-                    c,
-                    gram,
-                    state.H,
-                    state.W,
-                    basis.written,
-                    {
-                        "relative_error": relative_loss(gram, state.H, state.W),
-                        "error_bounds": basis.error_bounds(),
-                        "floor": float(self._floors(gram).get(str(c.size), 0.0)),
-                        "condition": None,
-                    },
-                )
-        return {"written": [c.name for c in missing], "notes": notes}
+        notes = self._write_offline(gram, [spec for spec in missing if not spec.online])
+        for basis in self._online:
+            if basis.spec in missing:
+                self._commit_online(basis, gram)
+        return WrittenBases(tuple(spec.name for spec in missing), tuple(notes))
+
+    def _missing_bases(self) -> list[BasisSpec]:
+        missing = []
+        for spec in basis_specs(self._experiment):
+            identity = basis_identity(self._experiment, spec)
+            if records.find(self._store, basis_prefix(spec.name), identity) is None:
+                missing.append(spec)
+        return missing
+
+    def _write_offline(self, gram: Tensor, specs: Sequence[BasisSpec]) -> list[str]:
+        """Fit, write and commit bases; returns what a user should know of them."""
+        if not specs:
+            return []
+        fits, notes = self._fits(gram, specs)
+        versions = [VectorVersion(t, self._state.checksums[t]) for t in self._experiment.task_names]
+        outputs = {basis_prefix(name): fit.B for name, fit in fits.items()}
+        files = write_bases(self._store, self._shards, outputs, versions)
+        for spec in specs:
+            fit = fits[spec.name]
+            metrics = BasisMetrics(
+                tasks=self._experiment.task_names,
+                vectors=fit.B.shape[1],
+                convex=_is_convex(fit.B),
+                relative_error=fit.loss,
+                floor=fit.floor,
+                condition=fit.condition,
+            )
+            self._commit(spec, fit.B, fit.W, files[basis_prefix(spec.name)], metrics)
+        return notes
 
     def _fits(
         self, gram: Tensor, specs: Sequence[BasisSpec]
     ) -> tuple[dict[str, BasisFit], list[str]]:
         """Fits by name, each method's sizes from one call, and what they warned of."""
-        fits, notes = dict[str, BasisFit](), dict[str, None]()  # methods warn of the same things
-        for method in dict.fromkeys(c.method for c in specs):
-            chosen = [c for c in specs if c.method == method]
+        fits: dict[str, BasisFit] = {}
+        notes: dict[str, None] = {}  # methods warn of the same things
+        for method in dict.fromkeys(spec.method for spec in specs):
+            chosen = [spec for spec in specs if spec.method == method]
+            sizes = [spec.size for spec in chosen]
+            generator = torch.Generator().manual_seed(self._experiment.seed)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                found = fit_bases(
-                    gram, [c.size for c in chosen], method=method, generator=self._generator()
-                )
-            fits |= {c.name: fit for c, fit in zip(chosen, found, strict=True)}
-            notes |= {str(w.message): None for w in caught if issubclass(w.category, UserWarning)}
+                results = fit_bases(gram, sizes, method=method, generator=generator)
+            for spec, fit in zip(chosen, results, strict=True):
+                fits[spec.name] = fit
+            for warning in caught:
+                if issubclass(warning.category, UserWarning):
+                    notes[str(warning.message)] = None
         return fits, list(notes)
+
+    def _commit_online(self, basis: OnlineBasis, gram: Tensor) -> None:
+        """Commit an online basis that has followed all tasks; its files are there already."""
+        state = basis.state
+        metrics = BasisMetrics(
+            tasks=self._experiment.task_names,
+            vectors=state.H.shape[1],
+            convex=_is_convex(state.H),
+            relative_error=relative_loss(gram, state.H, state.W),
+            floor=self._floors(gram).get(basis.spec.size, 0.0),
+            error_bounds=basis.error_bounds(),
+        )
+        self._commit(basis.spec, state.H, state.W, basis.written, metrics)
 
     def _commit(
         self,
         spec: BasisSpec,
-        gram: Tensor,
         B: Tensor,
         W: Tensor,
         written: dict[str, FileInfo],
-        metrics: dict[str, Any],
+        metrics: BasisMetrics,
     ) -> None:
-        # JSON has no infinity, which is what the condition number of dependent columns is.
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in metrics.items()
-        }
-        convex = bool((B >= -1e-9).all()) and bool(((B.sum(0) - 1).abs() <= 1e-9).all())
+        parents: dict[str, str] = {}
+        for task, checksum in sorted(self._state.checksums.items()):
+            parents[basis_vector_prefix(self._experiment, task)] = checksum
         records.commit(
             self._store,
             basis_prefix(spec.name),
             written=written,
             identity=basis_identity(self._experiment, spec),
-            files={"coefficients.safetensors": write_coefficients(B, W)},
-            parents={
-                basis_vector_prefix(self._experiment, t): s
-                for t, s in sorted(self._state.checksums.items())
-            },
-            metrics={
-                "convex": convex,
-                "vectors": B.shape[1],
-                "tasks": list(self._experiment.task_names),
-                **finite,
-            },
+            files={COEFFICIENTS: write_coefficients(B, W)},
+            parents=parents,
+            metrics=metrics,
         )
+
+
+def _is_convex(B: Tensor) -> bool:
+    """Whether every column of B (T, M) is a convex combination, up to rounding."""
+    return bool((B >= -1e-9).all()) and bool(((B.sum(0) - 1).abs() <= 1e-9).all())

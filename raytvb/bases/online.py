@@ -1,113 +1,158 @@
-"""An online basis in a store: M vectors that follow the tasks one by one, each task vector seen
-once.
+"""An online basis in a store: M vectors that follow the tasks, each task vector seen once.
 
-The small matrices are advanced by `online`; S is read and written here, block by block, by the
-shards. After every refit the state is in the store: `online/<name>/` with W, H and bounds, and S in
-a folder of its own, the last one being `basis/<name>/`. Tasks are taken in the order of the
-experiment, however their fine-tunes end, so that the result does not depend on which is faster.
+`maths.online_basis` advances the small matrices; the basis vectors S are read and written here,
+block by block, by the shards. After every refit the state is in the store: `online/<name>/` has the
+small matrices, and S in a folder of its own; the last S is `basis/<name>/`. Tasks are taken in the
+order of the experiment, however their fine-tunes end, so the result does not depend on which is
+faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from safetensors.torch import load, save
+from torch import Tensor
 
-from raytvb.bases.shards import Known, Shards, write_bases
+from raytvb.bases.contracts import Shards, VectorVersion, Versions
+from raytvb.bases.shards import write_bases
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import basis_identity
 from raytvb.experiment.layout import basis_prefix, online_prefix, online_tables
+from raytvb.experiment.metrics import OnlineMetrics
 from raytvb.maths import online_basis
+from raytvb.maths.online_basis import OnlineState
 from raytvb.storage import records
-from raytvb.storage.records import FileInfo
+from raytvb.storage.records import FileInfo, Record
 from raytvb.storage.store import Store
+
+TABLES = ("W", "H", "error", "norm")
+"""The tensors of an `OnlineState`."""
 
 
 class OnlineBasis:
     """One online basis of an experiment, restored from the store."""
 
+    spec: BasisSpec
+    seen: tuple[VectorVersion, ...]
+    """The vectors taken in so far, in that order."""
+    folder: str | None
+    """Where S lies; None before the first vector."""
+    written: dict[str, FileInfo]
+    """The files of S."""
+    state: OnlineState
+
     def __init__(
         self, experiment: Experiment, store: Store, shards: Shards, spec: BasisSpec
     ) -> None:
-        """Goes on from what the store has. Raises UserError where that is of another experiment."""
-        self._experiment, self._store, self._shards, self._spec = (
-            experiment,
-            store,
-            shards,
-            spec,
-        )
+        """Goes on from what the store has.
+
+        Raises UserError where that is of another experiment.
+        """
+        self.spec = spec
+        self._experiment, self._store, self._shards = experiment, store, shards
         self._prefix = online_prefix(spec.name)
         self._identity = basis_identity(experiment, spec)
-        self._restore(records.find(store, self._prefix, self._identity))
+        record = records.find(store, self._prefix, self._identity)
+        if record is None:
+            self._start()
+        else:
+            count = len(self._metrics(record).tasks)
+            tables = load(store.read(f"{self._prefix}/{online_tables(count)}"))
+            self._continue(record, tables)
 
-    def _restore(self, record: Mapping[str, Any] | None) -> None:
-        """The state of a record, or that before the first task."""
-        found = (
-            {"tasks": [], "folder": None, "written": {}} if record is None else record["metrics"]
-        )
-        parents, files = ({}, {}) if record is None else (record["parents"], record["files"])
-        self.known: list[tuple[str, str]] = [(task, parents[task]) for task in found["tasks"]]
-        self.folder: str | None = found["folder"]
-        self.written = {name: FileInfo.from_json(info) for name, info in found["written"].items()}
-        self._files = {name: FileInfo.from_json(info) for name, info in files.items()}
-        self.state = online_basis.start(self._spec.method, self._spec.size)
-        if record is not None:
-            tables = load(self._store.read(f"{self._prefix}/{online_tables(len(self.known))}"))
-            self.state = online_basis.OnlineState(self._spec.method, self._spec.size, **tables)
+    def _start(self) -> None:
+        """The state before the first task."""
+        self.seen, self.folder, self.written = (), None, {}
+        self._files: dict[str, FileInfo] = {}
+        self.state = online_basis.start(self.spec.method, self.spec.size)
+
+    def _continue(self, record: Record, tables: Mapping[str, Tensor]) -> None:
+        """The state that a record and its latest tables describe."""
+        metrics = self._metrics(record)
+        self.seen = tuple(VectorVersion(task, record.parents[task]) for task in metrics.tasks)
+        self.folder, self.written = metrics.folder, metrics.written
+        self._files = record.files
+        # Copies, which begin at multiples of 64 bytes whether the tables were read or just made:
+        # products must not depend on where a table begins.
+        copies = {name: tables[name].contiguous().clone() for name in TABLES}
+        self.state = OnlineState(self.spec.method, self.spec.size, **copies)
+
+    def _metrics(self, record: Record) -> OnlineMetrics:
+        return record.metrics_as(OnlineMetrics, self._store.where(self._prefix))
 
     def follow(self, checksums: Mapping[str, str]) -> None:
-        """Take in, in the order of the experiment, the tasks that are there (by name, with their
-        vector's checksum).
+        """Take in the tasks that are there, in the order of the experiment.
 
-        A vector that was made again after it had been taken in starts the basis anew, for it cannot
-        be taken back; so does a basis whose files were deleted.
+        A vector that was made again after it had been taken in cannot be taken back: it starts the
+        basis anew. So does a basis whose files were deleted.
+
+        checksums: of the vectors that are there, by task.
         """
-        gone = any(not self._store.exists(f"{self.folder}/{name}") for name in self.written)
-        if gone or any(checksums.get(task, checksum) != checksum for task, checksum in self.known):
+        if self._is_gone() or self._is_outdated(checksums):
             self._store.delete(self._prefix)
-            self._store.delete(basis_prefix(self._spec.name))
-            self._restore(None)
-        order, buffer = self._experiment.task_names, self._experiment.basis.buffer
-        while len(self.known) < len(order):
-            rest = order[len(self.known) :]
-            there = next((i for i, task in enumerate(rest) if task not in checksums), len(rest))
-            if there < min(buffer, len(rest)):
-                return
-            self._step([(task, checksums[task]) for task in rest[:buffer]])
+            self._store.delete(basis_prefix(self.spec.name))
+            self._start()
+        while (batch := self._next_batch(checksums)) is not None:
+            self._take_in(batch)
 
-    def _step(self, new: Known) -> None:
-        gram = self._shards.atoms_gram(self.folder, new).sum(dim=0)
+    def _is_gone(self) -> bool:
+        """Whether files of S were deleted."""
+        if not self.written:
+            return False
+        keys = self._store.keys(str(self.folder))
+        return not {f"{self.folder}/{name}" for name in self.written} <= set(keys)
+
+    def _is_outdated(self, checksums: Mapping[str, str]) -> bool:
+        """Whether a vector was made again after it had been taken in."""
+        return any(checksums.get(v.task, v.checksum) != v.checksum for v in self.seen)
+
+    def _next_batch(self, checksums: Mapping[str, str]) -> list[VectorVersion] | None:
+        """The next `basis.buffer` vectors (fewer at the end); None until all of them are there."""
+        start = len(self.seen)
+        tasks = self._experiment.task_names[start : start + self._experiment.basis.buffer]
+        if not tasks or not all(task in checksums for task in tasks):
+            return None
+        return [VectorVersion(task, checksums[task]) for task in tasks]
+
+    def _take_in(self, batch: Versions) -> None:
+        """Refit the basis to include a batch of vectors, and store it with its state."""
+        gram = self._shards.atoms_gram(self.folder, batch).sum(dim=0)
         mix, state = online_basis.advance(self.state, gram)
-        known, before = [*self.known, *new], self.folder
-        last = len(known) == len(self._experiment.tasks)
-        folder = basis_prefix(self._spec.name) if last else f"{self._prefix}/{len(known):06d}"
-        written = write_bases(self._store, self._shards, {folder: mix}, new, before)[folder]
-        looks = online_basis.arrivals(len(self._experiment.tasks), self._experiment.basis.buffer)
-        kept = {online_tables(n) for n in looks}
-        old = {n: i for n, i in self._files.items() if n in kept}
-        inside = {} if last else {f"{len(known):06d}/{n}": i for n, i in written.items()}
-        tables = {n: getattr(state, n).contiguous().clone() for n in ("W", "H", "error", "norm")}
+        seen = [*self.seen, *batch]
+        is_last = len(seen) == len(self._experiment.tasks)
+        step = f"{len(seen):06d}"
+        folder = basis_prefix(self.spec.name) if is_last else f"{self._prefix}/{step}"
+        written = write_bases(self._store, self._shards, {folder: mix}, batch, self.folder)[folder]
+        files = self._kept_tables()
+        if not is_last:
+            files |= {f"{step}/{name}": info for name, info in written.items()}
+        tables = {name: getattr(state, name).contiguous().clone() for name in TABLES}
         record = records.commit(
             self._store,
             self._prefix,
             identity=self._identity,
-            parents=dict(known),
-            written={**old, **inside},
-            files={online_tables(len(known)): save(tables)},
-            metrics={
-                "tasks": [t for t, _ in known],
-                "folder": folder,
-                "written": {n: i.to_json() for n, i in written.items()},
-            },
+            parents={version.task: version.checksum for version in seen},
+            written=files,
+            files={online_tables(len(seen)): save(tables)},
+            metrics=OnlineMetrics(
+                tasks=tuple(version.task for version in seen), folder=folder, written=written
+            ),
         )
-        dropped = self._files.keys() - record["files"].keys()
-        self._restore(record)
-        for name in dropped:
+        outdated = self._files.keys() - record.files.keys()
+        self._continue(record, tables)
+        for name in outdated:
             self._store.delete(f"{self._prefix}/{name}")
+
+    def _kept_tables(self) -> dict[str, FileInfo]:
+        """The tables after earlier tasks that an evaluation looks at."""
+        experiment = self._experiment
+        looks = online_basis.arrivals(len(experiment.tasks), experiment.basis.buffer)
+        kept = {online_tables(count) for count in looks}
+        return {name: info for name, info in self._files.items() if name in kept}
 
     def error_bounds(self) -> dict[str, float]:
         """Upper bound of the relative error (a norm, not squared) of each task taken in so far."""
-        bounds: Sequence[float] = online_basis.relative_bounds(self.state).tolist()
-        return {task: bound for (task, _), bound in zip(self.known, bounds, strict=True)}
+        bounds: list[float] = online_basis.relative_bounds(self.state).tolist()
+        return {version.task: bound for version, bound in zip(self.seen, bounds, strict=True)}

@@ -1,29 +1,29 @@
-"""A share of the coordinates of an experiment's task vectors: all D-sized work of the basis, block
-by block.
+"""A share of the coordinates of an experiment's task vectors: all D-sized work of the basis.
 
-A plain class; `remote` makes actors of several. Everything it knows is in the store: one that dies
-is made anew and fetches its share again.
+A plain class; `orchestration` makes actors of several. Everything it knows is in the store: one
+that dies is made anew and fetches its share again.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, Shards, VectorVersion, Versions
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import BASE, basis_vector_key
-from raytvb.experiment.stored import basis_vector_record
+from raytvb.experiment.layout import BASE, VECTOR
+from raytvb.experiment.task_store import task_stores
 from raytvb.maths.gram import BLOCK, gram_of_blocks
 from raytvb.models.process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, index_bytes
 from raytvb.storage.basis_writer import write_pieces
 from raytvb.storage.block_cache import BlockCache, check_header, damaged
+from raytvb.storage.masks import OpenMasks
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
@@ -34,44 +34,12 @@ from raytvb.storage.vectors import VectorFile
 MEMORY_CACHE_BYTES = 2**30  # up to here `resources.cache: auto` keeps the vectors in memory
 
 
-Known = Sequence[tuple[str, str]]  # tasks and the checksums of their vectors
-
-
-Outputs = Sequence[
-    tuple[str, Tensor]
-]  # folders and weights (T, M) float64 of what is to be written there
-
-
-class Shards(Protocol):
-    """All coordinates: one `CoordinateShard`, or several behind one front (`remote.ShardGroup`)."""
-
-    def fetch(self, known: Known) -> dict[str, str]:
-        """Take the vectors in; task to reason for those that cannot be used."""
-
-    def rows(self, known: Known, new: int) -> Tensor:
-        """Inner products by segment, see `CoordinateShard.rows`."""
-
-    def atoms_gram(self, source: str | None, known: Known) -> Tensor:
-        """Gram matrices by segment, see `CoordinateShard.atoms_gram`."""
-
-    def write(
-        self, outputs: Outputs, known: Known, source: str | None = None
-    ) -> dict[str, dict[str, FileInfo]]:
-        """Write combinations, see `CoordinateShard.write`."""
-
-    def cache(self) -> tuple[str, int]:
-        """Where the vectors are kept (memory or disk), and how many bytes."""
-
-    def layout(self, known: Known) -> Layout:
-        """The coordinates, as an index tells them."""
-
-
 class CoordinateShard:
     """Share `index` of `of` of the coordinates, in whole segments of 2^20.
 
-    Sums are kept by segment and added by who asks, so they are the same bits however many shares
-    there are. Memory: the cache where it is not on disk, 64 MB of values, and 32 MB for each basis
-    that is written.
+    Sums are kept by segment; who asks for them adds them up. So they are the same bits however many
+    shares there are. Memory: the cache where it is not on disk, 64 MB of values, and 32 MB for each
+    basis that is written.
     """
 
     def __init__(self, experiment: Experiment, index: int = 0, of: int = 1) -> None:
@@ -80,54 +48,65 @@ class CoordinateShard:
         self._experiment, self._store = experiment, Store(experiment.store)
         self._index, self._of = index, of
         self._dense = experiment.own_masks and len(experiment.tasks) > 1
+        self._tasks = task_stores(experiment)
         self._checksums: dict[str, str] = {}
+        self._fingerprint: str | None = None
+        self._masks = OpenMasks()
         self._first: VectorFile | None = None
         self._layout: Layout | None = None
         self._cache: BlockCache | None = None
 
-    def fetch(self, known: Known) -> dict[str, str]:
-        """Take in those of the vectors that are not here, checking their bytes; task to reason for
-        the unusable ones.
+    # Taking vectors in ----------------------------------------------------------------------------
 
-        Storage that fails otherwise raises its StoreError.
+    def fetch(self, versions: Versions) -> dict[str, VectorError]:
+        """Take in the vectors that are not here yet, checking their bytes.
+
+        Returns, by task, the error of each vector that cannot be used. Storage that fails otherwise
+        raises its StoreError.
         """
-        failed = {}
-        for task, checksum in known:
-            if self._checksums.get(task) != checksum:
-                try:
-                    self._take(task, checksum)
-                except (VectorError, StoreKeyError) as error:
-                    failed[task] = str(error)
+        failed: dict[str, VectorError] = {}
+        for version in versions:
+            if self._checksums.get(version.task) == version.checksum:
+                continue
+            try:
+                self._take(version)
+            except VectorError as error:
+                failed[version.task] = error
+            except StoreKeyError as error:
+                failed[version.task] = VectorError(str(error))
         return failed
 
-    def _take(self, task: str, checksum: str) -> None:
-        key = basis_vector_key(self._experiment, task)
-        record = basis_vector_record(self._store, self._experiment, task)
-        if record is None:
-            raise StoreKeyError(f"{self._store.where(key)} has not been committed")
-        info = FileInfo.from_json(record["files"]["vector.safetensors"])
-        vector = VectorFile(self._store, key)
-        if info.sha256 != checksum or self._store.size(vector.key) != info.size:
+    def _take(self, version: VectorVersion) -> None:
+        task = version.task
+        file = version.file or self._recorded_file(task)
+        vector = VectorFile(self._store, self._tasks[task].basis_vector_key, self._masks)
+        if file.sha256 != version.checksum or vector.file_size != file.size:
             raise damaged(self._store, vector.key)
-        if (
-            self._first is None
-        ):  # the others are compared with it, also where its header lies in another share
-            check_header(vector, info)
+        if self._first is None:
+            # Others are compared with its header, also where that lies in another share.
+            check_header(vector, file)
         self._check(vector)
         layout = self._layout or self._layout_of(vector)
         cache = self._cache or self._make_cache(layout.count)
         cache.drop(task)
         self._checksums.pop(task, None)
-        cache.add(task, vector, info)
+        cache.add(task, vector, file)
         self._first, self._layout, self._cache = self._first or vector, layout, cache
-        self._checksums[task] = checksum
+        self._checksums[task] = version.checksum
+
+    def _recorded_file(self, task: str) -> FileInfo:
+        """What the record says of the file now."""
+        task_store = self._tasks[task]
+        record = task_store.basis_vector()
+        if record is None:
+            where = self._store.where(task_store.basis_vector_key)
+            raise StoreKeyError(f"{where} has not been committed")
+        return record.files[VECTOR]
 
     def _check(self, vector: VectorFile) -> None:
-        """Raise VectorError unless the vector belongs to the experiment's model and to the first
-        vector.
-        """
-        base = records.find(self._store, BASE)
-        if base is not None and vector.info["base"] != base["parents"]["fingerprint"]:
+        """Raise VectorError unless the vector is of the experiment's model and fits the others."""
+        fingerprint = self._base_fingerprint()
+        if fingerprint is not None and vector.info.base != fingerprint:
             raise VectorError(
                 f"{vector.where} is the difference from another pretrained model than "
                 f"{self._store.where(BASE)}"
@@ -135,146 +114,178 @@ class CoordinateShard:
         if self._first is not None:
             check_pair(self._first, vector, compact=not self._dense)
 
+    def _base_fingerprint(self) -> str | None:
+        """Fingerprint of the stored pretrained model, read once; None where there is none yet."""
+        if self._fingerprint is None:
+            record = records.find(self._store, BASE)
+            if record is not None:
+                self._fingerprint = record.parents["fingerprint"]
+        return self._fingerprint
+
     def _layout_of(self, vector: VectorFile) -> Layout:
-        shapes = vector.parameters if self._dense else vector.shapes
-        shared = vector.mask if not self._dense else None
+        if self._dense:
+            return Layout(vector.info.base, vector.parameters, vector.parameters)
+        if vector.mask is None:
+            return Layout(vector.info.base, vector.parameters, vector.shapes)
         return Layout(
-            vector.info["base"],
+            vector.info.base,
             vector.parameters,
-            shapes,
-            vector.mask_key if shared else None,
-            shared.fingerprint if shared else None,
+            vector.shapes,
+            vector.mask_key,
+            vector.mask.fingerprint,
         )
 
     def _make_cache(self, count: int) -> BlockCache:
+        """An empty cache for this share of `count` coordinates."""
         segments = max(1, -(-count // SEGMENT))
-        edges = [
-            min(count, segments * n // self._of * SEGMENT) for n in (self._index, self._index + 1)
-        ]
+        start = min(count, segments * self._index // self._of * SEGMENT)
+        stop = min(count, segments * (self._index + 1) // self._of * SEGMENT)
         share = self._experiment.talos.density if self._dense else 1.0
-        expected = 4 * len(self._experiment.tasks) * (edges[1] - edges[0]) * share
+        expected_bytes = 4 * len(self._experiment.tasks) * (stop - start) * share
         wanted = self._experiment.resources.cache
-        on_disk = wanted == "disk" or (wanted == "auto" and expected > MEMORY_CACHE_BYTES)
-        return BlockCache(
-            edges[0],
-            edges[1],
-            own_masks=self._dense,
-            folder=tempfile.gettempdir() if on_disk else None,
-        )
+        on_disk = wanted == "disk" or (wanted == "auto" and expected_bytes > MEMORY_CACHE_BYTES)
+        folder = tempfile.gettempdir() if on_disk else None
+        return BlockCache(start, stop, own_masks=self._dense, folder=folder)
 
-    def _ready(self, known: Known) -> tuple[BlockCache, Layout]:
-        """All of the vectors are here. Raises VectorError that names those which cannot be used."""
-        failed = self.fetch(known)
+    def _ready(self, versions: Versions) -> tuple[BlockCache, Layout]:
+        """Cache and layout once the vectors are here.
+
+        Raises VectorError that names those which cannot be used.
+        """
+        failed = self.fetch(versions)
         if failed:
-            raise VectorError("; ".join(failed.values()))
+            raise VectorError("; ".join(map(str, failed.values())))
         assert self._cache is not None and self._layout is not None
         return self._cache, self._layout
 
-    def cache(self) -> tuple[str, int]:
-        """Where the vectors are kept (memory or disk), and how many bytes."""
-        return ("memory", 0) if self._cache is None else (self._cache.kind, self._cache.bytes)
+    def cache(self) -> CacheUse:
+        """Where the vectors' values are kept."""
+        if self._cache is None:
+            return CacheUse()
+        return CacheUse(self._cache.kind, self._cache.bytes)
 
-    def _segments(self, cache: BlockCache) -> list[tuple[int, int]]:
-        return [(a, min(a + SEGMENT, cache.stop)) for a in range(cache.start, cache.stop, SEGMENT)]
+    def layout(self, versions: Versions) -> Layout:
+        """The coordinates, as the index of a basis describes them."""
+        return self._ready(versions)[1]
 
-    def rows(self, known: Known, new: int) -> Tensor:
-        """Inner products of the last `new` of the vectors with all of them, (segments, new,
-        len(known)) float64.
+    # Inner products -------------------------------------------------------------------------------
 
-        Every pair is multiplied by itself (float32 over 65,536 coordinates, added pairwise, then in
-        float64), so an entry is the same bits whatever the order in which vectors arrive. Time
-        grows linearly with their number.
+    def rows(self, versions: Versions, new: int) -> Tensor:
+        """Inner products of the last `new` of the T vectors with all: (segments, new, T) float64.
+
+        The two vectors of every pair are multiplied by themselves (float32 over 65,536 coordinates,
+        added pairwise, then in float64). So an entry is the same bits whatever the order in which
+        vectors arrive. Time grows linearly with T.
         """
-        cache, _ = self._ready(known)
-        names = [task for task, _ in known]
-        old, fresh = names[: len(names) - new], names[len(names) - new :]
-        segments = self._segments(cache)
+        cache, _ = self._ready(versions)
+        names = [version.task for version in versions]
+        before = len(names) - new
+        segments = _segments(cache)
         out = torch.zeros(len(segments), new, len(names), dtype=torch.float64)
-        products = torch.empty(BLOCK)
-
-        def inner(left: Tensor, right: Tensor) -> float:
-            # torch.dot is twice as fast, but of bfloat16 values off by 4e-6: torch.sum adds
-            # pairwise.
-            return float(torch.mul(left, right, out=products[: len(left)]).sum())
-
-        for number, (first, last) in enumerate(segments):
-            sums = [[0.0] * len(names) for _ in range(new)]
-            for start in range(first, last, BLOCK):
-                stop = min(start + BLOCK, last)
-                arrived = [cache.read(name, start, stop) for name in fresh]
-                for position, name in enumerate(old):
-                    values = cache.read(name, start, stop)
-                    for row, other in zip(sums, arrived, strict=True):
-                        row[position] += inner(values, other)
-                for i, left in enumerate(arrived):
-                    for j, right in enumerate(arrived[: i + 1]):
-                        sums[i][len(old) + j] += inner(left, right)
+        for number, (start, stop) in enumerate(segments):
+            sums = _inner_products(cache, names[:before], names[before:], start, stop)
             out[number] = torch.tensor(sums, dtype=torch.float64)
-        corner = out[:, :, len(old) :]
+        corner = out[:, :, before:]
         corner += corner.tril(-1).transpose(1, 2)
         return out
 
-    def _blocks(
-        self, cache: BlockCache, known: Known, source: str | None, ranges: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(start, rows (m + t, n)): the vectors of the basis `source`, then the known ones, over
-        the ranges.
-        """
-        basis = None if source is None else StoredBasis(self._store, source)
-        before = 0 if basis is None else basis.size
-        count = before + len(known)
-        step = min(block_columns(count), SEGMENT)
-        # Rows begin at multiples of 64 bytes in every share: sums must not depend on where.
-        buffer = torch.empty(count, -(-min(step, cache.stop - cache.start) // 16) * 16)
-        for first, last in ranges:
-            for start in range(first, last, step):
-                stop = min(start + step, last)
-                rows = buffer[:, : stop - start]
-                if basis is not None:
-                    basis.read_into(start, rows[:before])
-                for position, (task, _) in enumerate(known):
-                    rows[before + position] = cache.read(task, start, stop)
-                yield start, rows
+    def atoms_gram(self, source: str | None, versions: Versions) -> Tensor:
+        """Gram matrix of [S N] by segment: (segments, m + t, m + t) float64.
 
-    def atoms_gram(self, source: str | None, known: Known) -> Tensor:
-        """Gram matrix of [S N], S the stored basis in the folder `source` and N the known vectors,
-        by segment: (segments, m + t, m + t) float64."""
-        cache, _ = self._ready(known)
-        size = len(known) + (0 if source is None else StoredBasis(self._store, source).size)
-        grams = torch.zeros(len(self._segments(cache)), size, size, dtype=torch.float64)
-        for gram, segment in zip(grams, self._segments(cache), strict=True):
-            gram += gram_of_blocks(size, self._blocks(cache, known, source, [segment]))
+        S are the m vectors of the basis stored in the folder `source`, N the t given vectors.
+        """
+        cache, _ = self._ready(versions)
+        basis = None if source is None else StoredBasis(self._store, source)
+        size = len(versions) + (0 if basis is None else basis.size)
+        segments = _segments(cache)
+        grams = torch.zeros(len(segments), size, size, dtype=torch.float64)
+        for gram, segment in zip(grams, segments, strict=True):
+            gram += gram_of_blocks(size, _blocks(cache, basis, versions, [segment]))
         return grams
 
-    def write(
-        self, outputs: Outputs, known: Known, source: str | None = None
-    ) -> dict[str, dict[str, FileInfo]]:
-        """Write this share of the files of [S N] @ weights for each (folder, weights), in one pass
-        over N (and S).
+    # Writing bases --------------------------------------------------------------------------------
 
-        Returns checksums by folder and file.
+    def write(
+        self, outputs: Outputs, versions: Versions, source: str | None = None
+    ) -> FilesByFolder:
+        """Write this share of the files of [S N] @ weights for each (folder, weights).
+
+        One pass over N (and S). Returns checksums by folder and file.
         """
-        cache, layout = self._ready(known)
-        blocks = self._blocks(cache, known, source, self._segments(cache))
+        cache, layout = self._ready(versions)
+        basis = None if source is None else StoredBasis(self._store, source)
+        blocks = _blocks(cache, basis, versions, _segments(cache))
         return write_pieces(blocks, outputs, layout, self._store, cache.stop)
 
-    def layout(self, known: Known) -> Layout:
-        """The coordinates, as an index tells them."""
-        return self._ready(known)[1]
+
+def _segments(cache: BlockCache) -> list[tuple[int, int]]:
+    """(start, stop) of the segments of a share."""
+    return [(a, min(a + SEGMENT, cache.stop)) for a in range(cache.start, cache.stop, SEGMENT)]
+
+
+def _inner_products(
+    cache: BlockCache, old: Sequence[str], new: Sequence[str], start: int, stop: int
+) -> list[list[float]]:
+    """Inner products over coordinates start..stop: for each new vector with all, old ones first.
+
+    Of two new vectors only the pair whose first one came later (or the same one) is filled in.
+    """
+    products = torch.empty(BLOCK)
+
+    def inner(left: Tensor, right: Tensor) -> float:
+        # torch.dot is twice as fast, but of bfloat16 values off by 4e-6: torch.sum adds pairwise.
+        return float(torch.mul(left, right, out=products[: len(left)]).sum())
+
+    sums = [[0.0] * (len(old) + len(new)) for _ in new]
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        arrived = [cache.read(name, first, last) for name in new]
+        for position, name in enumerate(old):
+            values = cache.read(name, first, last)
+            for row, other in zip(sums, arrived, strict=True):
+                row[position] += inner(values, other)
+        for i, left in enumerate(arrived):
+            for j, right in enumerate(arrived[: i + 1]):
+                sums[i][len(old) + j] += inner(left, right)
+    return sums
+
+
+def _blocks(
+    cache: BlockCache,
+    basis: StoredBasis | None,
+    versions: Versions,
+    ranges: Sequence[tuple[int, int]],
+) -> Iterator[tuple[int, Tensor]]:
+    """(start, rows (m + t, n)) over the ranges: the m basis vectors, then the t given vectors."""
+    before = 0 if basis is None else basis.size
+    count = before + len(versions)
+    step = min(block_columns(count), SEGMENT)
+    # Rows begin at multiples of 64 bytes in every share: sums must not depend on where.
+    buffer = torch.empty(count, -(-min(step, cache.stop - cache.start) // 16) * 16)
+    for first, last in ranges:
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            rows = buffer[:, : stop - start]
+            if basis is not None:
+                basis.read_into(start, rows[:before])
+            for position, version in enumerate(versions):
+                rows[before + position] = cache.read(version.task, start, stop)
+            yield start, rows
 
 
 def write_bases(
     store: Store,
     shards: Shards,
     outputs: Mapping[str, Tensor],
-    known: Known,
+    versions: Versions,
     source: str | None = None,
-) -> dict[str, dict[str, FileInfo]]:
-    """Let the shards write [S N] @ weights for each (folder: weights), and add the indices; all but
-    the records.
+) -> FilesByFolder:
+    """Write [S N] @ weights for each folder: weights. All but the records, which come last.
+
+    The shards write the vectors; the indices are added here.
     """
-    files = shards.write(list(outputs.items()), known, source)
-    layout = shards.layout(known)
+    files = shards.write(list(outputs.items()), versions, source)
+    layout = shards.layout(versions)
     for folder, weights in outputs.items():
         data = index_bytes(layout, weights.shape[1], folder)
         store.write(f"{folder}/{INDEX}", data)

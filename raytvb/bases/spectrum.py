@@ -3,58 +3,98 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 
 from raytvb.errors import UserError
+from raytvb.experiment.layout import BASE
 from raytvb.maths.basis_fit import fit_basis, task_errors
+from raytvb.storage import records
+from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
 
 
-def spectrum_of(store: Store, method: str = "ae", size: int | None = None) -> dict[str, Any]:
-    """Eigenvalues of the Gram matrix as shares of their sum, the least relative error at each M,
-    the fit at `size`.
+class SpectrumFit(Contract):
+    """One basis fitted to the vectors so far."""
+
+    method: str
+    size: int
+    """M, the number of basis vectors."""
+    loss: float
+    """Relative squared error of all vectors together."""
+    floor: float
+    """Least such error of any M vectors."""
+    per_task: dict[str, float]
+    """Relative squared error of each task's vector."""
+    notes: tuple[str, ...]
+    """What the method warned of."""
+
+
+class Spectrum(Contract):
+    """The spectrum of the Gram matrix of the vectors so far."""
+
+    tasks: tuple[str, ...]
+    """In the order of their arrival."""
+    share: tuple[float, ...]
+    """Eigenvalues as shares of their sum, falling."""
+    floor: tuple[float, ...]
+    """Least relative error of 1, 2, … basis vectors."""
+    fit: SpectrumFit | None = None
+    """Where a size was given."""
+
+    def to_json(self) -> JsonObject:
+        """Plain values, without `fit` where no size was given."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def spectrum_of(store: Store, method: str = "ae", size: int | None = None) -> Spectrum:
+    """The spectrum of the stored Gram matrix, and the fit of a basis of `size` vectors.
 
     Raises UserError where no vector has been taken in yet.
     """
+    records.find(store, BASE)  # UserError for a store of a newer raytvb
     state = GramState.read(store)
     if not state.tasks:
         raise UserError(
-            f"{store.url} has no Gram matrix yet: `raytvb run` or `raytvb basis` makes it, vector by "
-            f"vector"
+            f"{store.url} has no Gram matrix yet: `raytvb run` or `raytvb basis` makes it, vector "
+            f"by vector"
         )
     values = torch.linalg.eigvalsh(state.gram).flip(0).clamp(min=0)
     share = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    found: dict[str, Any] = {
-        "tasks": state.tasks,
-        "share": share.tolist(),
-        "floor": (1 - share.cumsum(0)).clamp(min=0).tolist(),
-    }
-    if size is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            fit = fit_basis(state.gram, size, method=method)
-        errors = task_errors(state.gram, fit).tolist()
-        found["fit"] = {
-            "method": method,
-            "size": fit.size,
-            "loss": fit.loss,
-            "floor": fit.floor,
-            "per_task": dict(zip(state.tasks, errors, strict=True)),
-            "notes": [str(w.message) for w in caught],
-        }
-    return found
+    return Spectrum(
+        tasks=tuple(state.tasks),
+        share=tuple(share.tolist()),
+        floor=tuple((1 - share.cumsum(0)).clamp(min=0).tolist()),
+        fit=None if size is None else _fit_of(state, method, size),
+    )
 
 
-def describe_tasks(found: dict[str, Any]) -> str:
-    """The fit in lines."""
-    fit = found.get("fit")
+def _fit_of(state: GramState, method: str, size: int) -> SpectrumFit:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        fit = fit_basis(state.gram, size, method=method)
+    errors: list[float] = task_errors(state.gram, fit).tolist()
+    return SpectrumFit(
+        method=method,
+        size=fit.size,
+        loss=fit.loss,
+        floor=fit.floor,
+        per_task=dict(zip(state.tasks, errors, strict=True)),
+        notes=tuple(str(warning.message) for warning in caught),
+    )
+
+
+def describe_spectrum(spectrum: Spectrum) -> str:
+    """The fit in lines; without one, the number of vectors."""
+    fit = spectrum.fit
     if fit is None:
-        return f"task vectors so far: {len(found['tasks'])}"
-    lines = [
-        *(f"note: {n}" for n in fit["notes"]),
-        f"{fit['method']} with {fit['size']} vectors: relative error {fit['loss']:.4f} (least {fit['floor']:.4f})",
-    ]
-    return "\n".join(lines + [f"  {task}  {error:.4f}" for task, error in fit["per_task"].items()])
+        return f"task vectors so far: {len(spectrum.tasks)}"
+    lines = [f"note: {note}" for note in fit.notes]
+    lines.append(
+        f"{fit.method} with {fit.size} vectors: relative error {fit.loss:.4f} "
+        f"(least {fit.floor:.4f})"
+    )
+    for task, error in fit.per_task.items():
+        lines.append(f"  {task}  {error:.4f}")
+    return "\n".join(lines)

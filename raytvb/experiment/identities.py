@@ -29,7 +29,7 @@ def vector_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
     return identity
 
 
-def prepared_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
+def twin_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
     """Identity of a vector's prepared twin, which bases are made of instead of the vector."""
     return {**vector_identity(experiment, task), "prepare": experiment.basis.prepare}
 

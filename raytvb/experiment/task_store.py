@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import mask_identity, prepared_identity, vector_identity
+from raytvb.experiment.identities import mask_identity, twin_identity, vector_identity
 from raytvb.experiment.layout import (
     SHARED_MASK,
     VECTOR,
@@ -23,6 +22,7 @@ from raytvb.experiment.layout import (
 )
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.storage import records
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
 
@@ -43,17 +43,17 @@ class TaskStore:
         return Store(self.experiment.store)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """Identity of the task vector, and of the checkpoints of its fine-tune."""
         return vector_identity(self.experiment, self.task)
 
     @cached_property
-    def twin_identity(self) -> dict[str, Any]:
+    def twin_identity(self) -> JsonObject:
         """Identity of the vector's prepared twin."""
-        return prepared_identity(self.experiment, self.task)
+        return twin_identity(self.experiment, self.task)
 
     @cached_property
-    def mask_identity(self) -> dict[str, Any]:
+    def mask_identity(self) -> JsonObject:
         """Identity of the task's own mask."""
         return mask_identity(self.experiment, [self.task])
 

@@ -1,1 +1,1 @@
-"""The fine-tune of one task: its mask, its training and what it leaves in the store."""
+"""The fine-tune of one task: its mask, its training, and what it leaves in the store."""

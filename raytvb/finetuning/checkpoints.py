@@ -4,46 +4,66 @@ from __future__ import annotations
 
 from safetensors.torch import load, save
 
-from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import vector_identity
-from raytvb.experiment.layout import checkpoint_prefix
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.metrics import CheckpointMetrics
+from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.training import Checkpoint
 from raytvb.storage import records
-from raytvb.storage.records import FileInfo
-from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 
 
-def write_checkpoint(
-    store: Store, experiment: Experiment, task: TaskConfig, checkpoint: Checkpoint
-) -> None:
-    """Keep a fine-tune's latest checkpoint; the one before goes when this one is whole."""
-    prefix, name = checkpoint_prefix(task.name), f"step-{checkpoint.step:07d}.safetensors"
-    metrics = {"step": checkpoint.step, "loss": checkpoint.loss, "seconds": checkpoint.seconds}
-    records.commit(
-        store,
-        prefix,
-        identity=vector_identity(experiment, task),
-        metrics=metrics,
-        files={name: save(checkpoint.tensors)},
-    )
-    for key in store.keys(prefix):
-        if key not in (f"{prefix}/{name}", f"{prefix}/{records.RECORD}"):
-            store.delete(key)
+class CheckpointFolder:
+    """Where one fine-tune keeps its latest checkpoint."""
 
+    latest: int | None = None
+    """Steps done in the checkpoint that was last loaded or saved; None before."""
 
-def load_checkpoint(store: Store, experiment: Experiment, task: TaskConfig) -> Checkpoint | None:
-    """The checkpoint to go on from; None where there is none that is whole."""
-    prefix = checkpoint_prefix(task.name)
-    record = records.find(store, prefix, vector_identity(experiment, task))
-    if record is None:
-        return None
-    ((name, info),) = record["files"].items()
-    try:
-        data = store.read(f"{prefix}/{name}")
-    except StoreKeyError:
-        return None
-    if not FileInfo.from_json(info).is_of(data):
-        return None
-    return Checkpoint(**record["metrics"], tensors=load(data))
+    def __init__(self, task_store: TaskStore) -> None:
+        """Touches no storage."""
+        self._task_store, self._store = task_store, task_store.store
+        self._prefix = task_store.checkpoint_prefix
+
+    @property
+    def where(self) -> str:
+        """The folder's URL or path, for messages."""
+        return self._store.where(self._prefix)
+
+    def load(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None where there is none that is whole.
+
+        Raises UserError for one of a fine-tune with other settings.
+        """
+        record = records.find(self._store, self._prefix, self._task_store.identity)
+        if record is None:
+            return None
+        ((name, file),) = record.files.items()
+        try:
+            data = self._store.read(f"{self._prefix}/{name}")
+        except StoreKeyError:
+            return None
+        if not file.is_of(data):
+            return None
+        metrics = record.metrics_as(CheckpointMetrics, self.where)
+        self.latest = metrics.step
+        return Checkpoint(metrics.step, metrics.loss, metrics.seconds, load(data))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint; the one before goes when this one is whole."""
+        name = f"step-{checkpoint.step:07d}.safetensors"
+        records.commit(
+            self._store,
+            self._prefix,
+            identity=self._task_store.identity,
+            metrics=CheckpointMetrics(
+                step=checkpoint.step, loss=checkpoint.loss, seconds=checkpoint.seconds
+            ),
+            files={name: save(checkpoint.tensors)},
+        )
+        self.latest = checkpoint.step
+        current = (f"{self._prefix}/{name}", f"{self._prefix}/{records.RECORD}")
+        for key in self._store.keys(self._prefix):
+            if key not in current:
+                self._store.delete(key)
+
+    def delete(self) -> None:
+        """Delete the checkpoint, and what a killed writer may have left of one."""
+        self._store.delete(self._prefix)

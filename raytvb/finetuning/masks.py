@@ -1,20 +1,27 @@
-"""Masks of tasks: scored in rounds, selected, committed."""
+"""Masks of tasks: scored in rounds, selected, committed.
+
+A mask is made of scores, one a parameter, the lowest of which are kept (see `maths.fisher` and
+`maths.mask_selection`). A task's own mask is made here in one go. For the shared mask, scores of
+all tasks are added up between workers, so each of its steps is a function of arrays: `score_task`,
+`add_scores`, `select_round`, `commit_shared_mask`.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from raytvb.data.loading import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import mask_identity
-from raytvb.experiment.layout import OVERLAP, SHARED_MASK, mask_prefix
+from raytvb.experiment.layout import MASK, OVERLAP, SHARED_MASK, mask_key, mask_prefix
+from raytvb.experiment.metrics import MaskMetrics, OverlapMetrics
+from raytvb.experiment.task_store import TaskStore
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.maths.fisher import fisher_scores
 from raytvb.maths.mask_selection import (
@@ -26,86 +33,111 @@ from raytvb.maths.mask_selection import (
     unflatten,
 )
 from raytvb.maths.seeds import task_seed
-from raytvb.models.base import base_encoder
+from raytvb.models.base import load_base
 from raytvb.models.classifier import ImageClassifier
-from raytvb.models.heads import load_head
+from raytvb.models.open_clip_models import Encoder
+from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.process import device, threads, worker_setup
 from raytvb.storage import records
 from raytvb.storage.masks import Mask, MaskFile, mask_intersections
 from raytvb.storage.store import Store
 
+# Masks in the store -------------------------------------------------------------------------------
+
 
 def load_mask(store: Store, mask_id: str) -> Mask:
     """A stored mask, whole."""
-    return MaskFile(store, f"{mask_prefix(mask_id)}/mask.safetensors").load()
+    return MaskFile(store, mask_key(mask_id)).load()
 
 
 def write_mask(
     store: Store, experiment: Experiment, mask_id: str, tasks: Sequence[TaskConfig], mask: Mask
-) -> None:
-    """Commit a mask and its record."""
-    metrics = {"kept": mask.kept, "total": len(mask.bits)}
+) -> MaskMetrics:
+    """Commit a mask that was made from the scores of the given tasks."""
+    metrics = MaskMetrics(kept=mask.kept, total=len(mask.bits))
     records.commit(
         store,
         mask_prefix(mask_id),
         identity=mask_identity(experiment, tasks),
         metrics=metrics,
-        files={"mask.safetensors": mask.to_bytes()},
+        files={MASK: mask.to_bytes()},
         parents={"mask": mask.fingerprint},
     )
+    return metrics
 
 
-def write_overlap(store: Store, experiment: Experiment) -> dict[str, Any]:
-    """Commit how far the tasks' own masks overlap: intersections (T, T) int64; mean, min and max
-    Jaccard index.
+def record_overlap(experiment: Experiment) -> None:
+    """Measure and store how far the tasks' own masks overlap, unless that is stored.
+
+    The file has the intersections of every two masks (T, T) int64, the record their Jaccard
+    indices.
     """
-    masks = [MaskFile(store, f"{mask_prefix(t)}/mask.safetensors") for t in experiment.task_names]
+    worker_setup()
+    store = Store(experiment.store)
+    identity = mask_identity(experiment, experiment.tasks)
+    if records.find(store, OVERLAP, identity) is not None:
+        return
+    masks = [MaskFile(store, mask_key(task)) for task in experiment.task_names]
     intersections = mask_intersections(masks)
     pairs = jaccard(intersections)[tuple(torch.triu_indices(len(masks), len(masks), 1))]
-    metrics = {"mean": float(pairs.mean()), "min": float(pairs.min()), "max": float(pairs.max())}
-    return records.commit(
+    records.commit(
         store,
         OVERLAP,
-        identity=mask_identity(experiment, experiment.tasks),
-        metrics=metrics,
+        identity=identity,
+        metrics=OverlapMetrics(
+            mean=float(pairs.mean()), min=float(pairs.min()), max=float(pairs.max())
+        ),
         files={"overlap.safetensors": save({"intersections": intersections})},
     )
 
 
-def fresh_classifier(
-    experiment: Experiment, fingerprint: str, task: TaskConfig
-) -> tuple[ImageClassifier, Preprocess]:
-    """A fresh copy of the pretrained tower with the task's head."""
-    encoder = base_encoder(experiment.store, fingerprint)
-    head = load_head(Store(experiment.store), experiment, task, encoder)
-    model: Any = encoder.model
-    return ImageClassifier(copy.deepcopy(model.visual), head).eval(), encoder.preprocess
+# Scores -------------------------------------------------------------------------------------------
 
 
 def score_task(
     experiment: Experiment, fingerprint: str, task: TaskConfig, round_: int, kept: np.ndarray | None
 ) -> np.ndarray:
-    """Scores (D,) float32 of one task in one round, the lowest to be kept; `kept` (D,) bool are
-    still in the race.
+    """Scores (D,) float32 of one task in one round; the lowest are to be kept.
+
+    round_: from 1 on. kept: (D,) bool, the entries still in the race; None in the first round.
     """
     worker_setup()
-    classifier, preprocess = fresh_classifier(experiment, fingerprint, task)
+    task_store = TaskStore(experiment, task)
+    return _scores(task_store, PretrainedTask.load(task_store, fingerprint), round_, kept)
+
+
+def _scores(
+    task_store: TaskStore, pretrained: PretrainedTask, round_: int, kept: np.ndarray | None
+) -> np.ndarray:
+    """As `score_task`, by the way of selection that the experiment asks for."""
+    experiment, task = task_store.experiment, task_store.task
+    classifier = pretrained.classifier()
     parameters = {n: p.detach() for n, p in classifier.named_parameters()}
     seed = task_seed(experiment.seed, f"{task.name}/scores/{round_}")
     generator = torch.Generator().manual_seed(seed)
-    if experiment.talos.select == "magnitude":
+    select = experiment.talos.select
+    if select == "magnitude":
         return -flatten(parameters).abs().numpy()
-    if experiment.talos.select == "random":
+    if select == "random":
         return torch.rand(len(flatten(parameters)), generator=generator).numpy()
     if kept is not None:
-        damped = damp(
-            parameters,
-            unflatten(torch.from_numpy(kept.copy()), parameters),
-            experiment.talos.damping,
-        )
+        mask = unflatten(torch.from_numpy(kept.copy()), parameters)
+        damped = damp(parameters, mask, experiment.talos.damping)
         classifier.load_state_dict(damped, strict=False)
+    scores = _sensitivities(task_store, classifier, pretrained.preprocess, generator)
+    return (-scores if select == "highest" else scores).cpu().numpy()
+
+
+def _sensitivities(
+    task_store: TaskStore,
+    classifier: ImageClassifier,
+    preprocess: Preprocess,
+    generator: torch.Generator,
+) -> Tensor:
+    """Fisher scores (D,) float32 on the worker's device, of training images that are drawn."""
+    experiment = task_store.experiment
     split = load_split(
-        task,
+        task_store.task,
         "train",
         preprocess,
         threads=threads(experiment),
@@ -113,22 +145,20 @@ def score_task(
         generator=generator,
     )
     place = device()
-    images = preprocess.normalise(split.images.to(place))
-    scores = flatten(
-        fisher_scores(
-            classifier.to(place),
-            images,
-            draws=experiment.talos.draws,
-            generator=generator,
-            precision=experiment.talos.precision,
-        )
+    scores = fisher_scores(
+        classifier.to(place),
+        preprocess.normalise(split.images.to(place)),
+        draws=experiment.talos.draws,
+        generator=generator,
+        precision=experiment.talos.precision,
     )
-    return (-scores if experiment.talos.select == "highest" else scores).cpu().numpy()
+    return flatten(scores)
 
 
 def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Sum of two score vectors; the tree in which they are added is fixed by the order of the
-    tasks.
+    """Sum of two score vectors (D,).
+
+    Who calls this adds them up in a tree that the order of the tasks alone determines.
     """
     return left + right
 
@@ -136,42 +166,39 @@ def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def select_round(
     experiment: Experiment, scores: np.ndarray, kept: np.ndarray | None, round_: int
 ) -> np.ndarray:
-    """The entries (D,) bool that are kept after round `round_` (1-based)."""
+    """The entries (D,) bool that are kept after a round.
+
+    scores and kept: of this round, see `score_task`. round_: from 1 on.
+    """
     density = round_density(experiment.talos.density, round_, experiment.talos.stages)
     before = None if kept is None else {"": torch.from_numpy(kept.copy())}
     return select_further({"": torch.from_numpy(scores.copy())}, before, density)[""].numpy()
 
 
-def commit_shared_mask(
-    experiment: Experiment, fingerprint: str, kept: np.ndarray
-) -> dict[str, int]:
-    """Store the shared mask; returns its numbers of kept and of all entries."""
-    state = base_encoder(experiment.store, fingerprint).visual_state()
-    mask = Mask.of(unflatten(torch.from_numpy(kept.copy()), state))
-    write_mask(Store(experiment.store), experiment, SHARED_MASK, experiment.tasks, mask)
-    return {"kept": mask.kept, "total": len(mask.bits)}
+# Whole masks --------------------------------------------------------------------------------------
 
 
-def own_mask(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Mask:
+def commit_shared_mask(experiment: Experiment, fingerprint: str, kept: np.ndarray) -> MaskMetrics:
+    """Store the shared mask of the kept entries (D,) bool."""
+    encoder = load_base(experiment.store, fingerprint)
+    store = Store(experiment.store)
+    return write_mask(store, experiment, SHARED_MASK, experiment.tasks, _mask_of(encoder, kept))
+
+
+def _mask_of(encoder: Encoder, kept: np.ndarray) -> Mask:
+    return Mask.of(unflatten(torch.from_numpy(kept.copy()), encoder.visual_state()))
+
+
+def own_mask(task_store: TaskStore, pretrained: PretrainedTask) -> Mask:
     """A task's own mask: taken from the store, or made in staged rounds and committed."""
-    store, mask_id = Store(experiment.store), task.name
-    if records.find(store, mask_prefix(mask_id), mask_identity(experiment, [task])):
-        return load_mask(store, mask_id)
+    store, experiment, task = task_store.store, task_store.experiment, task_store.task
+    if records.find(store, task_store.own_mask_prefix, task_store.mask_identity) is not None:
+        return load_mask(store, task.name)
     kept: np.ndarray | None = None
     for round_ in range(1, experiment.talos.stages + 1):
-        kept = select_round(
-            experiment, score_task(experiment, fingerprint, task, round_, kept), kept, round_
-        )
+        scores = _scores(task_store, pretrained, round_, kept)
+        kept = select_round(experiment, scores, kept, round_)
     assert kept is not None
-    state = base_encoder(experiment.store, fingerprint).visual_state()
-    mask = Mask.of(unflatten(torch.from_numpy(kept), state))
-    write_mask(store, experiment, mask_id, [task], mask)
+    mask = _mask_of(pretrained.encoder, kept)
+    write_mask(store, experiment, task.name, [task], mask)
     return mask
-
-
-def record_overlap(experiment: Experiment) -> None:
-    """Store how far the tasks' own masks overlap, unless that is stored."""
-    worker_setup()
-    store = Store(experiment.store)
-    if records.find(store, OVERLAP, mask_identity(experiment, experiment.tasks)) is None:
-        write_overlap(store, experiment)

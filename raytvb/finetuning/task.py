@@ -1,125 +1,162 @@
-"""One task: its mask, its fine-tune, its committed vector."""
+"""The fine-tune of one task, from the pretrained model to a committed vector.
+
+How the room works, in reading order: `finetune_task` here walks the steps; `masks` makes the mask
+of trainable entries; `training` trains, and knows no store; `checkpoints` keeps fine-tunes that
+have not ended; `twins` makes the prepared twin of a vector. The identity and keys of the task are
+in the `TaskStore` that is handed from step to step.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytvb.data.loading import load_split
+from raytvb.data.splits import Split
 from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import vector_identity
-from raytvb.experiment.layout import (
-    SHARED_MASK,
-    checkpoint_prefix,
-    mask_prefix,
-    vector_key,
-    vector_prefix,
-)
+from raytvb.experiment.layout import HEAD, SHARED_MASK, VECTOR, mask_key
+from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.task_store import TaskStore
 from raytvb.experiment.tasks import TaskConfig
-from raytvb.finetuning.checkpoints import load_checkpoint, write_checkpoint
-from raytvb.finetuning.masks import fresh_classifier, load_mask, own_mask
-from raytvb.finetuning.prepared import prepare_vector
-from raytvb.finetuning.training import finetune
+from raytvb.finetuning.checkpoints import CheckpointFolder
+from raytvb.finetuning.masks import load_mask, own_mask
+from raytvb.finetuning.training import Finetuned, finetune
+from raytvb.finetuning.twins import norm, write_twin
 from raytvb.maths.seeds import task_seed
+from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.process import device, threads, worker_setup
 from raytvb.storage import records
-from raytvb.storage.store import Store
-from raytvb.storage.vectors import vector_bytes, vector_info
+from raytvb.storage.masks import Mask
+from raytvb.storage.records import Record
+from raytvb.storage.vectors import VectorInfo, vector_bytes, vector_info
 
 
-def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> dict[str, Any]:
-    """Fine-tune one task, from its checkpoint if it has one, and commit its vector; returns the
-    record.
+def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Record:
+    """Fine-tune one task and commit its vector, unless it is there; returns the vector's record.
 
-    Where bases are made of prepared vectors, the twin is there too afterwards.
+    Goes on from a checkpoint if the task has one. Where bases are made of prepared twins, the twin
+    is there too afterwards. fingerprint: of the pretrained model.
+    Raises UserError where the vector or the checkpoint is of other settings, where images or model
+    cannot be used, and where the training diverges.
     """
     worker_setup()
-    store, prefix = Store(experiment.store), vector_prefix(task.name)
-    identity = vector_identity(experiment, task)
-    record = records.find(store, prefix, identity)
-    if record is not None:
-        prepare_vector(experiment, task)
-        return record
-    classifier, preprocess = fresh_classifier(experiment, fingerprint, task)
-    key, mask_id = vector_key(task.name), ""
-    parents = {"base": fingerprint}
-    if experiment.talos.density == 1.0:
-        tensors = {
-            n: torch.ones_like(p, dtype=torch.bool) for n, p in classifier.named_parameters()
-        }
-        info = vector_info(fingerprint)
-    else:
-        shared = experiment.talos.mask == "shared"
-        mask_id = SHARED_MASK if shared else task.name
-        mask = load_mask(store, mask_id) if shared else own_mask(experiment, fingerprint, task)
-        tensors = mask.tensors()
-        path = os.path.relpath(f"{mask_prefix(mask_id)}/mask.safetensors", prefix)
-        info = vector_info(fingerprint, mask_path=path, mask=mask.fingerprint)
-        parents["mask"] = mask.fingerprint
-    split = load_split(task, "train", preprocess, threads=threads(experiment))
-    config = experiment.finetune.model_copy(
-        update={"epochs": task.epochs or experiment.finetune.epochs}
-    )
-    try:
-        tuned = finetune(
-            classifier,
-            split,
-            tensors,
-            config,
-            preprocess,
-            seed=task_seed(experiment.seed, task.name),
-            device=device(),
-            start=load_checkpoint(store, experiment, task),
-            save=partial(write_checkpoint, store, experiment, task),
-            save_every_s=experiment.resources.checkpoint_s,
-        )
-    except UserError as error:
-        good = load_checkpoint(store, experiment, task)
-        kept = (
-            ""
-            if good is None
-            else (
-                f"; its last good checkpoint, after step {good.step}, is kept in "
-                f"{store.where(checkpoint_prefix(task.name))}"
-            )
-        )
-        raise UserError(
-            f"task {task.name}: {error} (that is another experiment, with another store){kept}"
-        ) from None
-    check_finite(tuned.values, store.where(key))
-    metrics = {
-        "steps": tuned.steps,
-        "final_loss": tuned.final_loss,
-        "seconds": tuned.seconds,
-        "images": len(split),
-        "skipped": split.skipped,
-        "classes_without_images": len(split.classes) - len(split.labels.unique()),
-        "norm": float(sum(v.double().square().sum() for v in tuned.values.values()) ** 0.5),
-    }
-    head = store.read(f"{prefix}/head.safetensors")
-    files = {"vector.safetensors": vector_bytes(tuned.values, info)}
-    record = records.commit(
-        store,
-        prefix,
-        identity=identity,
-        files=files,
-        written={"head.safetensors": records.FileInfo.of(head)},
-        parents=parents,
-        metrics=metrics,
-    )
-    store.delete(checkpoint_prefix(task.name))
-    prepare_vector(experiment, task)
+    task_store = TaskStore(experiment, task)
+    record = task_store.record()
+    if record is None:
+        record = _train_and_commit(task_store, fingerprint)
+    write_twin(task_store, record)
     return record
 
 
-def check_finite(values: Mapping[str, Tensor], where: str) -> None:
+@dataclass(frozen=True)
+class _Trainable:
+    """Which entries of the tower are trained."""
+
+    mask: Mask | None
+    """None where all are."""
+    info: VectorInfo
+    """Metadata of the vector file."""
+
+    def tensors(self, classifier: nn.Module) -> dict[str, Tensor]:
+        """A bool tensor for each parameter."""
+        if self.mask is not None:
+            return self.mask.tensors()
+        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in classifier.named_parameters()}
+
+
+def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
+    """The steps of a fine-tune whose vector is not there."""
+    experiment = task_store.experiment
+    pretrained = PretrainedTask.load(task_store, fingerprint)
+    trainable = _trainable(task_store, pretrained, fingerprint)
+    split = load_split(task_store.task, "train", pretrained.preprocess, threads=threads(experiment))
+    checkpoints = CheckpointFolder(task_store)
+    tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
+    _check_finite(tuned.values, task_store.store.where(task_store.vector_key))
+    parents = {"base": fingerprint}
+    if trainable.mask is not None:
+        parents["mask"] = trainable.mask.fingerprint
+    record = records.commit(
+        task_store.store,
+        task_store.prefix,
+        identity=task_store.identity,
+        files={VECTOR: vector_bytes(tuned.values, trainable.info)},
+        written={HEAD: pretrained.head.file},
+        parents=parents,
+        metrics=_metrics(tuned, split),
+    )
+    checkpoints.delete()
+    return record
+
+
+def _trainable(task_store: TaskStore, pretrained: PretrainedTask, fingerprint: str) -> _Trainable:
+    """The mask that the experiment asks for: none, the shared one, or the task's own."""
+    mask_id = task_store.mask_id
+    if mask_id is None:
+        return _Trainable(None, vector_info(fingerprint))
+    if mask_id == SHARED_MASK:
+        mask = load_mask(task_store.store, mask_id)
+    else:
+        mask = own_mask(task_store, pretrained)
+    path = os.path.relpath(mask_key(mask_id), task_store.prefix)
+    return _Trainable(mask, vector_info(fingerprint, mask_path=path, mask=mask.fingerprint))
+
+
+def _trained(
+    task_store: TaskStore,
+    pretrained: PretrainedTask,
+    trainable: _Trainable,
+    split: Split,
+    checkpoints: CheckpointFolder,
+) -> Finetuned:
+    """Train from the latest checkpoint, or from the start."""
+    experiment, task = task_store.experiment, task_store.task
+    epochs = task.epochs or experiment.finetune.epochs
+    classifier = pretrained.classifier()
+    try:
+        return finetune(
+            classifier,
+            split,
+            trainable.tensors(classifier),
+            experiment.finetune.model_copy(update={"epochs": epochs}),
+            pretrained.preprocess,
+            seed=task_seed(experiment.seed, task.name),
+            device=device(),
+            start=checkpoints.load(),
+            save=checkpoints.save,
+            save_every_s=experiment.resources.checkpoint_s,
+        )
+    except UserError as error:
+        kept = ""
+        if checkpoints.latest is not None:
+            kept = (
+                f"; its last good checkpoint, after step {checkpoints.latest}, is kept in "
+                f"{checkpoints.where}"
+            )
+        raise UserError(
+            f"task {task.name}: {error} (that is another experiment, with another store){kept}"
+        ) from None
+
+
+def _metrics(tuned: Finetuned, split: Split) -> VectorMetrics:
+    return VectorMetrics(
+        steps=tuned.steps,
+        final_loss=tuned.final_loss,
+        seconds=tuned.seconds,
+        images=len(split),
+        skipped=split.skipped,
+        classes_without_images=len(split.classes) - len(split.labels.unique()),
+        norm=norm(tuned.values),
+    )
+
+
+def _check_finite(values: Mapping[str, Tensor], where: str) -> None:
     """Raise VectorError that names the tensors with NaN or infinite values."""
-    bad = [n for n, t in sorted(values.items()) if not bool(torch.isfinite(t).all())]
+    bad = [name for name, tensor in sorted(values.items()) if not tensor.isfinite().all()]
     if bad:
         raise VectorError(f"{where}: NaN or infinite values in {', '.join(bad)}")

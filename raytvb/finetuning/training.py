@@ -1,5 +1,6 @@
-"""Fine-tune the kept entries of an image tower on one task; plain functions that know no Ray and no
-store.
+"""Fine-tune the kept entries of an image tower on one task.
+
+Plain functions that know no Ray and no store.
 
 Protocol: Iurada et al., ICLR 2025, arXiv 2504.02620: AdamW, warm-up then cosine, gradient norm
 clipped at 1, the zero-shot head frozen.
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +26,38 @@ from raytvb.maths.masked_adamw import MaskedAdamW
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The task vector (per parameter the 1-D kept differences, or the whole tensors where all are
-    kept) and metrics.
-    """
+    """A task vector, and how it came about."""
 
     values: dict[str, Tensor]
+    """Differences from the pretrained values: per parameter the kept ones (K,), or the whole tensor
+    where all entries of all parameters are kept.
+    """
     steps: int
     final_loss: float
+    """Of the last step's batch."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A fine-tune after `step` steps, the last of them with `loss`, `seconds` after its start; CPU
-    tensors.
-    """
+    """A fine-tune that has not ended."""
 
     step: int
+    """Steps done."""
     loss: float
+    """Of the last of them."""
     seconds: float
+    """Time spent on them."""
     tensors: dict[str, Tensor]
+    """State of the optimizer, whose values are the kept parameters, and of torch's generators; on
+    the CPU.
+    """
 
 
 def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
-    """Rate of 0-based step `step`: linear warm-up (a share of the steps, or a number), then a half
-    cosine to 0.
+    """Rate of step `step` (from 0): linear warm-up, then half a cosine down to 0.
+
+    `config.warmup` is a share of the steps below 1, else a number of steps.
     """
     peak = config.lr if config.lr is not None else 1e-5
     warm = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
@@ -60,8 +69,9 @@ def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
 def batches(
     count: int, batch_size: int, steps: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Index tensors of `steps` batches; every epoch is a fresh permutation, its last batch may be
-    smaller.
+    """Positions of the images of `steps` batches.
+
+    Every epoch is a fresh permutation, whose last batch may be smaller.
     """
     done = 0
     while done < steps:
@@ -85,95 +95,124 @@ def finetune(
     save: Callable[[Checkpoint], None] | None = None,
     save_every_s: float = math.inf,
 ) -> Finetuned:
-    """Train the entries that `mask` keeps (name -> bool tensor, one a parameter); the classifier is
-    changed in place.
+    """Train the entries that `mask` keeps; the classifier is changed in place.
 
-    Deterministic on a CPU for a given seed, also where it goes on from a checkpoint (`start`) of
-    the same fine-tune. `save` gets one every `save_every_s` seconds, at the end of a step. Torch's
-    global generator is seeded, for dropout.
-    Raises UserError at the first loss or gradient that is not finite, naming the step; no
+    Deterministic on a CPU for a given seed, also where it goes on from a checkpoint of the same
+    fine-tune. Torch's global generator is seeded, for dropout.
+
+    Args:
+        mask: a bool tensor for every parameter of the classifier.
+        start: the checkpoint to go on from.
+        save: called with a checkpoint every `save_every_s` seconds, at the end of a step.
+    Raises UserError at the first loss or gradient that is not finite, naming the step. No
     checkpoint is saved after it.
     """
-    classifier.to(device).train()
-    for module in classifier.modules():
-        # Running statistics are no parameters: what they learned would be missing from the task
-        # vector.
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    parameters = dict(classifier.named_parameters())
-    optimizer = MaskedAdamW(parameters, mask, lr=0.0, weight_decay=config.weight_decay)
-    before = optimizer.values.detach().clone()
-    steps = max(1, round(config.epochs * math.ceil(len(split) / config.batch_size)))
+    run = _Run(classifier, split, mask, config, preprocess, device)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    first, loss, before_s = 0, math.nan, 0.0
+    clock = time.perf_counter()
+    step, loss, seconds_before = 0, math.nan, 0.0
     if start is not None:
-        optimizer.load_state({n: t for n, t in start.tensors.items() if not n.startswith("rng")})
-        _restore_rng(start.tensors)
-        first, loss, before_s = start.step, start.loss, start.seconds
-    started = saved = time.perf_counter()
-    for step, indices in enumerate(batches(len(split), config.batch_size, steps, generator)):
-        if step < first:
-            continue
-        loss = sum(
-            _add_gradients(
-                classifier, split, part, len(part) / len(indices), config, preprocess, device
-            )
-            for part in indices.chunk(config.accumulate)
-        )
-        norm = optimizer.step(learning_rate(step, steps, config), config.clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient's norm"
-            value = loss if not math.isfinite(loss) else norm
-            raise UserError(
-                f"the {what} is {value} at step {step + 1} of {steps}; lower finetune.lr ({config.lr})"
-            )
+        run.restore(start.tensors)
+        step, loss, seconds_before = start.step, start.loss, start.seconds
+    saved = clock
+    # Batches before the checkpoint are drawn again: the generator has to be where it was.
+    for indices in islice(batches(len(split), config.batch_size, run.steps, generator), step, None):
+        loss = run.step(step, indices)
+        step += 1
         now = time.perf_counter()
         if save is not None and now - saved >= save_every_s:
-            save(
-                Checkpoint(
-                    step + 1, loss, before_s + now - started, optimizer.state() | _rng_state(device)
-                )
-            )
+            save(Checkpoint(step, loss, seconds_before + now - clock, run.state()))
             saved = time.perf_counter()
-    optimizer.close()
-    kept = {n: mask[n] for n in sorted(mask)}
-    parts = (optimizer.values.detach() - before).cpu().split([int(m.sum()) for m in kept.values()])
-    dense = all(bool(m.all()) for m in kept.values())
-    values = {
-        n: p.view(m.shape) if dense else p for (n, m), p in zip(kept.items(), parts, strict=True)
-    }
-    return Finetuned(values, steps, loss, before_s + time.perf_counter() - started)
+    values = run.end()
+    return Finetuned(values, run.steps, loss, seconds_before + time.perf_counter() - clock)
 
 
-def _add_gradients(
-    classifier: nn.Module,
-    split: Split,
-    indices: Tensor,
-    share: float,
-    config: FinetuneConfig,
-    preprocess: Preprocess,
-    device: torch.device,
-) -> float:
-    """Forward and backward of a part of a batch, whose loss counts for its share of the batch's;
-    returns that loss.
+class _Run:
+    """A classifier in training, with its optimizer."""
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        split: Split,
+        mask: Mapping[str, Tensor],
+        config: FinetuneConfig,
+        preprocess: Preprocess,
+        device: torch.device,
+    ) -> None:
+        self._classifier, self._split, self._preprocess = classifier, split, preprocess
+        self._config, self._device, self._mask = config, device, mask
+        self.steps = max(1, round(config.epochs * math.ceil(len(split) / config.batch_size)))
+        classifier.to(device).train()
+        _freeze_statistics(classifier)
+        parameters = dict(classifier.named_parameters())
+        self._optimizer = MaskedAdamW(parameters, mask, lr=0.0, weight_decay=config.weight_decay)
+        self._before = self._optimizer.values.detach().clone()
+
+    def step(self, step: int, indices: Tensor) -> float:
+        """One update on the images at `indices`; returns the loss of the batch.
+
+        Raises UserError for a loss or gradient that is not finite.
+        """
+        loss, config = 0.0, self._config
+        for part in indices.chunk(config.accumulate):
+            loss += self._add_gradients(part, len(part) / len(indices))
+        norm = self._optimizer.step(learning_rate(step, self.steps, config), config.clip)
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {what} is {value} at step {step + 1} of {self.steps}; lower finetune.lr "
+                    f"({config.lr})"
+                )
+        return loss
+
+    def _add_gradients(self, indices: Tensor, share: float) -> float:
+        """Forward and backward pass of a part of a batch; returns its share of the batch's loss."""
+        device, config = self._device, self._config
+        images = self._preprocess.normalise(self._split.images[indices].to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = self._classifier(images)
+        loss = share * nn.functional.cross_entropy(
+            logits.float(),
+            self._split.labels[indices].to(device),
+            label_smoothing=config.label_smoothing,
+        )
+        loss.backward()
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, besides the order of the images."""
+        tensors = {**self._optimizer.state(), "rng": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        moments = {name: t for name, t in tensors.items() if not name.startswith("rng")}
+        self._optimizer.load_state(moments)
+        torch.set_rng_state(tensors["rng"])
+        if "rng_cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
+
+    def end(self) -> dict[str, Tensor]:
+        """Let go of the parameters; the task vector, as `Finetuned.values` has it."""
+        self._optimizer.close()
+        masks = [self._mask[name] for name in sorted(self._mask)]
+        difference = (self._optimizer.values.detach() - self._before).cpu()
+        parts = difference.split([int(mask.sum()) for mask in masks])
+        is_dense = all(bool(mask.all()) for mask in masks)
+        values: dict[str, Tensor] = {}
+        for name, mask, part in zip(sorted(self._mask), masks, parts, strict=True):
+            values[name] = part.view(mask.shape) if is_dense else part
+        return values
+
+
+def _freeze_statistics(classifier: nn.Module) -> None:
+    """Batch norms stay in eval mode.
+
+    Running statistics are no parameters: what they learned would be missing from the task vector.
     """
-    images = preprocess.normalise(split.images[indices].to(device))
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = classifier(images)
-    loss = share * nn.functional.cross_entropy(
-        logits.float(), split.labels[indices].to(device), label_smoothing=config.label_smoothing
-    )
-    loss.backward()
-    return loss.item()
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"rng": torch.get_rng_state()}
-    return state | ({"rng_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _restore_rng(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["rng"])
-    if "rng_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
+    for module in classifier.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

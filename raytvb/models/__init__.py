@@ -1,3 +1,1 @@
-"""open_clip models and their heads: loading, storing, and measuring accuracies with merged
-weights.
-"""
+"""open_clip models and their zero-shot heads; accuracies with merged weights."""

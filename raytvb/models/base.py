@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from raytvb.data.source import SPLITS
 from raytvb.data.splits import check_task
@@ -12,43 +11,65 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import base_identity
 from raytvb.experiment.layout import BASE
+from raytvb.experiment.metrics import BaseMetrics
+from raytvb.experiment.task_store import TaskStore
 from raytvb.models.heads import load_tokenizer, write_head
 from raytvb.models.open_clip_models import Encoder, encoder_files, load_encoder, load_folder
 from raytvb.models.process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.mirror import mirror
+from raytvb.storage.records import Record
 from raytvb.storage.store import Store
 
 
-def write_base(
+def store_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> Record:
+    """Put the pretrained model and the zero-shot heads into the store, unless they are there.
+
+    Before that, every task is checked to have those of the splits that the experiment needs of it.
+    Returns the model's record; its parent `fingerprint` is the checksum of the weights.
+    """
+    worker_setup()
+    store = Store(experiment.store)
+    record = records.find(store, BASE, base_identity(experiment))
+    if record is not None:
+        return record
+    classes: dict[str, Sequence[str]] = {}
+    for task in experiment.every_task:
+        needed = [split for split in splits if task in experiment.tasks_with(split)]
+        classes[task.name] = check_task(task, needed)
+    return _commit_base(store, experiment, classes)
+
+
+def _commit_base(
     store: Store, experiment: Experiment, classes: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """Store the pretrained model and the zero-shot heads of all tasks; `classes` by task name."""
+) -> Record:
+    """Write heads and model; `classes`: names of the classes by task."""
     encoder = load_encoder(experiment.model)
     tokenizer = load_tokenizer(experiment.model)
     for task in experiment.every_task:
-        write_head(store, experiment, task, encoder, tokenizer, classes[task.name])
-    sizes = {"parameters": sum(t.numel() for t in encoder.visual_state().values())}
+        write_head(TaskStore(experiment, task), encoder, tokenizer, classes[task.name])
+    parameters = sum(tensor.numel() for tensor in encoder.visual_state().values())
     return records.commit(
         store,
         BASE,
         identity=base_identity(experiment),
-        metrics=sizes,
+        metrics=BaseMetrics(parameters=parameters),
         files=encoder_files(encoder, experiment.model),
         parents={"fingerprint": encoder.fingerprint()},
     )
 
 
 @cache
-def base_encoder(url: str, fingerprint: str) -> Encoder:
-    """The stored pretrained model, loaded once a process. Raises UserError where it is not the one
-    recorded.
+def load_base(url: str, fingerprint: str) -> Encoder:
+    """The pretrained model in the store at `url`, loaded once a process.
+
+    Raises UserError where there is none, or where its weights have another fingerprint.
     """
     store, copies = Store(url), mirror(url)
     record = records.find(store, BASE)
     if record is None:
         raise UserError(f"{url} holds no pretrained model; run all stages with `raytvb run`")
-    for name in record["files"]:
+    for name in record.files:
         copies.fetch(f"{BASE}/{name}")
     encoder = load_folder(copies.local.path(BASE))
     if encoder.fingerprint() != fingerprint:
@@ -56,19 +77,3 @@ def base_encoder(url: str, fingerprint: str) -> Encoder:
             f"{store.where(BASE)}: weights and record differ; delete the folder to make it again"
         )
     return encoder
-
-
-def prepare_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
-    """Store the pretrained model and the heads, if every task has the splits; returns its
-    record.
-    """
-    worker_setup()
-    store = Store(experiment.store)
-    record = records.find(store, BASE, base_identity(experiment))
-    if record is not None:
-        return record
-    classes = {
-        t.name: check_task(t, [s for s in splits if t in experiment.tasks_with(s)])
-        for t in experiment.every_task
-    }
-    return write_base(store, experiment, classes)

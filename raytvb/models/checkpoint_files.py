@@ -2,60 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import TypeAlias
+
+from torch import nn
 
 from raytvb.errors import UserError
 from raytvb.experiment.training import ModelConfig
 from raytvb.models.open_clip_package import open_clip_package, tag_options
 
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
 
 def check_checkpoint(config: ModelConfig, path: str) -> None:
-    """Raise UserError that lists every tensor of a checkpoint file that the model lacks, needs or
-    has otherwise.
+    """Check the tensors of a checkpoint file against the model.
 
+    Raises UserError that lists every tensor which is missing, unknown or of another shape.
     open_clip's own check comes after it has resized position embeddings, so it would take those of
     another model.
     """
     if path.endswith((".npz", ".npy")):
         return  # open_clip converts these from another framework, name by name
-    from open_clip.factory import convert_state_dict, load_state_dict
-
-    try:
-        found = load_state_dict(path)
-        model = open_clip_package().create_model(
-            config.name, load_weights=False, **tag_options(config)
-        )
-        found = {n: tuple(t.shape) for n, t in convert_state_dict(model, found).items()}
-    except Exception as error:  # what unpickling, safetensors and conversion raise for other files
-        kind = type(error).__name__
-        reason = (
-            "it holds other Python objects"
-            if kind == "UnpicklingError"
-            else f"{kind}: {error}".splitlines()[0]
-        )
-        raise UserError(
-            f"model.pretrained: {path} cannot be read as a checkpoint: {reason}. Save the model's "
-            f"state_dict alone, best as safetensors; nothing else is unpickled"
-        ) from error
-    if "positional_embedding" in found and not hasattr(model, "positional_embedding"):
+    model, shapes = _read(config, path)
+    if "positional_embedding" in shapes and not hasattr(model, "positional_embedding"):
         return  # the text tower is named otherwise in older files; open_clip renames it
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    optional = {"logit_bias"} | {n for n in found if n.endswith("position_ids")}
-    scalars = {
-        n for n in found.keys() & expected.keys() if prod(found[n]) == prod(expected[n]) == 1
-    }
-    lines = [
-        f"missing: {', '.join(sorted(expected.keys() - found.keys() - optional))}",
-        f"not in the model: {', '.join(sorted(found.keys() - expected.keys() - optional))}",
-        "of another shape: "
-        + ", ".join(
-            f"{n} {found[n]} instead of {expected[n]}"
-            for n in sorted(found.keys() & expected.keys() - scalars)
-            if found[n] != expected[n]
-        ),
-    ]
-    lines = [line for line in lines if not line.endswith(": ")]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    lines = _differences(shapes, expected)
     if lines:
         raise UserError(
             f"model.pretrained: {path} is no checkpoint of {config.name}\n  " + "\n  ".join(lines)
         )
+
+
+def _read(config: ModelConfig, path: str) -> tuple[nn.Module, Shapes]:
+    """The model without weights, and the shapes of the file's tensors by open_clip's names."""
+    from open_clip.factory import convert_state_dict, load_state_dict
+
+    try:
+        state = load_state_dict(path)
+        model: nn.Module = open_clip_package().create_model(
+            config.name, load_weights=False, **tag_options(config)
+        )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in convert_state_dict(model, state).items():
+            shapes[name] = tuple(tensor.shape)
+    except Exception as error:  # what unpickling, safetensors and conversion raise for other files
+        kind = type(error).__name__
+        reason = f"{kind}: {error}".splitlines()[0]
+        if kind == "UnpicklingError":
+            reason = "it holds other Python objects"
+        raise UserError(
+            f"model.pretrained: {path} cannot be read as a checkpoint: {reason}. Save the model's "
+            f"state_dict alone, best as safetensors; nothing else is unpickled"
+        ) from error
+    return model, shapes
+
+
+def _differences(shapes: Shapes, expected: Shapes) -> list[str]:
+    """What differs between a file's tensors and the model's, one kind of difference a line."""
+    optional = {"logit_bias"}
+    resized = []
+    for name, shape in sorted(shapes.items()):
+        if name.endswith("position_ids"):
+            optional.add(name)
+        if name in expected and _differ(shape, expected[name]):
+            resized.append(f"{name} {shape} instead of {expected[name]}")
+    missing = sorted(expected.keys() - shapes.keys() - optional)
+    unknown = sorted(shapes.keys() - expected.keys() - optional)
+    lines = []
+    for title, items in (
+        ("missing", missing),
+        ("not in the model", unknown),
+        ("of another shape", resized),
+    ):
+        if items:
+            lines.append(f"{title}: {', '.join(items)}")
+    return lines
+
+
+def _differ(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether shapes differ; () and (1,) are the same, for scalars are stored either way."""
+    return shape != expected and not prod(shape) == prod(expected) == 1

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 
 class ImageClassifier(nn.Module):
-    """The image tower with a frozen zero-shot head: normalised images (N, 3, H, W) to logits (N,
-    C).
+    """The image tower with a frozen zero-shot head: images (N, 3, H, W) to logits (N, C).
 
-    Its parameters are those of the tower, under their open_clip names (`visual.…`).
+    Images are normalised. Its parameters are those of the tower, under their open_clip names
+    (`visual.…`).
     """
 
     head: Tensor
+    """(C, E) float32; the logit scale is part of it."""
 
     def __init__(self, visual: nn.Module, head: Tensor) -> None:
         super().__init__()
@@ -20,9 +21,10 @@ class ImageClassifier(nn.Module):
         self.register_buffer("head", head)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; the features are made unit length, the logit scale is part of the head."""
-        found = self.visual(images)
-        features = (
-            found[0] if isinstance(found, tuple) else found
-        )  # CoCa's tower gives its tokens as well
-        return nn.functional.normalize(features, dim=-1) @ self.head.T
+        """Logits (N, C)."""
+        return nn.functional.normalize(tower_features(self.visual(images)), dim=-1) @ self.head.T
+
+
+def tower_features(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Features (N, E) in what a tower gives: CoCa's gives its tokens as well."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,5 +1,4 @@
-"""Unseen tasks: coefficients of given vectors, learned by gradient from a handful of labelled
-images.
+"""Unseen tasks: coefficients of given vectors, learned from a handful of labelled images.
 
 theta = theta_0 + S c with F vectors S = [v_1 ... v_F]: those of a basis (Zeng et al., Task Vector
 Bases, arXiv 2502.01015, generalisation to unseen tasks) or all task vectors. Nothing but c is
@@ -11,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from raytvb.data.preprocess import Preprocess
+from raytvb.maths.flat_parameters import FlatParameters
 from raytvb.storage.vector_set import COMBINED_BYTES, Coordinates, block_columns
 
 
@@ -35,16 +35,18 @@ class Learned:
 
 
 def few_shot_sample(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Positions, rising, of `shots` random images of each class in `labels` (N,); all of a class
-    that has fewer.
+    """Positions, rising, of `shots` random images of each class in `labels` (N,).
 
-    What fewer shots choose with the same seed is among what more of them choose.
+    Of a class that has fewer images all are taken. What fewer shots choose with the same seed is
+    among what more of them choose. Raises ValueError for less than one shot.
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = [order[labels[order] == label][:shots] for label in labels.unique()]
-    return torch.cat([order[:0], *chosen]).sort().values
+    positions = [order[:0]]
+    for label in labels.unique():
+        positions.append(order[labels[order] == label][:shots])
+    return torch.cat(positions).sort().values
 
 
 def learn_coefficients(
@@ -64,19 +66,20 @@ def learn_coefficients(
     """Learn the coefficients of F vectors with Adam on the cross entropy of labelled images.
 
     Learning is on u, zero at first, with c = u * scales: Adam moves every u_f by up to `lr` a step,
-    however long v_f.
+    however long v_f is. Deterministic on a CPU for a given seed.
     Memory: the vectors where they take at most 512 MB, else two blocks of them; they are then read
-    twice a step. Deterministic on a CPU for a given seed.
+    twice a step.
 
     Args:
         classifier: an `ImageClassifier` at theta_0, and again when this returns or raises; on
             `device` from then on.
         vectors: their parameters are those of the classifier.
-        images: (N, 3, S, S) uint8, with labels (N,) int64.
-        scales: (F,) such as typical length / length of v_f; a vector of scale 0 is not used.
-        batch_size: images of a step; every epoch is a fresh permutation, whose last batch may be
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64.
+        scales: (F,), such as typical length / length of v_f; a vector of scale 0 is not used.
+        batch_size: images of a step. Every epoch is a fresh permutation, whose last batch may be
             smaller.
-    Raises ValueError for inputs that do not fit each other, and a loss or gradient that is not
+    Raises ValueError for inputs that do not fit each other, and for a loss or gradient that is not
     finite.
     """
     started = time.perf_counter()
@@ -91,24 +94,30 @@ def learn_coefficients(
     try:
         for step, chosen in enumerate(_batches(len(labels), batch_size, steps, seed)):
             theta.set(span.direction(u.detach() * scales))
-            with torch.enable_grad():
-                logits = classifier(preprocess.normalise(images[chosen].to(device)))
-                loss = nn.functional.cross_entropy(logits, labels[chosen].to(device))
-                gradient = theta.gradient(loss)
-            losses.append(loss.item())
+            pixels = preprocess.normalise(images[chosen].to(device))
+            loss, gradient = _loss_and_gradient(classifier, theta, pixels, labels[chosen])
+            losses.append(loss)
             u.grad = scales * span.products(gradient)
-            if not (math.isfinite(losses[-1]) and bool(u.grad.isfinite().all())):
+            if not (math.isfinite(loss) and bool(u.grad.isfinite().all())):
                 raise ValueError(
-                    f"the loss ({losses[-1]}) or its gradient is not finite at step {step + 1} of {steps}:"
-                    f" lr {lr} is too high"
+                    f"the loss ({loss}) or its gradient is not finite at step {step + 1} of "
+                    f"{steps}: lr {lr} is too high"
                 )
             optimizer.step()
     finally:
         theta.restore()
     coefficients = u.detach() * scales
-    return Learned(
-        coefficients, span.direction(coefficients).cpu(), losses, time.perf_counter() - started
-    )
+    direction = span.direction(coefficients).cpu()
+    return Learned(coefficients, direction, losses, time.perf_counter() - started)
+
+
+@torch.enable_grad()
+def _loss_and_gradient(
+    classifier: nn.Module, theta: _Theta, pixels: Tensor, labels: Tensor
+) -> tuple[float, Tensor]:
+    """Cross entropy of a batch, and its gradient (count,) on the vectors' coordinates."""
+    loss = nn.functional.cross_entropy(classifier(pixels), labels.to(pixels.device))
+    return loss.item(), theta.gradient(loss)
 
 
 def _check_images(
@@ -136,9 +145,7 @@ def _check_images(
 
 
 def _batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Positions of the images of each step; those of all in their order where they are one
-    batch.
-    """
+    """Positions of the images of each step; where all are one batch, they stay in their order."""
     generator, queue = torch.Generator().manual_seed(seed), list[Tensor]()
     for _ in range(steps):
         if not queue:
@@ -149,75 +156,62 @@ def _batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Ten
 
 
 class _Theta:
-    """The classifier's parameters on the coordinates of vectors: entries a mask keeps, in the order
-    of sorted names.
-    """
+    """The classifier's parameters on the coordinates of vectors."""
 
     def __init__(self, classifier: nn.Module, vectors: Coordinates, device: torch.device) -> None:
         """Raises ValueError that lists the parameters in which classifier and vectors differ."""
-        named, shapes = dict(classifier.named_parameters()), vectors.parameters
-        wrong = sorted(
-            n
-            for n in named.keys() | shapes.keys()
-            if n not in named or n not in shapes or tuple(named[n].shape) != tuple(shapes[n])
-        )
-        if wrong:
-            raise ValueError(
-                f"the vectors are not of this classifier: the shapes of {', '.join(wrong)} differ"
-            )
-        kept = None if vectors.mask is None else vectors.mask.load().tensors()
-        slots = [
-            (named[n], None if kept is None else kept[n].reshape(-1).nonzero()[:, 0].to(device))
-            for n in sorted(named)
-        ]
-        self._flags = [(p, p.requires_grad) for p in named.values()]
-        self._slots = [(p, i) for p, i in slots if i is None or len(i)]
-        self._sizes = [p.numel() if i is None else len(i) for p, i in self._slots]
-        classifier.requires_grad_(False)
-        for parameter, _ in self._slots:
-            parameter.requires_grad_(True)
+        parameters = dict(classifier.named_parameters())
+        _check_shapes(parameters, vectors.parameters)
+        mask = None if vectors.mask is None else vectors.mask.load().tensors()
+        self._flat = FlatParameters(parameters, mask)
         self._device = device
-        self._base = self._gather([p.detach() for p, _ in self._slots])
+        self._base = self._flat.gather()
+        self._flags = [(p, p.requires_grad) for p in parameters.values()]
+        classifier.requires_grad_(False)
+        for entries in self._flat.entries:
+            entries.parameter.requires_grad_(True)
 
-    def _gather(self, tensors: list[Tensor]) -> Tensor:
-        """Coordinates (count,) of tensors of the parameters' shapes. The list is emptied, each
-        freed in turn.
-        """
-        out = torch.empty(sum(self._sizes), device=self._device)
-        for (_, indices), part in zip(self._slots, out.split(self._sizes), strict=True):
-            flat = tensors.pop(0).reshape(-1)
-            part.copy_(flat if indices is None else flat[indices])
-        return out
+    def set(self, direction: Tensor) -> None:
+        """Set the parameters to theta_0 + direction (count,).
 
-    @torch.no_grad()
-    def set(self, direction: Tensor | None) -> None:
-        """Set the parameters to theta_0 + direction (count,): from the stored theta_0, so that
-        nothing drifts.
+        From the theta_0 that is kept, so that nothing drifts.
         """
-        values = self._base if direction is None else self._base + direction
-        for (parameter, indices), part in zip(self._slots, values.split(self._sizes), strict=True):
-            if indices is None:
-                parameter.copy_(part.view_as(parameter))
-            else:
-                parameter.view(-1)[indices] = part
+        self._flat.scatter(self._base + direction)
 
     def gradient(self, loss: Tensor) -> Tensor:
         """Gradient (count,) of the loss."""
-        parameters = [p for p, _ in self._slots]
-        return self._gather(
-            list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+        parameters = [entries.parameter for entries in self._flat.entries]
+        gradients = list(
+            torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         )
+        out = torch.empty(self._flat.count, device=self._device)
+        for entries, part in zip(self._flat.entries, self._flat.split(out), strict=True):
+            entries.gather(gradients.pop(0), part)  # which frees it
+        return out
 
     def restore(self) -> None:
         """Back to theta_0, with gradients wanted of those parameters that had them wanted."""
-        self.set(None)
+        self._flat.scatter(self._base)
         for parameter, wanted in self._flags:
             parameter.requires_grad_(wanted)
 
 
+def _check_shapes(parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError that lists the names with other shapes, or of one of the two only."""
+    wrong = []
+    for name in sorted(parameters.keys() | shapes.keys()):
+        in_both = name in parameters and name in shapes
+        if not in_both or tuple(parameters[name].shape) != tuple(shapes[name]):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"the vectors are not of this classifier: the shapes of {', '.join(wrong)} differ"
+        )
+
+
 class _Span:
-    """The F vectors in blocks, held in memory or read again each time: the same numbers both
-    ways.
+    """The F vectors in blocks, held in memory or read again each time: the same numbers either
+    way.
     """
 
     def __init__(self, vectors: Coordinates, scales: Tensor, device: torch.device) -> None:
@@ -227,13 +221,10 @@ class _Span:
             raise ValueError(
                 f"scales must be {count} finite numbers, one a vector, not {scales.tolist()}"
             )
-        self._vectors, self._device, self._count, self._columns = (
-            vectors,
-            device,
-            count,
-            block_columns(count),
-        )
-        self._held = list(self._read()) if 4 * count * vectors.count <= COMBINED_BYTES else None
+        self._vectors, self._device = vectors, device
+        self._count, self._columns = count, block_columns(count)
+        is_small = 4 * count * vectors.count <= COMBINED_BYTES
+        self._held = list(self._read()) if is_small else None
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
         """Consecutive (start, rows (F, n) float32), 64 MB each."""
@@ -248,8 +239,9 @@ class _Span:
         """S c (count,) float32 on the device, c (F,) float64."""
         out = torch.zeros(self._vectors.count, device=self._device)
         factors = coefficients.to(self._device, torch.float32)
-        for start, rows in self._blocks() if coefficients.any() else ():
-            out[start : start + rows.shape[1]] = factors @ rows
+        if coefficients.any():
+            for start, rows in self._blocks():
+                out[start : start + rows.shape[1]] = factors @ rows
         return out
 
     def products(self, gradient: Tensor) -> Tensor:
@@ -257,7 +249,6 @@ class _Span:
         total = torch.zeros(self._count, device=self._device, dtype=torch.float64)
         for start, rows in self._blocks():
             part = gradient[start : start + rows.shape[1]].double()
-            total += torch.stack(
-                [row.double() @ part for row in rows]
-            )  # a copy of one vector's block at a time
+            # One row at a time in float64: a copy of one vector's block, not of all.
+            total += torch.stack([row.double() @ part for row in rows])
         return total.cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +14,82 @@ from torch import Tensor, nn
 
 from raytvb.data.splits import task_classes
 from raytvb.errors import VectorError
-from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import head_key
+from raytvb.experiment.task_store import TaskStore
 from raytvb.experiment.tasks import TaskConfig
 from raytvb.experiment.training import ModelConfig
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.open_clip_package import model_source, open_clip_package
 from raytvb.storage.header import Header
-from raytvb.storage.store import Store
+from raytvb.storage.records import FileInfo
 from raytvb.storage.store_errors import StoreKeyError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
+@dataclass(frozen=True)
+class StoredHead:
+    """A zero-shot head and the file that it was read from."""
+
+    weights: Tensor
+    """(C, E) float32: logits are unit image features @ weights.T."""
+    file: FileInfo
+
+
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The model's tokenizer; a BPE file named in the configuration is looked for in the model's own
-    folder.
+    """The model's tokenizer.
+
+    A BPE file that the model's configuration names is looked for in the model's own folder.
     """
     source = model_source(config)
     options: dict[str, Any] = {}
     if source.startswith("local-dir:"):
-        folder = Path(source.removeprefix("local-dir:"))
-        bpe = (
-            open_clip_package()
-            .get_model_config(source)
-            .get("text_cfg", {})
-            .get("tokenizer_kwargs", {})
-            .get("bpe_path")
-        )
-        if bpe is not None:
-            beside = folder / Path(bpe).name  # a merged folder has the path of where it was written
-            options["bpe_path"] = str(beside if beside.is_file() else folder / bpe)
-    return open_clip_package().get_tokenizer(source, **options)
+        bpe_path = _bpe_path(source)
+        if bpe_path is not None:
+            options["bpe_path"] = _bpe_file(Path(source.removeprefix("local-dir:")), bpe_path)
+    tokenizer: Tokenizer = open_clip_package().get_tokenizer(source, **options)
+    return tokenizer
+
+
+def _bpe_path(source: str) -> str | None:
+    """The BPE file that a model's configuration names."""
+    text = open_clip_package().get_model_config(source).get("text_cfg", {})
+    path: str | None = text.get("tokenizer_kwargs", {}).get("bpe_path")
+    return path
+
+
+def _bpe_file(folder: Path, bpe_path: str) -> str:
+    # The configuration of a merged model has the full path of where that was written.
+    beside = folder / Path(bpe_path).name
+    return str(beside if beside.is_file() else folder / bpe_path)
 
 
 @torch.no_grad()
 def zero_shot_head(
     encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Text embeddings of the classes (C, E) float32: mean over templates of unit vectors, made unit
-    length, times the logit scale, so that logits are unit image features @ head.T. An underscore in
-    a name is read as a space."""
-    model: Any = encoder.model
-    words = [c.replace("_", " ") for c in classes]
-    total = sum(
-        model.encode_text(tokenizer([t.format(w) for w in words]), normalize=True)
-        for t in templates
-    )
-    return nn.functional.normalize(total, dim=-1) * model.logit_scale.exp()
+    """Text embeddings of the classes (C, E) float32, times the logit scale.
+
+    The embedding of a class is the mean over templates of unit vectors, made unit length. So logits
+    are unit image features @ head.T. An underscore in a class name is read as a space.
+    """
+    words = [name.replace("_", " ") for name in classes]
+    total: Tensor | int = 0
+    for template in templates:
+        prompts = [template.format(word) for word in words]
+        total = total + encoder.text_features(tokenizer(prompts))
+    assert isinstance(total, Tensor)
+    return nn.functional.normalize(total, dim=-1) * encoder.logit_scale
 
 
 def write_head(
-    store: Store,
-    experiment: Experiment,
-    task: TaskConfig,
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    classes: Sequence[str],
-) -> Tensor:
-    """Make and store the zero-shot head (C, E) float32 of a task; its metadata says what of."""
-    head = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
-    store.write(
-        head_key(experiment, task), save({"head": head}, metadata={"raytvb": _head_source(task)})
-    )
-    return head
+    task_store: TaskStore, encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str]
+) -> StoredHead:
+    """Make and store the zero-shot head of a task; its metadata says what it was made of."""
+    task = task_store.task
+    weights = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
+    data = save({"head": weights}, metadata={"raytvb": _head_source(task)})
+    task_store.store.write(task_store.head_key, data)
+    return StoredHead(weights, FileInfo.of(data))
 
 
 def _head_source(task: TaskConfig) -> str:
@@ -84,15 +97,29 @@ def _head_source(task: TaskConfig) -> str:
     return json.dumps(source, sort_keys=True)
 
 
-def load_head(store: Store, experiment: Experiment, task: TaskConfig, encoder: Encoder) -> Tensor:
-    """The zero-shot head (C, E) float32 of a task; made again where its folder was deleted, or
-    where it is that of a control or unseen task of the same name with other classes or prompts."""
-    key = head_key(experiment, task)
+def load_head(task_store: TaskStore, encoder: Encoder) -> StoredHead:
+    """The stored zero-shot head of a task, or of a control or unseen task.
+
+    It is made again where its file is missing or damaged, and where the stored one is of other
+    classes or prompts: a control or unseen task of the same name may have had others.
+    """
+    stored = _stored_head(task_store)
+    if stored is not None:
+        return stored
+    task = task_store.task
+    tokenizer = load_tokenizer(task_store.experiment.model)
+    return write_head(task_store, encoder, tokenizer, task_classes(task))
+
+
+def _stored_head(task_store: TaskStore) -> StoredHead | None:
+    """The head in the store; None where there is none of this task's classes and prompts."""
+    store, key = task_store.store, task_store.head_key
     try:
-        if json.dumps(Header.read(store, key).info, sort_keys=True) == _head_source(task):
-            return load(store.read(key))["head"]
+        header = Header.read(store, key)
+        if json.dumps(header.info, sort_keys=True) != _head_source(task_store.task):
+            return None
+        is_whole = len(header.first) == header.size  # small heads have come with their header
+        data = header.first if is_whole else store.read(key)
     except (StoreKeyError, VectorError):
-        pass
-    return write_head(
-        store, experiment, task, encoder, load_tokenizer(experiment.model), task_classes(task)
-    )
+        return None
+    return StoredHead(load(data)["head"], FileInfo.of(data))

@@ -1,21 +1,27 @@
-"""open_clip models: loading, fingerprint, zero-shot heads, and the image classifier that is
-fine-tuned.
+"""open_clip models: names, loading, the files of a folder, fingerprint.
+
+How the room works, in reading order: `open_clip_package` imports open_clip and translates our names
+of models, here models become an `Encoder`, and `checkpoint_files` checks weights from files of
+users. `base` keeps the pretrained model in a store, `heads` the zero-shot heads. `classifier` is
+what is fine-tuned; `evaluator` measures accuracies with merged weights; `few_shot` learns
+coefficients for an unseen task. `process` sets up a worker process.
 
 A model is kept in a store as an ordinary open_clip folder (`open_clip_config.json`,
-`model.safetensors`), so workers and users load it with open_clip's own `local-dir:` scheme and need
-no hub.
+`model.safetensors`). So workers and users load it with open_clip's own `local-dir:` scheme and need
+no hub. open_clip has no types, so `Any` stands where its objects are touched.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from raytvb.data.preprocess import Preprocess
@@ -24,14 +30,12 @@ from raytvb.experiment.base import TINY_MODEL
 from raytvb.experiment.training import ModelConfig
 from raytvb.models.checkpoint_files import check_checkpoint
 from raytvb.models.open_clip_package import model_source, open_clip_package, tag_options
+from raytvb.storage.contract import JsonObject
 
 CONFIG_FILE = "open_clip_config.json"
-
-
 WEIGHTS_FILE = "model.safetensors"
-
-
 VISUAL = "visual."
+"""What the names of the image tower's parameters begin with."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,33 @@ class Encoder:
     """A loaded open_clip model in eval mode on the CPU, its configuration and preprocessing."""
 
     model: nn.Module
-    config: Mapping[str, Any]
+    config: JsonObject
+    """open_clip's description of the architecture."""
     preprocess: Preprocess
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower itself, not to be changed."""
+        tower: Any = self.model.visual
+        assert isinstance(tower, nn.Module)
+        return tower
+
+    def fresh_tower(self) -> nn.Module:
+        """A copy of the image tower, to be changed at will."""
+        return copy.deepcopy(self.visual)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Unit text embeddings (N, E) of token sequences (N, L)."""
+        model: Any = self.model
+        features: Tensor = model.encode_text(tokens, normalize=True)
+        return features
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The learned factor () of unit image features @ unit text embeddings."""
+        model: Any = self.model
+        scale: Tensor = model.logit_scale.exp()
+        return scale
 
     def visual_state(self) -> dict[str, Tensor]:
         """Parameters of the image tower by their open_clip names (`visual.…`): what a task vector
@@ -61,18 +90,17 @@ def check_names(config: ModelConfig) -> None:
     """Raise UserError for an unknown model or tag, with those that exist."""
     if config.name == TINY_MODEL or config.name.startswith(("local-dir:", "hf-hub:")):
         return
-    known = open_clip_package().list_models()
-    if config.name not in known:
+    names = open_clip_package().list_models()
+    if config.name not in names:
         raise UserError(
-            f"model.name: unknown model {config.name!r}; open_clip has {', '.join(known)}; or use "
+            f"model.name: unknown model {config.name!r}; open_clip has {', '.join(names)}; or use "
             f"local-dir:PATH, hf-hub:OWNER/NAME or {TINY_MODEL}"
         )
     tags = open_clip_package().list_pretrained_tags_by_model(config.name)
-    if config.pretrained is None or not (
-        config.pretrained in tags or os.path.isfile(config.pretrained)
-    ):
+    pretrained = config.pretrained
+    if pretrained is None or not (pretrained in tags or os.path.isfile(pretrained)):
         raise UserError(
-            f"model.pretrained: {config.pretrained!r} is neither a file nor a tag of {config.name}; "
+            f"model.pretrained: {pretrained!r} is neither a file nor a tag of {config.name}; "
             f"its tags: {', '.join(tags) or '(none)'}"
         )
 
@@ -87,9 +115,10 @@ def load_encoder(config: ModelConfig) -> Encoder:
     source = model_source(config)
     if config.pretrained is not None and os.path.isfile(config.pretrained):
         check_checkpoint(config, config.pretrained)
+    options = tag_options(config)
     try:
         model = open_clip_package().create_model(
-            source, config.pretrained, **tag_options(config), require_pretrained=True
+            source, config.pretrained, **options, require_pretrained=True
         )
         model_config = dict(open_clip_package().get_model_config(source))
     except (RuntimeError, OSError, ValueError) as error:
@@ -97,14 +126,15 @@ def load_encoder(config: ModelConfig) -> Encoder:
             f"model {config.name} ({config.pretrained or 'its own weights'}) cannot be loaded: "
             f"{error}"
         ) from error
-    if tag_options(config)["force_quick_gelu"]:
+    if options["force_quick_gelu"]:
         model_config["quick_gelu"] = True
-    return _finish(model, model_config)
+    return _encoder_of(model, model_config)
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the image tower, from the model's configuration alone. Raises UserError for an
-    unknown model.
+    """Parameters of the image tower, from the model's configuration alone.
+
+    Raises UserError for an unknown model.
     """
     check_names(config)
     model = open_clip_package().create_model(model_source(config), load_weights=False)
@@ -116,45 +146,46 @@ def random_tower(name: str) -> tuple[nn.Module, int]:
 
     Raises UserError for an unknown name.
     """
-    known = open_clip_package().list_models()
-    if name not in known:
-        raise UserError(f"unknown model {name!r}; open_clip has {', '.join(known)}")
+    names = open_clip_package().list_models()
+    if name not in names:
+        raise UserError(f"unknown model {name!r}; open_clip has {', '.join(names)}")
     visual = open_clip_package().create_model(name, load_weights=False).visual
-    return visual, int(
-        visual.preprocess_cfg["size"][0]
-        if isinstance(visual.preprocess_cfg["size"], Sequence)
-        else visual.preprocess_cfg["size"]
-    )
+    return visual, _image_size(visual.preprocess_cfg)
 
 
 def load_folder(folder: str | Path) -> Encoder:
     """Load an open_clip folder that `encoder_files` wrote."""
-    model = open_clip_package().create_model(f"local-dir:{folder}", require_pretrained=True)
-    return _finish(model, open_clip_package().get_model_config(f"local-dir:{folder}"))
+    source = f"local-dir:{folder}"
+    model = open_clip_package().create_model(source, require_pretrained=True)
+    return _encoder_of(model, open_clip_package().get_model_config(source))
 
 
-def _finish(model: nn.Module, config: Mapping[str, Any]) -> Encoder:
+def _encoder_of(model: nn.Module, config: JsonObject) -> Encoder:
+    """A model as open_clip has made it, in float32 and eval mode."""
     model.float().eval()
     visual: Any = model.visual
     cfg = dict(visual.preprocess_cfg)
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    return Encoder(model, config, Preprocess(int(size), tuple(cfg["mean"]), tuple(cfg["std"]), cfg))
+    preprocess = Preprocess(_image_size(cfg), tuple(cfg["mean"]), tuple(cfg["std"]), cfg)
+    return Encoder(model, config, preprocess)
+
+
+def _image_size(cfg: Any) -> int:
+    """Side of the square images of an open_clip `preprocess_cfg`, whose size may be a pair."""
+    size = cfg["size"]
+    return int(size if isinstance(size, int) else size[0])
 
 
 def encoder_files(encoder: Encoder, source: ModelConfig) -> dict[str, bytes]:
     """The files of an open_clip folder, by name; weights in float32."""
-    from safetensors.torch import save
-
     files: dict[str, bytes] = {}
     config = json.loads(json.dumps(encoder.config))
-    bpe = config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("bpe_path")
-    if bpe is not None:
-        path = Path(model_source(source).removeprefix("local-dir:")) / bpe
-        config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = path.name
+    tokenizer = config.get("text_cfg", {}).get("tokenizer_kwargs", {})
+    if tokenizer.get("bpe_path") is not None:
+        path = Path(model_source(source).removeprefix("local-dir:")) / tokenizer["bpe_path"]
+        tokenizer["bpe_path"] = path.name
         files[path.name] = path.read_bytes()
     document = {"model_cfg": config, "preprocess_cfg": dict(encoder.preprocess.config)}
     files[CONFIG_FILE] = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
-    files[WEIGHTS_FILE] = save(
-        {n: t.float().contiguous() for n, t in encoder.model.state_dict().items()}
-    )
+    state = encoder.model.state_dict()
+    files[WEIGHTS_FILE] = save({n: t.float().contiguous() for n, t in state.items()})
     return files

@@ -7,12 +7,13 @@ from typing import Any
 
 from raytvb.experiment.base import TINY_MODEL
 from raytvb.experiment.training import ModelConfig
-from raytvb.suite import glyphs
+from raytvb.suite.names import MODEL_DIR
 
 
 def open_clip_package() -> Any:
-    """The open_clip package, imported at first use: the driver and the basis actor save its
-    seconds.
+    """The open_clip package, imported at first use.
+
+    The import takes seconds, which the driver and the basis actor save.
     """
     import open_clip
 
@@ -21,18 +22,18 @@ def open_clip_package() -> Any:
 
 def model_source(config: ModelConfig) -> str:
     """What open_clip calls the model."""
-    return f"local-dir:{glyphs.MODEL_DIR}" if config.name == TINY_MODEL else config.name
+    return f"local-dir:{MODEL_DIR}" if config.name == TINY_MODEL else config.name
 
 
-def tag_options(config: ModelConfig) -> dict[str, Any]:
-    """open_clip only warns where a tag was trained with QuickGELU and the named model has GELU: use
-    what it had.
+def tag_options(config: ModelConfig) -> dict[str, bool]:
+    """Options with which open_clip makes a model as its weights were trained.
+
+    Some tags were trained with QuickGELU while the model of that name has GELU; open_clip by itself
+    only warns.
     """
-    tag = (
-        open_clip_package().get_pretrained_cfg(config.name, config.pretrained)
-        if config.pretrained
-        else None
-    )
+    tag = None
+    if config.pretrained:
+        tag = open_clip_package().get_pretrained_cfg(config.name, config.pretrained)
     return {"force_quick_gelu": bool(tag and tag.get("quick_gelu", False))}
 
 

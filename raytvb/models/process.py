@@ -11,21 +11,23 @@ from raytvb.models.open_clip_package import quiet_open_clip
 
 
 def worker_setup() -> None:
-    """Once a worker process: one thread (results do not depend on what a task asks for), no
-    model-loading chatter.
+    """Once in every worker process: torch computes with one thread, and open_clip is quiet.
+
+    So results do not depend on how many CPUs a task asks for.
     """
     quiet_open_clip()
     torch.set_num_threads(1)
 
 
 def device() -> torch.device:
-    """The GPU that Ray gave this worker, or the CPU, also where the GPUs Ray counts are not
-    there.
+    """The GPU that Ray gave this worker, or the CPU.
+
+    Also the CPU where Ray counts GPUs that the machine does not have, as in tests.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 
 def threads(experiment: Experiment) -> int:
-    """Threads that decode images; how many changes no result."""
+    """Number of threads that decode images. It changes no result."""
     return max(1, int(experiment.resources.cpus_per_task))

@@ -1,0 +1,120 @@
+"""Prepared twins of task vectors: trimmed, dropped or sparsified, for bases that are made of those.
+
+The task vectors themselves stay as they are. A twin is always that of the present version of its
+vector, which its record names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from raytvb.errors import UserError
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.layout import VECTOR
+from raytvb.experiment.metrics import TwinMetrics
+from raytvb.experiment.task_store import TaskStore
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.maths.seeds import task_seed
+from raytvb.maths.thresholds import global_thresholds
+from raytvb.maths.trimming import PREPARE
+from raytvb.models.process import worker_setup
+from raytvb.storage import records
+from raytvb.storage.block_cache import damaged
+from raytvb.storage.mirror import Mirror
+from raytvb.storage.records import FileInfo, Record
+from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
+
+
+def make_twin(experiment: Experiment, task: TaskConfig) -> None:
+    """Commit the twin of a committed vector, where bases are made of twins and it is missing.
+
+    Raises UserError where the vector has not been committed, VectorError where its bytes are not
+    those recorded.
+    """
+    worker_setup()
+    task_store = TaskStore(experiment, task)
+    if not task_store.has_twin:
+        return
+    record = task_store.record()
+    if record is None:
+        where = task_store.store.where(task_store.vector_key)
+        raise UserError(f"{where} is missing: run `raytvb finetune` first")
+    write_twin(task_store, record)
+
+
+def write_twin(task_store: TaskStore, record: Record) -> None:
+    """As `make_twin`, for a vector whose record is at hand."""
+    if not task_store.has_twin:
+        return
+    if task_store.twin_of(record) is not None:
+        # Raises UserError where the twin was made with other settings.
+        records.find(task_store.store, task_store.basis_vector_prefix, task_store.twin_identity)
+        return
+    store, file = task_store.store, record.files[VECTOR]
+    # Its own mirror: the process's may hold a vector that was made again since. The copies live as
+    # long as the mirror does.
+    copies = Mirror(store)
+    vector = copies.vector(task_store.vector_key)
+    if not file.is_of(copies.local.read(vector.key)):
+        raise damaged(store, vector.key)
+    experiment = task_store.experiment
+    seed = task_seed(experiment.seed, f"{task_store.task.name}/prepare")
+    _commit_twin(task_store, file, vector, twin_values(vector, experiment.basis.prepare, seed))
+
+
+def _commit_twin(
+    task_store: TaskStore, file: FileInfo, vector: VectorFile, values: dict[str, Tensor]
+) -> None:
+    """Write the twin of the vector in `file`, and its record."""
+    store, prefix = task_store.store, task_store.basis_vector_prefix
+    parents, info = {"vector": file.sha256}, vector_info(vector.info.base)
+    if vector.mask is not None:
+        parents["mask"] = vector.mask.fingerprint
+        path = os.path.relpath(vector.mask_key, prefix)
+        info = vector_info(vector.info.base, mask_path=path, mask=vector.mask.fingerprint)
+    store.delete(prefix)  # the twin of another version of the vector
+    records.commit(
+        store,
+        prefix,
+        identity=task_store.twin_identity,
+        files={VECTOR: vector_bytes(values, info)},
+        parents=parents,
+        metrics=TwinMetrics(
+            norm=norm(values), nonzero=sum(int(v.count_nonzero()) for v in values.values())
+        ),
+    )
+
+
+def norm(values: dict[str, Tensor]) -> float:
+    """Euclidean norm of a vector that is given as tensors by name; added in float64."""
+    return float(sum(tensor.double().square().sum() for tensor in values.values()) ** 0.5)
+
+
+def twin_values(vector: VectorFile, method: str, seed: int) -> dict[str, Tensor]:
+    """The stored tensors of a vector after a method of `maths.trimming.PREPARE`, float32.
+
+    Of a sparse vector the method sees the kept entries only. seed: of the draws of `dropped`.
+    Memory: the result.
+    """
+    transform = PREPARE[method]
+    if method == "trimmed":
+        thresholds = global_thresholds(lambda: (values for _, values in _tensors(vector)))
+        return {n: transform(v, thresholds=thresholds)[0] for n, v in _tensors(vector)}
+    if method == "dropped":
+        generator = torch.Generator().manual_seed(seed)
+        return {n: transform(v, generator=generator)[0] for n, v in _tensors(vector)}
+    return {name: transform(values)[0] for name, values in _tensors(vector)}
+
+
+def _tensors(vector: VectorFile) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors by name, each (1, *shape) float32 and read when it is asked for."""
+    first = 0
+    for name, shape in vector.shapes.items():
+        last = first + prod(shape)
+        yield name, vector.values(first, last).view(1, *shape)
+        first = last

@@ -1,0 +1,35 @@
+"""The pretrained model with the zero-shot head of one task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytvb.data.preprocess import Preprocess
+from raytvb.experiment.task_store import TaskStore
+from raytvb.models.base import load_base
+from raytvb.models.classifier import ImageClassifier
+from raytvb.models.heads import StoredHead, load_head
+from raytvb.models.open_clip_models import Encoder
+
+
+@dataclass(frozen=True)
+class PretrainedTask:
+    """What all work on a task starts from: mask, fine-tune, coefficients of an unseen task."""
+
+    encoder: Encoder
+    head: StoredHead
+
+    @classmethod
+    def load(cls, task_store: TaskStore, fingerprint: str) -> PretrainedTask:
+        """From the store. Raises UserError unless the pretrained model has the fingerprint."""
+        encoder = load_base(task_store.experiment.store, fingerprint)
+        return cls(encoder, load_head(task_store, encoder))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How pixels become the tower's input."""
+        return self.encoder.preprocess
+
+    def classifier(self) -> ImageClassifier:
+        """A fresh copy of the pretrained tower with the task's head, in eval mode."""
+        return ImageClassifier(self.encoder.fresh_tower(), self.head.weights).eval()
