@@ -3,6 +3,7 @@
 The pure parts need no Ray and no store: `fisher_scores`, `select_mask`, `fit_basis`, `TaskVector`.
 `gram_matrix`, `write_combinations` and `StoredBasis` work on task vector files and bases in a
 store. `run(load_experiment("experiment.yaml"))` is `raytvb run experiment.yaml`.
+`basis_method` and `merge_method` register methods of your own (docs/extending.md).
 Each name is imported at its first use, so `raytvb --help` does not wait for torch.
 """
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
     from raytvb.experiment.parsing import load_experiment
     from raytvb.maths.basis_fit import BasisFit, fit_bases, fit_basis
+    from raytvb.maths.basis_registry import basis_method
     from raytvb.maths.fisher import fisher_scores
     from raytvb.maths.mask_selection import select_mask
+    from raytvb.maths.merge_registry import merge_method
     from raytvb.maths.task_vector import TaskVector
     from raytvb.orchestration.pipeline import run
     from raytvb.storage.basis_writer import write_combinations
@@ -33,11 +36,13 @@ _HOMES = {
     "Store": "storage.store",
     "StoredBasis": "storage.stored_basis",
     "TaskVector": "maths.task_vector",
+    "basis_method": "maths.basis_registry",
     "fisher_scores": "maths.fisher",
     "fit_bases": "maths.basis_fit",
     "fit_basis": "maths.basis_fit",
     "gram_matrix": "storage.gram_files",
     "load_experiment": "experiment.parsing",
+    "merge_method": "maths.merge_registry",
     "run": "orchestration.pipeline",
     "select_mask": "maths.mask_selection",
     "vector_bytes": "storage.vectors",
@@ -51,11 +56,13 @@ __all__ = [
     "Store",
     "StoredBasis",
     "TaskVector",
+    "basis_method",
     "fisher_scores",
     "fit_bases",
     "fit_basis",
     "gram_matrix",
     "load_experiment",
+    "merge_method",
     "run",
     "select_mask",
     "vector_bytes",

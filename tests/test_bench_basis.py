@@ -1,5 +1,7 @@
 """The basis benchmark: its fields, its reference, and that the random Grams are what they say."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from raytvb.bench.basis import (
 
 
 def test_bench_compares_the_two_fits_on_one_gram() -> None:
-    found = bench_basis(8, 3, kind="positive", scale=1e3, seed=4, repeats=2, steps=50)
+    found: Any = bench_basis(
+        8, 3, kind="positive", scale=1e3, seed=4, repeats=2, steps=50
+    ).to_json()
     reference, ours = found["reference"], found["ours"]
     assert (found["benchmark"], found["tasks"], found["size"], found["kind"]) == (
         "basis",
@@ -35,7 +39,7 @@ def test_bench_compares_the_two_fits_on_one_gram() -> None:
 
 
 def test_curve_has_a_point_for_each_number_of_tasks() -> None:
-    found = bench_basis(6, repeats=1, steps=5, curve=[8, 20])
+    found: Any = bench_basis(6, repeats=1, steps=5, curve=[8, 20]).to_json()
     assert found["size"] == 3
     assert [(point["tasks"], point["size"]) for point in found["curve"]] == [(8, 2), (20, 5)]
     for point in found["curve"]:

@@ -10,25 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from raytvb.bench.search import (
-    COEFFICIENTS,
-    _choice,
-    basis_sizes,
-    bench_search,
-    stored_experiment,
-    suite_experiment,
-)
+from raytvb.bench.our_search import choice
+from raytvb.bench.published_search import COEFFICIENTS
+from raytvb.bench.search import bench_search
+from raytvb.bench.search_experiment import basis_sizes, stored_experiment, suite_experiment
 from raytvb.cli.main import main
 from raytvb.data.loading import load_split
 from raytvb.errors import UserError
 from raytvb.evaluation.images import make_evaluator
+from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import load_coefficients, stored_basis
+from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.masks import load_mask
-from raytvb.models.base import base_encoder
+from raytvb.models.base import load_base
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.heads import load_head
 from raytvb.search.candidates import ZERO_SHOT, Candidate
+from raytvb.search.contracts import Measured
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage.store import Store
 
@@ -52,30 +51,35 @@ def compared(finished: tuple[Path, Store]) -> Iterator[dict[str, Any]]:
     """A result with few coefficients, as `result`; also the `results` of our rounds and our
     `evaluators`.
     """
-    results, evaluators = [], []
+    results, evaluators = list[Measured](), list[Evaluator]()
 
     class Watched(CandidateSearch):
-        def round(self, number: int, before: Any) -> dict[str, Any]:
+        def round(self, number: int, before: Measured | None) -> Measured:
             results.append(super().round(number, before))
             return results[-1]
 
-    def made(*arguments: Any) -> Evaluator:
+    def watched_evaluator(*arguments: Any) -> Evaluator:
         evaluators.append(make_evaluator(*arguments))
         return evaluators[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raytvb.bench.search.COEFFICIENTS", FEW)
-        patch.setattr("raytvb.bench.search.CandidateSearch", Watched)
-        patch.setattr("raytvb.bench.search.make_evaluator", made)
+        patch.setattr("raytvb.bench.published_search.COEFFICIENTS", FEW)
+        patch.setattr("raytvb.bench.our_search.CandidateSearch", Watched)
+        patch.setattr("raytvb.bench.our_search.make_evaluator", watched_evaluator)
         found = bench_search(sizes=[2, 1], method="svd", store=finished[1].url)
-    yield {"result": found, "results": results, "evaluators": evaluators, "store": finished[1]}
+    yield {
+        "result": found.to_json(),
+        "results": results,
+        "evaluators": evaluators,
+        "store": finished[1],
+    }
 
 
-def evaluators(store: Store) -> tuple[Any, dict[str, Evaluator]]:
+def evaluators(store: Store) -> tuple[Experiment, dict[str, Evaluator]]:
     """The experiment of the store, and an evaluator of each split, made step by step."""
     experiment = stored_experiment(store, "svd", [1, 2], "all")
-    encoder = base_encoder(store.url, store.read_json("base/record.json")["parents"]["fingerprint"])
-    heads = {t.name: load_head(store, experiment, t, encoder) for t in experiment.tasks}
+    encoder = load_base(store.url, store.read_json("base/record.json")["parents"]["fingerprint"])
+    heads = {t.name: load_head(TaskStore(experiment, t), encoder).weights for t in experiment.tasks}
     mask = load_mask(store, "shared").tensors()
     tower: Any = encoder.model
     return experiment, {
@@ -123,11 +127,9 @@ def test_counts_are_those_of_what_was_done(compared: dict[str, Any]) -> None:
     rounds = len(experiment.search.shares)
     assert len(results) == 3 * rounds  # of zero-shot and two bases
     per_candidate = [results[k : k + rounds] for k in range(0, len(results), rounds)]
-    looked_at = [
-        {(t["size"], t["coefficient"]) for r in own for t in r["tried"]} for own in per_candidate
-    ]
+    looked_at = [{(t.size, t.coefficient) for r in own for t in r.tried} for own in per_candidate]
     assert ours["candidates"] == sum(map(len, looked_at))
-    assert ours["evaluations"] == sum(len(r["tried"]) for r in results)
+    assert ours["evaluations"] == sum(len(r.tried) for r in results)
     validation, test = compared["evaluators"]
     assert (ours["images"], ours["test_images"]) == (validation.images, test.images)
     assert {size for pairs in looked_at for size, _ in pairs} == {3}
@@ -152,7 +154,7 @@ def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> N
     assert reference["chosen"] == {"size": size, "coefficient": alpha}
     assert reference["validation_accuracy"] == pytest.approx(grid[size, alpha])
     assert reference["test_accuracy"] == pytest.approx(accuracy("test", size, alpha))
-    best = max(r["objective"] for r in compared["results"] if r["share"] == 1.0)
+    best = max(r.objective for r in compared["results"] if r.share == 1.0)
     assert ours["validation_accuracy"] == best > grid[1, 0.0]
     chosen = ours["chosen"]
     assert best == pytest.approx(accuracy("val", chosen["size"], chosen["coefficient"]))
@@ -164,7 +166,7 @@ def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> N
 def test_json_is_one_object_with_a_coefficient_for_each_number_of_tasks(
     compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("raytvb.bench.search.COEFFICIENTS", (0.0, 0.5))
+    monkeypatch.setattr("raytvb.bench.published_search.COEFFICIENTS", (0.0, 0.5))
     assert (
         main(
             [
@@ -222,16 +224,30 @@ def test_nothing_is_chosen_that_is_not_better_than_the_pretrained_model(
 ) -> None:
     experiment = stored_experiment(finished[1], "svd", [1, 2], "all")
     rounds = {"zero-shot": [0.4, 0.5], "svd-m1": [0.6, 0.5], "svd-m2": [0.3, 0.45]}
-    assert choice(experiment, rounds) is ZERO_SHOT
-    assert choice(experiment, rounds | {"svd-m2": [0.3, 0.51]}).name == "svd-m2"
-    assert (
-        choice(experiment, rounds | {"svd-m1": [0.3, 0.6], "svd-m2": [0.7, 0.6]}).name == "svd-m1"
-    )  # it is smaller
+    assert choice_of(experiment, rounds) is ZERO_SHOT
+    assert choice_of(experiment, rounds | {"svd-m2": [0.3, 0.51]}).name == "svd-m2"
+    equals = rounds | {"svd-m1": [0.3, 0.6], "svd-m2": [0.7, 0.6]}
+    assert choice_of(experiment, equals).name == "svd-m1"  # it is smaller
 
 
-def choice(experiment: Any, rounds: dict[str, list[float]]) -> Candidate:
-    return _choice(
-        experiment, {n: [{"objective": v} for v in values] for n, values in rounds.items()}
+def choice_of(experiment: Experiment, objectives: dict[str, list[float]]) -> Candidate:
+    """The choice after rounds with these objectives."""
+    rounds = {}
+    for name, values in objectives.items():
+        rounds[name] = [measured(value) for value in values]
+    return choice(experiment, rounds)
+
+
+def measured(objective: float) -> Measured:
+    return Measured(
+        objective=objective,
+        share=1.0,
+        coefficient={3: 0.5},
+        own_lengths={3: False},
+        accuracy={3: objective},
+        tried=(),
+        images=0,
+        evaluations=0,
     )
 
 
@@ -257,7 +273,9 @@ def test_without_a_store_it_is_the_embedded_suite() -> None:
 def test_what_cannot_be_made_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("raytvb.bench.search._SETUP", "print('no room')\nraise SystemExit(1)")
+    monkeypatch.setattr(
+        "raytvb.bench.search_experiment.SETUP", "print('no room')\nraise SystemExit(1)"
+    )
     assert main(["bench", "search", "--tasks", "2", "--json"]) == 1
     out, error = capfd.readouterr()
     assert (

@@ -3,8 +3,9 @@ knows.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import botocore.session
 import jsonschema
@@ -15,6 +16,14 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raytvb.experiment.parsing import load_experiment, parse_experiment
+
+Fields: TypeAlias = dict[str, Any]
+"""A YAML object."""
+
+Documents: TypeAlias = dict[str, Fields]
+"""The objects of a file by their kind."""
+
+Misspelling: TypeAlias = Callable[[Fields], object]
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 RAY_MINOR = ".".join(ray.__version__.split(".")[:2])
@@ -117,12 +126,12 @@ CONTAINER = {
 
 
 @pytest.fixture
-def aws() -> dict[str, Any]:
+def aws() -> Fields:
     return yaml.safe_load((CLUSTER / "aws.yaml").read_text())
 
 
 @pytest.fixture
-def kuberay() -> dict[str, dict[str, Any]]:
+def kuberay() -> Documents:
     return {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())}
 
 
@@ -133,11 +142,11 @@ def run_instances() -> Any:
     return model.operation_model("RunInstances").input_shape
 
 
-def launcher_accepts(config: dict[str, Any]) -> None:
+def launcher_accepts(config: Fields) -> None:
     validate_config(prepare_config(copy.deepcopy(config)))
 
 
-def ec2_report(node_config: dict[str, Any], shape: Any) -> str:
+def ec2_report(node_config: Fields, shape: Any) -> str:
     """What EC2 would say about a node; SubnetIds and SecurityGroupIds are filled in by Ray, as the
     counts are.
     """
@@ -148,7 +157,7 @@ def ec2_report(node_config: dict[str, Any], shape: Any) -> str:
     )
 
 
-def unknown_fields(job: dict[str, Any]) -> list[str]:
+def unknown_fields(job: Fields) -> list[str]:
     """Fields of a RayJob that neither KubeRay 1.6 nor (for the parts used here) Kubernetes
     knows.
     """
@@ -170,7 +179,7 @@ def unknown_fields(job: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_aws_is_accepted_by_the_launcher(aws):
+def test_aws_is_accepted_by_the_launcher(aws: Fields) -> None:
     launcher_accepts(aws)
 
 
@@ -184,13 +193,15 @@ def test_aws_is_accepted_by_the_launcher(aws):
         lambda c: c["available_node_types"]["head"].update(resources={"CPU": "0"}),
     ],
 )
-def test_aws_with_a_misspelt_key_or_wrong_type_is_refused(aws, misspell):
+def test_aws_with_a_misspelt_key_or_wrong_type_is_refused(
+    aws: Fields, misspell: Misspelling
+) -> None:
     misspell(aws)
     with pytest.raises(jsonschema.ValidationError):
         launcher_accepts(aws)
 
 
-def test_aws_node_types(aws):
+def test_aws_node_types(aws: Fields) -> None:
     types = aws["available_node_types"]
     head = types.pop(aws["head_node_type"])
     assert head["resources"] == {"CPU": 0}
@@ -205,7 +216,7 @@ def test_aws_node_types(aws):
     assert 0 < aws["idle_timeout_minutes"] <= 10
 
 
-def test_aws_nodes_are_accepted_by_ec2(aws, run_instances):
+def test_aws_nodes_are_accepted_by_ec2(aws: Fields, run_instances: Any) -> None:
     for name, node in aws["available_node_types"].items():
         assert not ec2_report(node["node_config"], run_instances), name
         assert node["node_config"]["InstanceType"] in run_instances.members["InstanceType"].enum
@@ -227,12 +238,14 @@ def test_aws_nodes_are_accepted_by_ec2(aws, run_instances):
         ),
     ],
 )
-def test_a_misspelt_node_config_is_refused_by_ec2(aws, run_instances, misspelt, words):
+def test_a_misspelt_node_config_is_refused_by_ec2(
+    aws: Fields, run_instances: Any, misspelt: Fields, words: str
+) -> None:
     node = {**aws["available_node_types"]["gpu_l4"]["node_config"], **misspelt}
     assert words in ec2_report(node, run_instances)
 
 
-def test_aws_runs_this_ray_with_a_token_on_every_node(aws):
+def test_aws_runs_this_ray_with_a_token_on_every_node(aws: Fields) -> None:
     assert all(
         aws["docker"][image].startswith(f"rayproject/ray:{RAY_MINOR}.")
         for image in ("image", "head_image")
@@ -250,7 +263,7 @@ def test_aws_runs_this_ray_with_a_token_on_every_node(aws):
     assert "--dashboard-host=127.0.0.1" in aws["head_start_ray_commands"][-1]
 
 
-def test_kuberay_job(kuberay):
+def test_kuberay_job(kuberay: Documents) -> None:
     assert set(kuberay) == {"ServiceAccount", "ConfigMap", "RayJob"}
     job = kuberay["RayJob"]
     assert job["apiVersion"] == "ray.io/v1"
@@ -276,12 +289,12 @@ def test_kuberay_job(kuberay):
         ),
     ],
 )
-def test_a_misspelt_kuberay_field_is_seen(kuberay, misspell):
+def test_a_misspelt_kuberay_field_is_seen(kuberay: Documents, misspell: Misspelling) -> None:
     misspell(kuberay["RayJob"]["spec"])
     assert len(unknown_fields(kuberay["RayJob"])) == 1
 
 
-def test_kuberay_pods(kuberay):
+def test_kuberay_pods(kuberay: Documents) -> None:
     cluster = kuberay["RayJob"]["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"].startswith(f"{RAY_MINOR}.")
     assert cluster["enableInTreeAutoscaling"] is True
@@ -303,7 +316,7 @@ def test_kuberay_pods(kuberay):
         assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] >= 1
 
 
-def test_kuberay_mounts_the_experiment_that_the_entrypoint_names(kuberay):
+def test_kuberay_mounts_the_experiment_that_the_entrypoint_names(kuberay: Documents) -> None:
     pod = kuberay["RayJob"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     volumes = {v["name"]: v["configMap"]["name"] for v in pod["volumes"] if "configMap" in v}
     (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] in volumes)
@@ -319,7 +332,7 @@ def test_kuberay_mounts_the_experiment_that_the_entrypoint_names(kuberay):
     )
 
 
-def test_the_example_experiment_is_valid_and_made_for_a_cluster(kuberay):
+def test_the_example_experiment_is_valid_and_made_for_a_cluster(kuberay: Documents) -> None:
     experiment = load_experiment(CLUSTER / "experiment.yaml")
     assert experiment == parse_experiment(
         yaml.safe_load(kuberay["ConfigMap"]["data"]["experiment.yaml"])

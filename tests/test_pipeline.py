@@ -25,12 +25,15 @@ from safetensors.torch import load_file
 
 from raytvb.cli.main import main
 from raytvb.cli.tables import print_summary
+from raytvb.experiment.metrics import VectorMetrics
 from raytvb.experiment.parsing import load_experiment
-from raytvb.finetuning.checkpoints import write_checkpoint
+from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.masks import load_mask, score_task, select_round
 from raytvb.finetuning.task import finetune_task
+from raytvb.finetuning.training import Checkpoint
 from raytvb.maths.subsets import task_subsets
-from raytvb.models.base import base_encoder
+from raytvb.models.base import load_base
+from raytvb.report.contracts import read_summary
 from raytvb.storage.store import Store
 
 pytestmark = pytest.mark.ray
@@ -41,7 +44,7 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if k != "seconds"}
 
 
-def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
+def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]) -> None:
     _, store = finished
     summary = store.read_json("report/summary.json")
     assert summary["tasks"] == list(TASKS)
@@ -71,7 +74,7 @@ def test_the_summary_has_what_design_promises(finished: tuple[Path, Store]):
     assert set(summary["seconds"]) == {"finetune", "basis", "search", "evaluate"}
 
 
-def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Path, Store]):
+def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Path, Store]) -> None:
     addition = finished[1].read_json("report/summary.json")["addition"]
     full, anchored = (addition[n]["per_task"] for n in ("full", "ae-anchored-m1"))
     assert anchored == pytest.approx(
@@ -81,7 +84,7 @@ def test_anchored_bases_add_all_tasks_as_the_full_vectors_do(finished: tuple[Pat
 
 def test_equal_directions_get_equal_coefficients_whatever_they_are_called(
     finished: tuple[Path, Store],
-):
+) -> None:
     """With M = 1 the plain sum of the basis and the decoded sum of all tasks differ by a factor
     only.
     """
@@ -95,7 +98,7 @@ def test_equal_directions_get_equal_coefficients_whatever_they_are_called(
     assert plain > 1.5 * decoded
 
 
-def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]):
+def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]) -> None:
     _, store = finished
     root = Path(store.url)
     stored = store.read_json("report/summary.json")["stored_bytes"]
@@ -110,7 +113,7 @@ def test_reported_bytes_are_the_bytes_on_disk(finished: tuple[Path, Store]):
     assert stored["vectors"] <= 0.12 * stored["dense_fp32"]
 
 
-def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store]):
+def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store]) -> None:
     _, store = finished
     from raytvb.finetuning.masks import load_mask
 
@@ -125,7 +128,7 @@ def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store])
 
 def test_running_again_does_nothing_twice(
     finished: tuple[Path, Store], capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     file, store = finished
     before = {
         k: Path(store.path(k)).stat().st_mtime_ns
@@ -143,7 +146,7 @@ def test_running_again_does_nothing_twice(
     assert "tasks added from" in capsys.readouterr().out
 
 
-def test_the_page_is_self_contained(finished: tuple[Path, Store]):
+def test_the_page_is_self_contained(finished: tuple[Path, Store]) -> None:
     page = finished[1].read("report/index.html").decode()
     assert page.count("<svg") == 7
     assert "http" not in page.replace("http://www.w3.org", "").replace(
@@ -152,7 +155,7 @@ def test_the_page_is_self_contained(finished: tuple[Path, Store]):
     assert all(task in page for task in TASKS)
 
 
-def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]):
+def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]) -> None:
     _, store = finished
     rows = pq.read_table(store.path("evals/full.parquet")).to_pylist()
     assert {r["split"] for r in rows} == {"test"} and {r["total"] for r in rows} == {300}
@@ -161,9 +164,39 @@ def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]):
     )
 
 
+def test_a_run_may_verify_every_stored_file(
+    finished: tuple[Path, Store], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The closing line with and without; a damaged file is named."""
+    file, reference = finished
+    assert main(["run", str(file)]) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last == f"Report: {reference.where('report/index.html')}"
+    store = Store(str(tmp_path / "store"))
+    for key in reference.keys():
+        reference.download(key, store.path(key))
+    own = str(write_experiment(tmp_path, store.url))
+    assert main(["run", own, "--verify"]) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    count, _, rest = last.partition(" ")
+    recorded = 0
+    for key in store.keys():
+        if key.endswith("/record.json"):
+            recorded += len(store.read_json(key)["files"])
+    assert int(count) == recorded > 30
+    assert rest == f"stored files verified. Report: {store.where('report/index.html')}"
+    damaged = Path(store.path("masks/shared/mask.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(bytes(data))
+    assert main(["run", own, "--verify"]) == 1
+    message = capfd.readouterr().err
+    assert "stored files are damaged" in message and "masks/shared/mask.safetensors" in message
+
+
 def test_ls_and_verify(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     _, store = finished
     assert main(["ls", store.url]) == 0
     listed = capsys.readouterr().out
@@ -186,7 +219,7 @@ def test_ls_and_verify(
 
 def test_another_experiment_is_refused_with_the_fields_that_differ(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     _, store = finished
     file = write_experiment(tmp_path, store.url, finetune={"epochs": 2, "batch_size": 64}, seed=3)
     assert main(["run", str(file)]) == 1
@@ -201,7 +234,7 @@ def test_another_experiment_is_refused_with_the_fields_that_differ(
 @pytest.mark.slow
 def test_own_masks_fractional_gpus_and_one_stage_at_a_time(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     store = Store(str(tmp_path / "store"))
     file = write_experiment(
         tmp_path,
@@ -253,7 +286,7 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(
 
 
 @pytest.mark.slow
-def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
+def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     file = write_experiment(
         tmp_path, store.url, tasks=[TASKS[0]], talos={"density": 1.0}, basis={"method": "pca"}
@@ -266,7 +299,7 @@ def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path):
 
 def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
     ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+) -> None:
     """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file
     may use the store.
     """
@@ -302,7 +335,7 @@ def test_resources_that_are_not_there(
     capsys: pytest.CaptureFixture[str],
     resources: dict[str, float],
     words: tuple[str, ...],
-):
+) -> None:
     file = write_experiment(tmp_path, str(tmp_path / "store"), resources=resources)
     assert main(["run", str(file)]) == 1
     message = capsys.readouterr().err
@@ -314,7 +347,7 @@ def test_resources_that_are_taken(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     import ray
 
     monkeypatch.setattr("raytvb.orchestration.connect.FREE_PATIENCE_S", 1.0)
@@ -323,7 +356,8 @@ def test_resources_that_are_taken(
         def ready(self) -> bool:
             return True
 
-    holder = ray.remote(Holder).options(num_cpus=0, num_gpus=4).remote()
+    remote: Any = ray.remote(Holder)
+    holder = remote.options(num_cpus=0, num_gpus=4).remote()
     ray.get(holder.ready.remote())
     file = write_experiment(tmp_path, str(tmp_path / "store"), resources={"gpus_per_task": 1})
     assert main(["run", str(file)]) == 1
@@ -333,7 +367,7 @@ def test_resources_that_are_taken(
 
 def test_a_failing_task_is_named_and_the_rest_is_kept(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     bad = tmp_path / "data"
     bad.mkdir()
     (bad / "train.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
@@ -352,7 +386,7 @@ def test_a_failing_task_is_named_and_the_rest_is_kept(
 
 def test_a_fine_tune_goes_on_from_its_checkpoint(
     finished: tuple[Path, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite_cache: str
-):
+) -> None:
     file, reference = finished
     store = Store(str(tmp_path / "store"))
     for key in reference.keys():
@@ -361,21 +395,21 @@ def test_a_fine_tune_goes_on_from_its_checkpoint(
     experiment = load_experiment(file, {"store": store.url, "resources": {"checkpoint_s": 1e-9}})
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
     steps: list[int] = []
-    write = write_checkpoint
+    save = CheckpointFolder.save
 
-    def stops_at_twelve(*arguments: Any) -> None:
-        write(*arguments)
-        steps.append(arguments[-1].step)
+    def stops_at_twelve(folder: CheckpointFolder, checkpoint: Checkpoint) -> None:
+        save(folder, checkpoint)
+        steps.append(checkpoint.step)
         if len(steps) == 12:
             raise RuntimeError("the machine went away")
 
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
-    monkeypatch.setattr("raytvb.finetuning.task.write_checkpoint", stops_at_twelve)
+    monkeypatch.setattr(CheckpointFolder, "save", stops_at_twelve)
     with pytest.raises(RuntimeError, match="went away"):
         finetune_task(experiment, fingerprint, experiment.tasks[0])
     assert len(store.keys(f"vectors/{TASKS[0]}/checkpoint")) == 2  # the latest and its record
     record = finetune_task(experiment, fingerprint, experiment.tasks[0])
-    assert steps == list(range(1, record["metrics"]["steps"] + 1))
+    assert steps == list(range(1, record.metrics_as(VectorMetrics, TASKS[0]).steps + 1))
     assert vector_bytes(store.url) == vector_bytes(reference.url)
     assert store.keys(f"vectors/{TASKS[0]}/checkpoint") == []
 
@@ -398,7 +432,7 @@ def kill_one_worker(title: str, patience_s: float = 60) -> None:
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_as_often_as_allowed(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     for retries, code in ((0, 1), (1, 0)):
@@ -451,7 +485,7 @@ def same_results(ours: Store, theirs: Store) -> bool:
 @pytest.mark.s3
 def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
     finished: tuple[Path, Store], s3_environment: str, tmp_path: Path, suite_cache: str
-):
+) -> None:
     _, local = finished
     remote = Store(f"{s3_environment}/runs/tiny")
     file = write_experiment(tmp_path, remote.url)
@@ -468,7 +502,7 @@ def test_s3_gives_the_same_bits_and_so_does_a_run_that_was_killed(
 
 @pytest.mark.slow
 @pytest.mark.s3
-def test_s3_gives_the_same_results(finished: tuple[Path, Store], s3_environment: str):
+def test_s3_gives_the_same_results(finished: tuple[Path, Store], s3_environment: str) -> None:
     file, local = finished
     remote = Store(f"{s3_environment}/runs/tiny")
     assert main(["run", str(file), "--store", remote.url]) == 0
@@ -478,7 +512,7 @@ def test_s3_gives_the_same_results(finished: tuple[Path, Store], s3_environment:
 @pytest.mark.slow
 def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(
     finished: tuple[Path, Store], tmp_path: Path, suite_cache: str
-):
+) -> None:
     _, reference = finished
     store = Store(str(tmp_path / "store"))
     for key in reference.keys():
@@ -497,7 +531,7 @@ def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(
 
 
 @pytest.mark.slow
-def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
+def test_quickstart_shows_what_the_readme_says(tmp_path: Path) -> None:
     """The whole quickstart in a process of its own; the bounds leave room for other floating point
     units.
     """
@@ -544,54 +578,32 @@ def test_quickstart_shows_what_the_readme_says(tmp_path: Path):
 
 
 def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(
-    capsys: pytest.CaptureFixture[str],
-):
-    subsets = {"1": 0.8, "16": 0.5, "4": 0.7, "8": 0.6}  # as JSON with sorted keys gives them back
-    entry = {
-        "merge": "decoded",
-        "relative_error": 0.0,
-        "stored_bytes": 1,
-        "mean": 0.5,
-        "subsets": subsets,
-    }
-    tasks = {f"t{i}": 0.4 for i in range(16)}
-    print_summary(
-        {
-            "tasks": list(tasks),
-            "zero_shot": tasks,
-            "fine_tuned": tasks,
-            "addition": {"full": entry},
-            "random_subset": {},
-            "negation": {},
-            "chosen": {"name": "full"},
-            "stored_bytes": {"vectors": 1, "masks": 1, "dense_fp32": 100},
-        }
-    )
-    head, row = (
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if "vectors" in line[:12] or "full" in line[:12]
-    )
-    assert [c.strip() for c in head.split("┃")[3:-2]] == [
-        "all 16",
-        "1 added",
-        "4 added",
-        "8 added",
-        "subsets",
-    ]
-    assert [c.strip() for c in row.split("│")[3:-2]] == ["50.0", "80.0", "70.0", "60.0", "65.0"]
+    finished: tuple[Path, Store], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = read_summary(finished[1])
+    subsets = {1: 0.8, 16: 0.5, 4: 0.7, 8: 0.6}  # as JSON with sorted keys gives them back
+    full = summary.addition["full"].model_copy(update={"subsets": subsets, "mean": 0.5})
+    fields = {"addition": {**summary.addition, "full": full}}
+    print_summary(summary.model_copy(update=fields))
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in lines if "vectors" in line[:12] and "┃" in line)
+    (row,) = (line for line in lines if "full" in line[:12] and "│" in line)
+    columns = [cell.strip() for cell in head.split("┃")[3:-2]]
+    assert columns == ["all 3", "1 added", "4 added", "8 added", "subsets"]
+    values = [cell.strip() for cell in row.split("│")[3:-2]]
+    assert values == ["50.0", "80.0", "70.0", "60.0", "65.0"]
 
 
 def test_every_selection_keeps_what_it_says(
     finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
-):
+) -> None:
     """On the finished run's model, in this process: one task's own mask of each kind, against its
     scores.
     """
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
-    weights = base_encoder(store.url, fingerprint).visual_state()
+    weights = load_base(store.url, fingerprint).visual_state()
 
     def mask_and_scores(select: str) -> tuple[torch.Tensor, torch.Tensor]:
         experiment = load_experiment(file, {"talos": {"images": 16, "rounds": 1, "select": select}})

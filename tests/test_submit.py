@@ -1,5 +1,5 @@
 """Jobs on a real Ray head with token authentication: `raytvb submit`, and `ray job submit` with
-jobs/pipeline.py.
+jobs/raytvb_job.py.
 """
 
 import http.server
@@ -27,12 +27,16 @@ import yaml
 
 from raytvb.errors import UserError
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.orchestration.submit import check_places, connect, job_environment, pack, submit
+from raytvb.orchestration.environment import job_environment
+from raytvb.orchestration.job_client import job_client
+from raytvb.orchestration.submit import job_command, submit
+from raytvb.orchestration.upload import check_places, pack
 
 ROOT = Path(__file__).parent.parent
+TASKS = ["glyphs/greek-blur", "glyphs/latin-fog"]
 EXPERIMENT = {
     "name": "t",
-    "tasks": ["glyphs/greek-blur", "glyphs/latin-fog"],
+    "tasks": TASKS,
     "talos": {"images": 32, "rounds": 1},
     "finetune": {"epochs": 1},
     "basis": {"method": "svd"},
@@ -60,7 +64,7 @@ def free_ports(count: int) -> list[int]:
 # What is found out before any cluster is asked.
 
 
-def test_only_the_allowed_variables_are_passed_on():
+def test_only_the_allowed_variables_are_passed_on() -> None:
     env = {
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_ENDPOINT_URL": "http://s3",
@@ -83,23 +87,23 @@ def test_only_the_allowed_variables_are_passed_on():
 @pytest.mark.parametrize(
     "store, notes", [("s3://bucket/x", 0), ("/data/x", 1), ("file:///data/x", 1), ("~/x", 1)]
 )
-def test_a_store_on_the_cluster_is_noted_where_it_is_local(store, notes):
+def test_a_store_on_the_cluster_is_noted_where_it_is_local(store: str, notes: int) -> None:
     assert len(check_places(parse_experiment({**EXPERIMENT, "store": store}))) == notes
 
 
 @pytest.mark.parametrize("store", ["runs/x", "./x", "file://x"])
-def test_a_relative_store_is_refused(store):
+def test_a_relative_store_is_refused(store: str) -> None:
     with pytest.raises(UserError, match=r"relative to this machine.*s3://"):
         check_places(parse_experiment({**EXPERIMENT, "store": store}))
 
 
-def test_a_relative_data_folder_is_refused():
+def test_a_relative_data_folder_is_refused() -> None:
     tasks = [{"name": "mine", "data": "data/mine"}]
     with pytest.raises(UserError, match="data of mine: data/mine"):
         check_places(parse_experiment({**EXPERIMENT, "store": "s3://b/x", "tasks": tasks}))
 
 
-def test_the_upload_holds_the_experiment_and_the_source_alone(tmp_path):
+def test_the_upload_holds_the_experiment_and_the_source_alone(tmp_path: Path) -> None:
     folder = tmp_path / "upload"
     folder.mkdir()
     file = write_experiment(tmp_path)
@@ -112,38 +116,40 @@ def test_the_upload_holds_the_experiment_and_the_source_alone(tmp_path):
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20 << 20
 
 
-def test_without_code_the_upload_is_the_experiment(tmp_path):
+def test_without_code_the_upload_is_the_experiment(tmp_path: Path) -> None:
     folder = tmp_path / "upload"
     folder.mkdir()
     pack(write_experiment(tmp_path), folder, with_code=False)
     assert [f.name for f in folder.iterdir()] == ["experiment.yaml"]
 
 
-def test_nobody_at_the_address():
+def test_nobody_at_the_address() -> None:
     (port,) = free_ports(1)
     with pytest.raises(
         UserError, match=f"no Ray cluster answers at http://127.0.0.1:{port} .*port-forward"
     ):
-        connect(f"127.0.0.1:{port}/")
+        job_client(f"127.0.0.1:{port}/")
 
 
-def test_something_else_at_the_address():
+def test_something_else_at_the_address() -> None:
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match="not a Ray dashboard"):
-            connect(f"http://127.0.0.1:{server.server_port}")
+            job_client(f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
 
 
-def test_another_kind_of_address():
+def test_another_kind_of_address() -> None:
     with pytest.raises(UserError, match=r"such as http://127\.0\.0\.1:8265"):
-        connect("ray://127.0.0.1:10001")
+        job_client("ray://127.0.0.1:10001")
 
 
 @pytest.mark.parametrize("content", [None, " \n"])
-def test_a_token_file_that_gives_no_token(tmp_path, monkeypatch, content):
+def test_a_token_file_that_gives_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
     file = tmp_path / "token"
     if content is not None:
         file.write_text(content)
@@ -151,10 +157,32 @@ def test_a_token_file_that_gives_no_token(tmp_path, monkeypatch, content):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH"):
-        connect("http://127.0.0.1:1")
+        job_client("http://127.0.0.1:1")
 
 
-def test_the_experiment_must_be_in_the_working_directory(tmp_path):
+@pytest.mark.parametrize("script", [False, True])
+def test_what_runs_in_the_upload_is_its_own_raytvb(tmp_path: Path, script: bool) -> None:
+    """Without a cluster: the command of `raytvb submit`, and the script for `ray job submit`."""
+    folder = tmp_path / "upload"
+    folder.mkdir()
+    pack(write_experiment(tmp_path), folder)
+    shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "raytvb" / "cli" / "main.py").write_text(
+        "import sys\n"
+        "def main(args=None):\n"
+        "    print('uploaded', *(args or sys.argv[1:]))\n"
+        "    return 7\n"
+    )
+    command = job_command("run", "experiment.yaml")
+    if script:
+        command = ["python", "jobs/raytvb_job.py", "run", "experiment.yaml"]
+    done = subprocess.run(
+        [sys.executable, *command[1:]], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "uploaded run experiment.yaml\n"), done.stderr
+
+
+def test_the_experiment_must_be_in_the_working_directory(tmp_path: Path) -> None:
     file = write_experiment(tmp_path)
     with pytest.raises(UserError, match="not in the working directory"):
         submit(file, "http://127.0.0.1:1", env={}, working_dir=ROOT / "jobs")
@@ -192,7 +220,7 @@ class Head:
         )
 
     def submit(self, experiment: Path, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.call(*submit_command(experiment, self.address), **env)
+        return self.call(*submit_command(experiment, self.address), timeout=JOB_S, **env)
 
 
 def submit_command(experiment: Path, address: str) -> list[str]:
@@ -271,7 +299,7 @@ def head() -> Iterator[Head]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
+def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head: Head, tmp_path: Path) -> None:
     folder, store = tmp_path / "work", tmp_path / "store"
     folder.mkdir()
     experiment = write_experiment(tmp_path)
@@ -287,12 +315,13 @@ def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
         str(folder),
         "--",
         "python",
-        "jobs/pipeline.py",
+        "jobs/raytvb_job.py",
+        "run",
         "experiment.yaml",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((store / "report" / "summary.json").read_text())
-    assert sorted(summary["tasks"]) == sorted(EXPERIMENT["tasks"])
+    assert sorted(summary["tasks"]) == sorted(TASKS)
     shutil.rmtree(store / "report")  # what the second job finds missing, it makes again
     done = head.submit(experiment, AWS_REGION="us-west-2", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -304,7 +333,7 @@ def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_job_that_fails_fails_the_submission(head, tmp_path):
+def test_a_job_that_fails_fails_the_submission(head: Head, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = head.submit(write_experiment(tmp_path, store=str(tmp_path / "file" / "store")))
     assert done.returncode not in (0, 130), done.stdout + done.stderr
@@ -316,7 +345,9 @@ def test_a_job_that_fails_fails_the_submission(head, tmp_path):
 @pytest.mark.parametrize(
     "env", [{"RAY_AUTH_TOKEN": "not-the-token-of-the-head"}, {"RAY_AUTH_MODE": "disabled"}]
 )
-def test_a_wrong_or_missing_token_is_one_clear_message(head, tmp_path, env):
+def test_a_wrong_or_missing_token_is_one_clear_message(
+    head: Head, tmp_path: Path, env: dict[str, str]
+) -> None:
     done = head.submit(write_experiment(tmp_path), **env)
     assert done.returncode not in (0, 130)
     assert "refused the authentication" in done.stderr
@@ -326,7 +357,7 @@ def test_a_wrong_or_missing_token_is_one_clear_message(head, tmp_path, env):
 
 
 @pytest.mark.ray
-def test_an_address_in_the_environment_does_not_win(head, tmp_path):
+def test_an_address_in_the_environment_does_not_win(head: Head, tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     done = head.submit(
         write_experiment(tmp_path),
@@ -339,7 +370,7 @@ def test_an_address_in_the_environment_does_not_win(head, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ctrl_c_leaves_the_job_running(head, tmp_path):
+def test_ctrl_c_leaves_the_job_running(head: Head, tmp_path: Path) -> None:
     experiment = write_experiment(tmp_path, finetune={"epochs": 1000})
     process = subprocess.Popen(
         submit_command(experiment, head.address),
@@ -349,6 +380,7 @@ def test_ctrl_c_leaves_the_job_running(head, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
+    assert process.stderr is not None
     submitted = next(line for line in process.stderr if line.startswith("Submitted "))
     job = submitted.split()[1].rstrip(".")
     time.sleep(3)

@@ -1,39 +1,75 @@
-"""Benchmark of the incremental Gram matrix: what an arrival costs when many vectors are there
-already.
-"""
+"""Benchmark of the growing Gram matrix: what one more vector costs when many are there already."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.bench.measure import CPU, machine, resident_bytes, versions
+from raytvb.bench.measure import CPU, Machine, Result, resident_bytes, versions
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import vector_key, vector_prefix
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.storage import records
+from raytvb.storage.contract import Contract
 from raytvb.storage.gram_files import gram_matrix
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import vector_bytes, vector_info
 
+MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of all arrivals after which figures are given."""
 
-def _experiment(folder: str, tasks: int, cache: str) -> Experiment:
-    names = [{"name": f"t{i:05d}", "data": "none"} for i in range(tasks)]
-    return parse_experiment(
-        {
-            "store": folder,
-            "tasks": names,
-            "model": {"name": "ViT-B-32"},
-            "talos": {"density": 1.0},
-            "basis": {"method": "svd"},
-            "resources": {"cache": cache},
-        }
-    )
+
+class MadeAnew(Contract):
+    """What a Gram matrix would cost that is made anew at every arrival, from the time of one for
+    all vectors. To its favour, only reading is counted: n vectors at the n-th arrival.
+    """
+
+    algorithm: str = "the Gram matrix made anew at every arrival, at the time of reading alone"
+    seconds: float
+    vectors_read: int
+
+
+class Grown(Contract):
+    """`BasisBuilder.add`, one call for each vector, its state saved each time."""
+
+    algorithm: str = "one row an arrival, against a cache of blocks"
+    seconds: float
+    """Of all arrivals."""
+    vectors_read: int
+    seconds_an_arrival: dict[int, float]
+    """By the number of vectors that are there."""
+    growth: float
+    """Time of an arrival when all vectors are there, divided by that at half of them; 2: linear."""
+    cache_bytes: int
+    memory_bytes: dict[int, int]
+    """Memory above that at the start, by the number of vectors that are there."""
+    largest_difference: float
+    """From the Gram matrix of all files, over the mean squared norm."""
+
+
+class ArrivalsResult(Result):
+    """Seconds and memory of vectors that arrive one by one."""
+
+    tasks: int
+    values: int
+    cache: str
+    reference: MadeAnew
+    ours: Grown
+
+
+@dataclass
+class _Measured:
+    """Seconds and memory after each arrival."""
+
+    seconds: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
 
 
 def bench_arrivals(
@@ -44,62 +80,92 @@ def bench_arrivals(
     threads: int = 1,
     folder: str | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Seconds of each of `tasks` arrivals of vectors with `values` kept entries, one call each, the
-    state saved.
+) -> ArrivalsResult:
+    """Seconds of each of `tasks` arrivals of vectors with `values` kept entries.
 
-    The reference is what a Gram matrix that is made anew at every arrival would cost, from the time
-    of one for all: n² products for n vectors, and all of them read. `growth` is how the time of an
-    arrival grows from half of the vectors to all (2: linearly).
+    cache: memory or disk, where the builder keeps the vectors. folder: where the files are made,
+    default: the system's temporary folder.
     """
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(seed)
     with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
-        experiment, store = _experiment(place, tasks, cache), Store(place)
-        for task in experiment.tasks:
-            data = vector_bytes(
-                {"w": torch.randn(values, generator=generator)}, vector_info("random")
-            )
-            records.commit(
-                store, vector_prefix(task.name), identity={}, files={"vector.safetensors": data}
-            )
-        builder, times, memory = BasisBuilder(experiment), list[float](), list[int]()
-        before = resident_bytes()
-        for name in experiment.task_names:
-            started = time.perf_counter()
-            status = builder.add([name])
-            times.append(time.perf_counter() - started)
-            memory.append(resident_bytes() - before)
-        started = time.perf_counter()
-        gram = gram_matrix([store.path(vector_key(t)) for t in experiment.task_names])
-        whole = time.perf_counter() - started
-    window = max(1, tasks // 20)
-    marks = sorted({max(1, round(tasks * f)) for f in (0.1, 0.25, 0.5, 0.75, 1.0)})
-    at = {n: median(times[max(0, n - window) : n]) for n in marks}
-    anew = sum(whole * (n / tasks) for n in range(1, tasks + 1))
-    return {
-        "benchmark": "arrivals",
-        "tasks": tasks,
-        "values": values,
-        "cache": status["cache"],
-        "reference": {
-            "algorithm": "the Gram matrix made anew at every arrival, at the time of reading alone",
-            "seconds": anew,
-            "vectors_read": tasks * (tasks + 1) // 2,
-        },
-        "ours": {
-            "algorithm": "one row an arrival, against a cache of blocks",
-            "seconds": sum(times),
-            "vectors_read": tasks,
-            "seconds_an_arrival": {str(n): s for n, s in at.items()},
-            "growth": at[marks[-1]] / at[max(1, round(tasks / 2))],
-            "cache_bytes": status["cache_bytes"],
-            "memory_bytes": {str(n): memory[n - 1] for n in marks},
-            "largest_difference": float(
-                (builder.gram() - gram).abs().max() / gram.diagonal().mean()
-            ),
-        },
-        "ratio": anew / sum(times),
-        "machine": machine(CPU, threads),
-        "versions": versions(),
+        experiment = _experiment(place, tasks, cache)
+        _write_vectors(experiment, values, seed)
+        builder = BasisBuilder(experiment)
+        measured = _add_all(builder, experiment.task_names)
+        gram, whole_s = _gram_of_all(experiment)
+        grown = _grown(builder, measured, gram)
+    anew = whole_s * (tasks + 1) / 2  # the n-th of T arrivals takes n / T of the time for all
+    return ArrivalsResult(
+        benchmark="arrivals",
+        tasks=tasks,
+        values=values,
+        cache=builder.status().cache.kind,
+        reference=MadeAnew(seconds=anew, vectors_read=tasks * (tasks + 1) // 2),
+        ours=grown,
+        ratio=anew / grown.seconds,
+        machine=Machine.this(CPU, threads),
+        versions=versions(),
+    )
+
+
+def _experiment(folder: str, tasks: int, cache: str) -> Experiment:
+    names = [{"name": f"t{number:05d}", "data": "none"} for number in range(tasks)]
+    fields = {
+        "store": folder,
+        "tasks": names,
+        "model": {"name": "ViT-B-32"},
+        "talos": {"density": 1.0},
+        "basis": {"method": "svd"},
+        "resources": {"cache": cache},
     }
+    return parse_experiment(fields)
+
+
+def _write_vectors(experiment: Experiment, values: int, seed: int) -> None:
+    """A committed random vector for every task."""
+    generator, store = torch.Generator().manual_seed(seed), Store(experiment.store)
+    info = vector_info("random")
+    for task in experiment.task_names:
+        data = vector_bytes({"w": torch.randn(values, generator=generator)}, info)
+        files = {"vector.safetensors": data}
+        records.commit(store, vector_prefix(task), identity={}, files=files)
+
+
+def _add_all(builder: BasisBuilder, tasks: Sequence[str]) -> _Measured:
+    """Add the vectors one by one."""
+    measured, before = _Measured(), resident_bytes()
+    for task in tasks:
+        started = time.perf_counter()
+        builder.add([task])
+        measured.seconds.append(time.perf_counter() - started)
+        measured.memory.append(resident_bytes() - before)
+    return measured
+
+
+def _gram_of_all(experiment: Experiment) -> tuple[Tensor, float]:
+    """The Gram matrix of all files, and its seconds."""
+    store = Store(experiment.store)
+    paths = [store.path(vector_key(task)) for task in experiment.task_names]
+    started = time.perf_counter()
+    gram = gram_matrix(paths)
+    return gram, time.perf_counter() - started
+
+
+def _grown(builder: BasisBuilder, measured: _Measured, gram: Tensor) -> Grown:
+    tasks = len(measured.seconds)
+    window = max(1, tasks // 20)  # an arrival's time is the median of those before it
+    seconds, memory = {}, {}
+    for mark in MARKS:
+        count = max(1, round(tasks * mark))
+        seconds[count] = median(measured.seconds[max(0, count - window) : count])
+        memory[count] = measured.memory[count - 1]
+    difference = (builder.gram() - gram).abs().max() / gram.diagonal().mean()
+    return Grown(
+        seconds=sum(measured.seconds),
+        vectors_read=tasks,
+        seconds_an_arrival=seconds,
+        growth=seconds[tasks] / seconds[max(1, round(tasks / 2))],
+        cache_bytes=builder.status().cache.bytes,
+        memory_bytes=memory,
+        largest_difference=float(difference),
+    )

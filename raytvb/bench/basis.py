@@ -1,8 +1,7 @@
 """Benchmark of `fit_basis`: beside the published fit on the same Gram matrix, in one process.
 
-Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. The vectors are random with D = 20 T;
-the figures of the result are fractions of ‖V‖², and `ratio` is the published fit's seconds divided
-by ours.
+Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. The vectors are random with D = 20 T.
+Losses are fractions of ‖V‖².
 """
 
 from __future__ import annotations
@@ -10,21 +9,87 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from raytvb.bench.measure import machine, versions
-from raytvb.maths.basis_fit import BasisFit, fit_basis
-from raytvb.maths.basis_methods import METHODS
+from raytvb.bench.measure import CPU, Machine, Result, torch_threads, versions, without_nulls
+from raytvb.maths.basis_fit import fit_basis
+from raytvb.maths.basis_registry import BASIS_METHODS
+from raytvb.storage.contract import Contract, JsonObject
 
 KINDS = ("clustered", "orthogonal", "positive")
-
-
 CURVE_METHODS = ("ae", "ae-anchored", "svd")
+
+
+class PublishedFit(Contract):
+    """The authors' fit."""
+
+    algorithm: str = "joint Adam on the logits of B and W in float32 (authors' code)"
+    seconds: float
+    loss: float
+    steps: int
+
+
+class OurFit(Contract):
+    """`fit_basis`."""
+
+    algorithm: str
+    """The basis method."""
+    seconds: float
+    loss: float
+    condition: float
+    """Condition number of BᵀGB with unit columns."""
+    repeats: int
+
+
+class CurveFit(Contract):
+    """Our fit of one basis method at one number of tasks."""
+
+    seconds: float
+    loss_over_floor: float
+    condition: float
+
+
+class CurvePoint(Contract):
+    """Our fits of T/4 vectors at one number of tasks."""
+
+    tasks: int
+    size: int
+    fits: dict[str, CurveFit]
+    """By basis method."""
+
+    def to_json(self) -> JsonObject:
+        """The basis methods beside the numbers."""
+        fields: JsonObject = {"tasks": self.tasks, "size": self.size}
+        for method, fit in self.fits.items():
+            fields[method] = fit.to_json()
+        return fields
+
+
+class BasisResult(Result):
+    """Seconds and losses of two fits to one Gram matrix."""
+
+    tasks: int
+    size: int
+    kind: str
+    scale: float
+    seed: int
+    floor: float
+    """The least loss of any `size` vectors."""
+    floor_reachable: bool
+    """Whether convex combinations are known to reach the floor."""
+    reference: PublishedFit
+    ours: OurFit
+    loss_ratio: float
+    """The published fit's loss divided by ours."""
+    curve: tuple[CurvePoint, ...] | None = None
+
+    def to_json(self) -> JsonObject:
+        """Without a curve where none was asked for."""
+        return without_nulls(super().to_json(), "curve")
 
 
 def bench_basis(
@@ -39,62 +104,80 @@ def bench_basis(
     curve: Sequence[int] = (),
     threads: int = 1,
     steps: int = 6000,
-) -> dict[str, Any]:
+) -> BasisResult:
     """Seconds and losses of the published fit (once) and of ours (median of `repeats` after one
     that is not counted).
 
-    size: None is T/2. kind: one of KINDS. scale: the Gram is multiplied by it. curve: numbers of
-    tasks at which our fits of T/4 vectors are timed without the published one.
+    Args:
+        tasks: T, the number of random vectors.
+        size: M; None is T/2.
+        kind: how the vectors lie, one of KINDS.
+        scale: factor on the Gram matrix.
+        method: basis method of our fit.
+        curve: numbers of tasks at which our fits of T/4 vectors are timed without the published
+            one.
+        steps: of the published fit.
+
+    Raises ValueError for an unknown kind or basis method, and for a size that is not below T.
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"unknown basis method {method!r}; there are: {', '.join(sorted(METHODS))}"
-        )
+    BASIS_METHODS.lookup(method)  # an unknown one is told before any work
     size = max(1, tasks // 2) if size is None else size
     if not 1 <= size < tasks:
         raise ValueError(f"basis size must be from 1 to {tasks - 1} for {tasks} tasks, got {size}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         G_TT = scale * random_gram(kind, tasks, seed)
-        fits = [fit_basis(G_TT, size, method=method) for _ in range(repeats + 1)][1:]
-        seconds = median(fit.seconds for fit in fits)
-        started = time.perf_counter()
-        B_TM, W_MT = published_fit(G_TT, size, steps=steps, seed=seed)
-        published_s = time.perf_counter() - started
-        points = [_curve_point(other, kind, seed) for other in curve]
-    finally:
-        torch.set_num_threads(before)
-    published_loss = true_loss(G_TT, B_TM, W_MT)
-    return (
-        {
-            "benchmark": "basis",
-            "tasks": tasks,
-            "size": size,
-            "kind": kind,
-            "scale": scale,
-            "seed": seed,
-            "floor": fits[0].floor,
-            "floor_reachable": floor_is_reachable(G_TT, size),
-            "reference": {
-                "algorithm": "joint Adam on the logits of B and W in float32 (authors' code)",
-                "seconds": published_s,
-                "loss": published_loss,
-                "steps": steps,
-            },
-            "ours": {
-                "algorithm": method,
-                "seconds": seconds,
-                "loss": fits[0].loss,
-                "condition": fits[0].condition,
-                "repeats": repeats,
-            },
-            "ratio": published_s / seconds,
-            "loss_ratio": published_loss / fits[0].loss,
-        }
-        | ({"curve": points} if points else {})
-        | {"machine": machine(torch.device("cpu"), threads), "versions": versions()}
+        ours, floor = _our_fit(G_TT, size, method, repeats)
+        reference = _timed_published(G_TT, size, steps, seed)
+        points = tuple(_curve_point(count, kind, seed) for count in curve)
+    return BasisResult(
+        benchmark="basis",
+        tasks=tasks,
+        size=size,
+        kind=kind,
+        scale=scale,
+        seed=seed,
+        floor=floor,
+        floor_reachable=floor_is_reachable(G_TT, size),
+        reference=reference,
+        ours=ours,
+        ratio=reference.seconds / ours.seconds,
+        loss_ratio=reference.loss / ours.loss,
+        curve=points or None,
+        machine=Machine.this(CPU, threads),
+        versions=versions(),
     )
+
+
+def _our_fit(G_TT: Tensor, size: int, method: str, repeats: int) -> tuple[OurFit, float]:
+    """Our fit, and the least loss of any vectors. The first run, which imports, is not counted."""
+    fits = [fit_basis(G_TT, size, method=method) for _ in range(repeats + 1)][1:]
+    ours = OurFit(
+        algorithm=method,
+        seconds=median(fit.seconds for fit in fits),
+        loss=fits[0].loss,
+        condition=fits[0].condition,
+        repeats=repeats,
+    )
+    return ours, fits[0].floor
+
+
+def _timed_published(G_TT: Tensor, size: int, steps: int, seed: int) -> PublishedFit:
+    started = time.perf_counter()
+    B_TM, W_MT = published_fit(G_TT, size, steps=steps, seed=seed)
+    seconds = time.perf_counter() - started
+    return PublishedFit(seconds=seconds, loss=true_loss(G_TT, B_TM, W_MT), steps=steps)
+
+
+def _curve_point(tasks: int, kind: str, seed: int) -> CurvePoint:
+    size = max(1, tasks // 4)
+    G_TT = random_gram(kind, tasks, seed)
+    fits = {}
+    for method in CURVE_METHODS:
+        fit = fit_basis(G_TT, size, method=method)
+        fits[method] = CurveFit(
+            seconds=fit.seconds, loss_over_floor=fit.loss / fit.floor, condition=fit.condition
+        )
+    return CurvePoint(tasks=tasks, size=size, fits=fits)
 
 
 def published_fit(G_TT: Tensor, size: int, *, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -126,8 +209,10 @@ def true_loss(G_TT: Tensor, B_TM: Tensor, W_MT: Tensor) -> float:
 
 
 def random_gram(kind: str, tasks: int, seed: int) -> Tensor:
-    """G (T, T) float64 of vectors of unit noise alone, with a common mean, or half as large around
-    T/5 centres.
+    """G (T, T) float64 of random vectors with D = 20 T entries.
+
+    kind: `orthogonal`: unit noise; `positive`: with a common mean added; `clustered`: half as large
+    around T/5 centres.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of vectors {kind!r}; there are: {', '.join(KINDS)}")
@@ -137,18 +222,17 @@ def random_gram(kind: str, tasks: int, seed: int) -> Tensor:
         V_DT += rng.standard_normal((20 * tasks, 1))
     if kind == "clustered":
         clusters = max(2, tasks // 5)
-        V_DT = (
-            V_DT / 2 + rng.standard_normal((20 * tasks, clusters))[:, np.arange(tasks) % clusters]
-        )
+        centres = rng.standard_normal((20 * tasks, clusters))
+        V_DT = V_DT / 2 + centres[:, np.arange(tasks) % clusters]
     return torch.from_numpy(V_DT.T @ V_DT)
 
 
 def floor_is_reachable(G_TT: Tensor, size: int) -> bool:
-    """Whether the top eigenspace holds a strictly positive vector U a: max s with U a ≥ s, sum(U a)
-    = 1 (enough).
+    """Whether the top eigenspace holds a strictly positive vector U a, which is enough for convex
+    combinations to reach the floor: a linear program, max s with U a ≥ s and sum(U a) = 1.
     """
     U_TM = np.linalg.eigh((G_TT / G_TT.trace()).double().numpy())[1][:, -size:]
-    found = linprog(
+    solution = linprog(
         np.append(np.zeros(size), -1),
         A_ub=np.hstack([-U_TM, np.ones((len(U_TM), 1))]),
         b_ub=np.zeros(len(U_TM)),
@@ -156,20 +240,4 @@ def floor_is_reachable(G_TT: Tensor, size: int) -> bool:
         b_eq=[1],
         bounds=(None, None),
     )
-    return bool(found.status == 0 and found.x[-1] > 1e-9)
-
-
-def _curve_point(tasks: int, kind: str, seed: int) -> dict[str, Any]:
-    size = max(1, tasks // 4)
-    G_TT = random_gram(kind, tasks, seed)
-    fits: dict[str, BasisFit] = {
-        method: fit_basis(G_TT, size, method=method) for method in CURVE_METHODS
-    }
-    return {"tasks": tasks, "size": size} | {
-        method: {
-            "seconds": fit.seconds,
-            "loss_over_floor": fit.loss / fit.floor,
-            "condition": fit.condition,
-        }
-        for method, fit in fits.items()
-    }
+    return bool(solution.status == 0 and solution.x[-1] > 1e-9)

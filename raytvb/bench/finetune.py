@@ -1,33 +1,113 @@
-"""Benchmark of the optimizer and of whole training steps."""
+"""Benchmark of sparse training: the optimizer's step by itself, and whole training steps."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raytvb.bench.measure import (
-    CLASSES,
+    Machine,
     Peak,
     Precision,
-    machine,
+    Result,
+    default_device,
+    random_batch,
     random_classifier,
     seconds_of,
     versions,
+    without_nulls,
 )
 from raytvb.maths.fisher import fisher_scores
 from raytvb.maths.mask_selection import select_mask
 from raytvb.maths.masked_adamw import MaskedAdamW
+from raytvb.storage.contract import Contract, JsonObject
+
+LR, WEIGHT_DECAY, CLIP_NORM = 1e-5, 0.1, 1.0
+
+
+class PublishedOptimizer(Contract):
+    """The authors' masked AdamW."""
+
+    algorithm: str = "masked AdamW with dense moments and masks (authors' code)"
+    step_s: float
+    state_bytes: int
+
+
+class OurOptimizer(Contract):
+    """`MaskedAdamW`."""
+
+    algorithm: str = (
+        "fused AdamW on the kept entries, gathered in the backward pass and scattered back"
+    )
+    step_s: float
+    gather_s: float
+    """Seconds of gathering the kept gradients, which the backward pass does."""
+    state_bytes: int
+
+
+class FusedOptimizer(Contract):
+    """torch's fused AdamW."""
+
+    algorithm: str = "torch's fused AdamW on all entries"
+    step_s: float
+    state_bytes: int
+    ours_over_it: float
+    """Our seconds with gathering, divided by its."""
+
+
+class StepTime(Contract):
+    """Whole training steps."""
+
+    seconds: float
+    """Of one step, median."""
+    images_per_s: float
+    memory_bytes: int | None
+
+
+class WholeSteps(Contract):
+    """Forward and backward pass, clipping and update, sparse and dense in turns."""
+
+    batch_size: int
+    precision: Precision
+    sparse_over_dense: float
+    """Median of the ratios of a sparse step to the dense one after it."""
+    sparse: StepTime
+    dense: StepTime
+    matmul_peak_flops: float | None = None
+    """Operations a second of a large matrix product; on a GPU only."""
+    share_of_peak: float | None = None
+    """Operations a second of a sparse step, as a share of that."""
+
+    def to_json(self) -> JsonObject:
+        """Without the figures of a GPU where there is none."""
+        return without_nulls(super().to_json(), "matmul_peak_flops", "share_of_peak")
+
+
+class FinetuneResult(Result):
+    """Seconds and bytes of training a share of the parameters."""
+
+    model: str
+    density: float
+    kept: int
+    """Parameters that are trained."""
+    parameters: int
+    reference: PublishedOptimizer
+    ours: OurOptimizer
+    ratio_with_gather: float
+    """As `ratio`, with our gathering counted."""
+    fused_dense: FusedOptimizer
+    whole_step: WholeSteps
 
 
 class PublishedMaskedAdamW:
-    """AdamW by the algorithm of the authors' code of TaLoS: moments of all entries, a dense float
-    mask on the steps.
+    """AdamW by the algorithm of the authors' code of TaLoS: moments of all entries, and a dense
+    mask of floats that the update is multiplied by.
     """
 
     def __init__(
@@ -39,16 +119,19 @@ class PublishedMaskedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self._parameters = [
-            (p, mask[n].to(p), torch.zeros_like(p), torch.zeros_like(p))
-            for n, p in parameters.items()
-        ]
+        self._parameters = []
+        for name, parameter in parameters.items():
+            moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            self._parameters.append((parameter, mask[name].to(parameter), *moments))
         self._weight_decay, self._betas, self._eps, self._steps = weight_decay, betas, eps, 0
 
     @property
     def state_bytes(self) -> int:
         """Masks and moments."""
-        return sum(4 * (m.numel() + a.numel() + b.numel()) for _, m, a, b in self._parameters)
+        total = 0
+        for _, *state in self._parameters:
+            total += sum(4 * tensor.numel() for tensor in state)
+        return total
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -66,75 +149,26 @@ class PublishedMaskedAdamW:
             parameter.add_(-1 * rate * (mean / deviation))
 
 
-def matmul_peak(device: torch.device, precision: Precision, side: int = 8192) -> float:
-    """Operations a second of a large square matrix product: what the device reaches, not what its
-    data sheet says.
-    """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    left @ right
-    return 2 * side**3 / median(seconds_of(lambda: left @ right, device) for _ in range(5))
+@dataclass(frozen=True)
+class _Setup:
+    """The model, its data, and how the benchmark is to run."""
 
+    classifier: nn.Module
+    images: Tensor
+    labels: Tensor
+    gradients: Mapping[str, Tensor]
+    """Of the shapes of the parameters: what the optimizers are timed on."""
+    mask: Mapping[str, Tensor]
+    repeats: int
+    precision: Precision
 
-def _whole_steps(
-    classifier: nn.Module,
-    sparse: MaskedAdamW,
-    plain: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    repeats: int,
-    precision: Precision,
-) -> dict[str, Any]:
-    """Forward, backward, clipping and update of the sparsely trained classifier and of its densely
-    trained copy.
-    """
-    place = images.device
-    dense = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.classifier.named_parameters())
 
-    def forward_backward(tuned: nn.Module) -> None:
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = tuned(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
-
-    def dense_step() -> None:
-        forward_backward(plain)
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        dense.step()
-        dense.zero_grad()
-
-    def sparse_step() -> None:
-        forward_backward(classifier)
-        sparse.step(1e-5, 1.0)
-
-    steps = {"sparse": sparse_step, "dense": dense_step}
-    peaks = {name: Peak(place) for name in steps}
-    times = dict[str, list[float]]({name: [] for name in steps})
-    for _ in range(
-        repeats + 1
-    ):  # in turns, as the machine is not always equally quiet; the first ones allocate
-        for name, step in steps.items():
-            with peaks[name].watch():
-                times[name].append(seconds_of(step, place))
-    seconds = {name: median(t[1:]) for name, t in times.items()}
-    pairs = zip(times["sparse"][1:], times["dense"][1:], strict=True)
-    found: dict[str, Any] = {
-        "batch_size": len(images),
-        "precision": precision,
-        "sparse_over_dense": median(sparse_s / dense_s for sparse_s, dense_s in pairs),
-    }
-    found |= {
-        name: {"seconds": s, "images_per_s": len(images) / s, "memory_bytes": peaks[name].bytes}
-        for name, s in seconds.items()
-    }
-    if place.type == "cuda":
-        peak = matmul_peak(place, precision)
-        found |= {
-            "matmul_peak_flops": peak,
-            "share_of_peak": _flops(partial(forward_backward, classifier))
-            / seconds["sparse"]
-            / peak,
-        }
-    return found
+    @property
+    def place(self) -> torch.device:
+        return self.images.device
 
 
 def bench_finetune(
@@ -146,88 +180,178 @@ def bench_finetune(
     threads: int = 1,
     device: torch.device | None = None,
     precision: Precision = "fp32",
-) -> dict[str, Any]:
-    """Seconds and bytes of the optimizer step alone, and seconds of a whole training step, sparse
-    and dense.
+) -> FinetuneResult:
+    """Seconds and bytes of the optimizer step by itself, and seconds of a whole training step,
+    sparse and dense.
 
     The mask is that of the lowest sensitivity scores on a batch. Our step finds the kept gradients
-    gathered, which the backward pass does; that is timed by itself, and `ratio_with_gather` and
-    `ours_over_it` count it. The optimizers are timed without clipping; the whole steps have it, in
-    turns.
+    gathered: the backward pass does that. The gathering is timed by itself, and `ratio_with_gather`
+    and `ours_over_it` count it. The optimizers are timed without clipping; the whole steps have it.
     """
     torch.set_num_threads(threads)
-    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier, size = random_classifier(model, place)
-    parameters = dict(classifier.named_parameters())
-    generator = torch.Generator().manual_seed(0)
-    gradients = {
-        n: torch.randn(p.shape, generator=generator).to(place) for n, p in parameters.items()
-    }
-    images = torch.randn(batch_size, 3, size, size, generator=generator).to(place)
-    mask = select_mask(fisher_scores(classifier, images, batch_size=batch_size), density)
-    labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(place)
-
-    def timed(
-        step: Callable[[], object], take: Callable[[], object] = lambda: None
-    ) -> tuple[float, float]:
-        """Seconds of a step, and of taking each gradient as soon as it is there, as in a backward
-        pass.
-        """
-        times = []
-        for _ in range(repeats + 1):  # the first one allocates
-            taken = 0.0
-            for name, parameter in parameters.items():
-                if parameter.requires_grad:
-                    parameter.grad = gradients[name].clone()
-                    taken += seconds_of(take, place)
-            times.append((seconds_of(step, place), taken))
-        step_s, take_s = zip(*times[1:], strict=True)
-        return median(step_s), median(take_s)
-
-    published = PublishedMaskedAdamW(parameters, mask, weight_decay=0.1)
-    published_s, published_bytes = timed(partial(published.step, 1e-5))[0], published.state_bytes
-    del published
-    plain = copy.deepcopy(classifier)
-    fused = torch.optim.AdamW(parameters.values(), lr=1e-5, weight_decay=0.1, fused=True)
-    fused_s = timed(fused.step)[0]
-    fused_bytes = sum(
-        t.numel() * t.element_size() for s in fused.state.values() for t in s.values()
+    place = device or default_device()
+    setup = _make_setup(model, batch_size, density, repeats, precision, place)
+    reference = _published(setup)
+    dense_model = copy.deepcopy(setup.classifier)
+    fused_s, fused_bytes = _fused(setup)
+    sparse = MaskedAdamW(setup.parameters, setup.mask, lr=LR, weight_decay=WEIGHT_DECAY)
+    ours = _ours(setup, sparse)
+    ours_s = ours.step_s + ours.gather_s
+    return FinetuneResult(
+        benchmark="finetune",
+        model=model,
+        density=density,
+        kept=int(sum(m.sum() for m in setup.mask.values())),
+        parameters=sum(p.numel() for p in setup.parameters.values()),
+        reference=reference,
+        ours=ours,
+        ratio=reference.step_s / ours.step_s,
+        ratio_with_gather=reference.step_s / ours_s,
+        fused_dense=FusedOptimizer(
+            step_s=fused_s, state_bytes=fused_bytes, ours_over_it=ours_s / fused_s
+        ),
+        whole_step=_whole_steps(setup, sparse, dense_model),
+        machine=Machine.this(place, threads),
+        versions=versions(),
     )
-    fused.zero_grad()
-    del fused
-    sparse = MaskedAdamW(parameters, mask, lr=1e-5, weight_decay=0.1)
-    ours_s, taken_s = timed(partial(sparse.step, 1e-5), sparse.take_gradients)
-    ours_bytes = sparse.state_bytes
-    whole_step = _whole_steps(classifier, sparse, plain, images, labels, repeats, precision)
-    return {
-        "benchmark": "finetune",
-        "model": model,
-        "density": density,
-        "kept": int(sum(m.sum() for m in mask.values())),
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "reference": {
-            "algorithm": "masked AdamW with dense moments and masks (authors' code)",
-            "step_s": published_s,
-            "state_bytes": published_bytes,
-        },
-        "ours": {
-            "algorithm": "fused AdamW on the kept entries, gathered in the backward pass and scattered back",
-            "step_s": ours_s,
-            "gather_s": taken_s,
-            "state_bytes": ours_bytes,
-        },
-        "ratio": published_s / ours_s,
-        "ratio_with_gather": published_s / (ours_s + taken_s),
-        "fused_dense": {
-            "algorithm": "torch's fused AdamW on all entries",
-            "step_s": fused_s,
-            "state_bytes": fused_bytes,
-            "ours_over_it": (ours_s + taken_s) / fused_s,
-        },
-        "whole_step": whole_step,
-        "machine": machine(place, threads),
-        "versions": versions(),
-    }
+
+
+def _make_setup(
+    model: str,
+    batch_size: int,
+    density: float,
+    repeats: int,
+    precision: Precision,
+    place: torch.device,
+) -> _Setup:
+    classifier, size = random_classifier(model, place)
+    generator, gradients = torch.Generator().manual_seed(0), {}
+    for name, parameter in classifier.named_parameters():
+        gradients[name] = torch.randn(parameter.shape, generator=generator).to(place)
+    images, labels = random_batch(batch_size, size, place)
+    mask = select_mask(fisher_scores(classifier, images, batch_size=batch_size), density)
+    return _Setup(classifier, images, labels, gradients, mask, repeats, precision)
+
+
+def _nothing() -> None:
+    """What the optimizers that take whole gradients do as each gradient comes."""
+
+
+def _timed(
+    setup: _Setup, step: Callable[[], object], take: Callable[[], object] = _nothing
+) -> tuple[float, float]:
+    """Median seconds of a step, and of taking each gradient as soon as it is there, as in a
+    backward pass.
+    """
+    step_s, take_s = [], []
+    for _ in range(setup.repeats + 1):
+        taking = 0.0
+        for name, parameter in setup.parameters.items():
+            if parameter.requires_grad:
+                parameter.grad = setup.gradients[name].clone()
+                taking += seconds_of(take, setup.place)
+        step_s.append(seconds_of(step, setup.place))
+        take_s.append(taking)
+    return median(step_s[1:]), median(take_s[1:])  # the first step allocates
+
+
+def _published(setup: _Setup) -> PublishedOptimizer:
+    optimizer = PublishedMaskedAdamW(setup.parameters, setup.mask, weight_decay=WEIGHT_DECAY)
+    seconds, _ = _timed(setup, partial(optimizer.step, LR))
+    return PublishedOptimizer(step_s=seconds, state_bytes=optimizer.state_bytes)
+
+
+def _fused(setup: _Setup) -> tuple[float, int]:
+    """Seconds of a step of torch's fused AdamW on all parameters, and the bytes of its state."""
+    optimizer = torch.optim.AdamW(
+        setup.parameters.values(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    seconds, _ = _timed(setup, optimizer.step)
+    state_bytes = 0
+    for state in optimizer.state.values():
+        state_bytes += sum(t.numel() * t.element_size() for t in state.values())
+    optimizer.zero_grad()
+    return seconds, state_bytes
+
+
+def _ours(setup: _Setup, optimizer: MaskedAdamW) -> OurOptimizer:
+    step_s, gather_s = _timed(setup, partial(optimizer.step, LR), optimizer.take_gradients)
+    return OurOptimizer(step_s=step_s, gather_s=gather_s, state_bytes=optimizer.state_bytes)
+
+
+def _forward_backward(setup: _Setup, model: nn.Module) -> None:
+    with torch.autocast(setup.place.type, torch.bfloat16, enabled=setup.precision == "bf16"):
+        logits = model(setup.images)
+    nn.functional.cross_entropy(logits.float(), setup.labels).backward()
+
+
+def _whole_steps(setup: _Setup, sparse: MaskedAdamW, dense_model: nn.Module) -> WholeSteps:
+    """Steps of the sparsely trained classifier and of its densely trained copy, in turns: the
+    machine is not always equally quiet.
+    """
+    dense = torch.optim.AdamW(
+        dense_model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
+    )
+
+    def dense_step() -> None:
+        _forward_backward(setup, dense_model)
+        nn.utils.clip_grad_norm_(dense_model.parameters(), CLIP_NORM)
+        dense.step()
+        dense.zero_grad()
+
+    def sparse_step() -> None:
+        _forward_backward(setup, setup.classifier)
+        sparse.step(LR, CLIP_NORM)
+
+    sparse_peak, dense_peak = Peak(setup.place), Peak(setup.place)
+    sparse_s, dense_s, ratios = [], [], []
+    for number in range(setup.repeats + 1):
+        with sparse_peak.watch():
+            one = seconds_of(sparse_step, setup.place)
+        with dense_peak.watch():
+            other = seconds_of(dense_step, setup.place)
+        if number:  # the first steps allocate
+            sparse_s.append(one)
+            dense_s.append(other)
+            ratios.append(one / other)
+    peak, share = _share_of_peak(setup, median(sparse_s))
+    return WholeSteps(
+        batch_size=len(setup.images),
+        precision=setup.precision,
+        sparse_over_dense=median(ratios),
+        sparse=_step_time(setup, sparse_s, sparse_peak),
+        dense=_step_time(setup, dense_s, dense_peak),
+        matmul_peak_flops=peak,
+        share_of_peak=share,
+    )
+
+
+def _step_time(setup: _Setup, times: list[float], peak: Peak) -> StepTime:
+    seconds = median(times)
+    return StepTime(
+        seconds=seconds, images_per_s=len(setup.images) / seconds, memory_bytes=peak.bytes
+    )
+
+
+def _share_of_peak(setup: _Setup, seconds: float) -> tuple[float | None, float | None]:
+    """Operations a second of a large matrix product, and the share of them that a sparse step of so
+    many seconds makes; None on a CPU.
+    """
+    if setup.place.type != "cuda":
+        return None, None
+    peak = matmul_peak(setup.place, setup.precision)
+    flops = _flops(partial(_forward_backward, setup, setup.classifier))
+    return peak, flops / seconds / peak
+
+
+def matmul_peak(device: torch.device, precision: Precision, side: int = 8192) -> float:
+    """Operations a second of a large square matrix product: what the device reaches, not what its
+    data sheet says.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    return 2 * side**3 / median(seconds_of(lambda: left @ right, device) for _ in range(5))
 
 
 def _flops(work: Callable[[], None]) -> float:

@@ -1,24 +1,71 @@
-"""Benchmark of the sensitivity scores."""
+"""Benchmark of the sensitivity scores (diagonal Fisher information of all parameters)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raytvb.bench.measure import (
-    CLASSES,
+    Machine,
     Peak,
     Precision,
-    machine,
+    Result,
+    default_device,
+    random_batch,
     random_classifier,
     seconds_of,
     versions,
 )
 from raytvb.maths.fisher import fisher_scores
+from raytvb.storage.contract import Contract
+
+REPEATS = 3
+"""How often what is short is timed; the median counts."""
+
+
+class PublishedScores(Contract):
+    """The authors' loop."""
+
+    algorithm: str = "one backward pass an image through the graph of its batch (authors' code)"
+    seconds_per_image: float
+    images_timed: int
+    memory_bytes: int | None
+
+
+class OurScores(Contract):
+    """`fisher_scores`."""
+
+    algorithm: str = "one forward and one backward pass a batch"
+    seconds_per_image: float
+    images_timed: int
+    memory_bytes: int | None
+    images_per_s: float
+
+
+class SingleImages(Contract):
+    """The authors' loop on batches of one image."""
+
+    algorithm: str = "forward and backward pass of one image at a time"
+    seconds_per_image: float
+    images_timed: int
+    ratio: float
+    """Its seconds divided by ours."""
+
+
+class FisherResult(Result):
+    """Seconds of an image's scores."""
+
+    model: str
+    batch_size: int
+    precision: Precision
+    parameters: int
+    reference: PublishedScores
+    ours: OurScores
+    loop: SingleImages
 
 
 def published_scores(
@@ -29,6 +76,7 @@ def published_scores(
 
     One forward pass of the batch; then for each of `scored` images a backward pass through the
     graph of the whole batch, whose squared gradients are copied to the host and added there.
+    images: (N, 3, H, W); labels: (N,). Returns scores of the parameters' shapes, by name.
     """
     parameters = dict(classifier.named_parameters())
     scores = {n: torch.zeros(p.shape) for n, p in parameters.items()}
@@ -52,65 +100,79 @@ def bench_fisher(
     threads: int = 1,
     device: torch.device | None = None,
     precision: Precision = "fp32",
-) -> dict[str, Any]:
-    """Seconds an image of `fisher_scores` on some batches, of the published loop on one, of a
-    batch-1 loop.
-
-    The loops are timed on the first `scored` images only, as each takes the same time.
+) -> FisherResult:
+    """Seconds an image of `fisher_scores` on `batches` batches, of the published loop on the first
+    `scored` images of one batch, and of that loop on single images.
     """
     torch.set_num_threads(threads)
-    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     classifier, size = random_classifier(model, place)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, size, size, generator=generator).to(place)
-    labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(place)
-    scored = min(scored, batch_size)
-    score = partial(fisher_scores, classifier, batch_size=batch_size, precision=precision)
-    score(images)  # the first call takes memory from the system
-    with Peak(place).watch() as ours_memory:
-        ours = seconds_of(partial(score, torch.cat([images] * batches)), place)
-    published_scores(classifier, images, labels, 1)
-    forward = median(
-        seconds_of(lambda: published_scores(classifier, images, labels, 0), place) for _ in range(3)
+    images, labels = random_batch(batch_size, size, place)
+    ours = _our_scores(classifier, images, batches, precision)
+    reference = _timed_published(classifier, images, labels, min(scored, batch_size))
+    loop = _single_images(
+        classifier, images, labels, reference.images_timed, ours.seconds_per_image
     )
-    with Peak(place).watch() as published_memory:
-        published = seconds_of(lambda: published_scores(classifier, images, labels, scored), place)
+    return FisherResult(
+        benchmark="fisher",
+        model=model,
+        batch_size=batch_size,
+        precision=precision,
+        parameters=sum(p.numel() for p in classifier.parameters()),
+        reference=reference,
+        ours=ours,
+        ratio=reference.seconds_per_image / ours.seconds_per_image,
+        loop=loop,
+        machine=Machine.this(place, threads),
+        versions=versions(),
+    )
+
+
+def _our_scores(
+    classifier: nn.Module, images: Tensor, batches: int, precision: Precision
+) -> OurScores:
+    score = partial(fisher_scores, classifier, batch_size=len(images), precision=precision)
+    score(images)  # the first call takes memory from the system
+    count = batches * len(images)
+    with Peak(images.device).watch() as memory:
+        seconds = seconds_of(partial(score, torch.cat([images] * batches)), images.device)
+    return OurScores(
+        seconds_per_image=seconds / count,
+        images_timed=count,
+        memory_bytes=memory.bytes,
+        images_per_s=count / seconds,
+    )
+
+
+def _timed_published(
+    classifier: nn.Module, images: Tensor, labels: Tensor, scored: int
+) -> PublishedScores:
+    """The published loop: the forward pass is shared by the whole batch, a backward pass is not."""
+    published = partial(published_scores, classifier, images, labels)
+    published(1)  # the first call takes memory from the system
+    forward = _median_seconds(partial(published, 0), images.device)
+    with Peak(images.device).watch() as memory:
+        seconds = seconds_of(partial(published, scored), images.device)
+    backward = max(seconds - forward, 0.0) / scored
+    return PublishedScores(
+        seconds_per_image=backward + forward / len(images),
+        images_timed=scored,
+        memory_bytes=memory.bytes,
+    )
+
+
+def _single_images(
+    classifier: nn.Module, images: Tensor, labels: Tensor, count: int, ours: float
+) -> SingleImages:
+    """The published loop on one image at a time. ours: our seconds an image."""
 
     def loop() -> None:
-        for n in range(scored):
+        for n in range(count):
             published_scores(classifier, images[n : n + 1], labels[n : n + 1], 1)
 
-    one_by_one = median(seconds_of(loop, place) for _ in range(3)) / scored
-    reference, mine = (
-        max(published - forward, 0.0) / scored + forward / batch_size,
-        ours / (batches * batch_size),
-    )
-    return {
-        "benchmark": "fisher",
-        "model": model,
-        "batch_size": batch_size,
-        "precision": precision,
-        "parameters": sum(p.numel() for p in classifier.parameters()),
-        "reference": {
-            "algorithm": "one backward pass an image through the graph of its batch (authors' code)",
-            "seconds_per_image": reference,
-            "images_timed": scored,
-            "memory_bytes": published_memory.bytes,
-        },
-        "ours": {
-            "algorithm": "one forward and one backward pass a batch",
-            "seconds_per_image": mine,
-            "images_timed": batches * batch_size,
-            "memory_bytes": ours_memory.bytes,
-            "images_per_s": 1 / mine,
-        },
-        "ratio": reference / mine,
-        "loop": {
-            "algorithm": "forward and backward pass of one image at a time",
-            "seconds_per_image": one_by_one,
-            "images_timed": scored,
-            "ratio": one_by_one / mine,
-        },
-        "machine": machine(place, threads),
-        "versions": versions(),
-    }
+    seconds = _median_seconds(loop, images.device) / count
+    return SingleImages(seconds_per_image=seconds, images_timed=count, ratio=seconds / ours)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    return median(seconds_of(work, device) for _ in range(REPEATS))

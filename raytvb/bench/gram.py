@@ -12,58 +12,168 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raytvb.bench.measure import CPU, Peak, machine, versions
+from raytvb.bench.measure import CPU, Machine, Peak, Result, versions, without_nulls
 from raytvb.maths.gram import BLOCK
+from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.gram_files import gram_matrix
 from raytvb.storage.vector_set import block_columns
 from raytvb.storage.vectors import vector_bytes, vector_info
 
-_TENSOR = 768 * 3072  # values; most of a ViT-B lies in tensors of this size
-
+TENSOR = 768 * 3072
+"""Values in a tensor of the files; most of a ViT-B lies in tensors of this size."""
 
 PUBLISHED_ROWS = 2_000_000
+"""Coordinates that the authors' code multiplies at a time."""
+
+CURVE = (
+    *((tasks, 2**17) for tasks in (8, 20, 50, 200, 500, 1000, 2000)),
+    *((20, 2**power) for power in (16, 18, 20, 22, 24)),
+)
+"""Numbers of vectors and of parameters at which ours is timed alone; at most 2 GB of files."""
 
 
-def published_gram(paths: Sequence[str]) -> Tensor:
-    """G (T, T) float32 by the algorithm of the authors' code: every vector in memory, then products
-    of chunks of at most two million coordinates that are stacked to (rows, T)."""
-    # Copies, as that code's loading leaves them in memory: safetensors would only map the files.
-    vectors = [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in paths]
-    gram = torch.zeros(len(paths), len(paths))
-    for name in vectors[0]:
-        for start in range(0, vectors[0][name].numel(), PUBLISHED_ROWS):
-            rows = torch.stack(
-                [v[name].flatten()[start : start + PUBLISHED_ROWS] for v in vectors], dim=1
-            ).float()
-            gram += rows.T @ rows
-    return gram
+class AllLoaded(Contract):
+    """The authors' way."""
+
+    algorithm: str = "all vectors loaded, products of two million coordinates (authors' code)"
+    seconds: float
+    memory_bytes: int | None
+
+
+class InBlocks(Contract):
+    """`gram_matrix`."""
+
+    algorithm: str = "range reads of blocks, the next one while one is multiplied"
+    seconds: float
+    memory_bytes: int | None
+    bytes_read: int
+    flops: int
+
+
+class Bare(Contract):
+    """The least that any way takes."""
+
+    products_s: float
+    """Of the products, on a block that is read from nowhere."""
+    reads_s: float
+    """Of reading all bytes into one buffer."""
+    ours_over_it: float
+    """Our seconds divided by the sum of both."""
+
+
+class CurvePoint(Contract):
+    """Ours alone at one number of vectors and of parameters."""
+
+    tasks: int
+    parameters: int
+    seconds: float
+    memory_bytes: int | None
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class GramResult(Result):
+    """Seconds and memory from vector files to their Gram matrix."""
+
+    tasks: int
+    parameters: int
+    dtype: str
+    reference: AllLoaded
+    ours: InBlocks
+    largest_difference: float
+    """Between both matrices, over the mean squared norm."""
+    bare: Bare
+    curve: tuple[CurvePoint, ...] | None = None
+
+    def to_json(self) -> JsonObject:
+        """Without a curve where none was asked for."""
+        return without_nulls(super().to_json(), "curve")
+
+
+def bench_gram(
+    tasks: int = 20,
+    parameters: int = 87_849_216,
+    *,
+    dtype: str = "fp32",
+    folder: str | None = None,
+    repeats: int = 3,
+    threads: int = 1,
+    curve: bool = False,
+    seed: int = 0,
+) -> GramResult:
+    """Seconds from files on a warm local disk to G, ours and the published way, and of bare
+    products and bare reads.
+
+    The files take tasks * parameters * 4 bytes (2 for bf16) in a temporary folder below `folder`.
+    The published way holds them in memory twice. curve: also time ours alone, at the numbers of
+    CURVE.
+    """
+    torch.set_num_threads(threads)
+    values = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
+        paths = write_vectors(Path(place), tasks, parameters, values, seed)
+        bare_reads(paths)  # warms the disk's cache
+        gram, ours = _in_blocks(paths, repeats, parameters, values)
+        published, reference = _all_loaded(paths)
+        bare = _bare(paths, parameters, repeats, ours.seconds)
+    difference = (gram - published).abs().max() / gram.diagonal().mean()
+    return GramResult(
+        benchmark="gram",
+        tasks=tasks,
+        parameters=parameters,
+        dtype=dtype,
+        reference=reference,
+        ours=ours,
+        ratio=reference.seconds / ours.seconds,
+        largest_difference=float(difference),
+        bare=bare,
+        curve=_curve(values, folder, repeats) if curve else None,
+        machine=Machine.this(CPU, threads),
+        versions=versions(),
+    )
 
 
 def write_vectors(
     folder: Path, tasks: int, parameters: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[str]:
     """Random vector files with a common part; their paths."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [_TENSOR] * (parameters // _TENSOR) + (
-        [parameters % _TENSOR] if parameters % _TENSOR else []
-    )
+    generator, info = torch.Generator().manual_seed(seed), vector_info("random")
+    sizes = [TENSOR] * (parameters // TENSOR)
+    if parameters % TENSOR:
+        sizes.append(parameters % TENSOR)
     paths = []
     for task in range(tasks):
-        values = {
-            f"w{i:04d}": torch.randn(n, generator=generator).mul_(1e-3).add_(2e-4).to(dtype)
-            for i, n in enumerate(sizes)
-        }
+        values = {}
+        for number, size in enumerate(sizes):
+            noise = torch.randn(size, generator=generator)
+            values[f"w{number:04d}"] = noise.mul_(1e-3).add_(2e-4).to(dtype)
         path = folder / f"{task:04d}" / "vector.safetensors"
         path.parent.mkdir()
-        path.write_bytes(vector_bytes(values, vector_info("random")))
+        path.write_bytes(vector_bytes(values, info))
         paths.append(str(path))
     return paths
+
+
+def published_gram(paths: Sequence[str]) -> Tensor:
+    """G (T, T) float32 by the algorithm of the authors' code: every vector in memory, then products
+    of chunks of at most two million coordinates that are stacked to (rows, T).
+    """
+    vectors = []
+    for path in paths:
+        # Copies, as that code's loading leaves them in memory: safetensors only maps the files.
+        vectors.append({name: tensor.clone() for name, tensor in load_file(path).items()})
+    gram = torch.zeros(len(paths), len(paths))
+    for name, first in vectors[0].items():
+        for start in range(0, first.numel(), PUBLISHED_ROWS):
+            chunk = slice(start, start + PUBLISHED_ROWS)
+            rows = torch.stack([v[name].flatten()[chunk] for v in vectors], dim=1).float()
+            gram += rows.T @ rows
+    return gram
 
 
 def bare_products(tasks: int, parameters: int) -> float:
@@ -106,10 +216,8 @@ print(json.dumps(None if before is None else peak() - before))
 
 
 def _peak(paths: Sequence[str]) -> int | None:
-    """Most memory that ours takes above an interpreter with torch loaded, bytes: in a process that
-    did nothing else.
-
-    None where the system (another than Linux) does not tell.
+    """The most memory that ours takes above an interpreter with torch loaded, in bytes: in a
+    process that did nothing else. None where the system (another than Linux) does not tell.
     """
     run = subprocess.run(
         [sys.executable, "-c", _CHILD],
@@ -118,7 +226,8 @@ def _peak(paths: Sequence[str]) -> int | None:
         text=True,
         check=True,
     )
-    return json.loads(run.stdout)
+    peak: int | None = json.loads(run.stdout)
+    return peak
 
 
 def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float]:
@@ -131,87 +240,48 @@ def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float]:
     return gram, median(times)
 
 
-def bench_gram(
-    tasks: int = 20,
-    parameters: int = 87_849_216,
-    *,
-    dtype: str = "fp32",
-    folder: str | None = None,
-    repeats: int = 3,
-    threads: int = 1,
-    curve: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Seconds from files on a warm local disk to G, ours and the published way, and of bare
-    products and bare reads.
-
-    The files take tasks * parameters * 4 (or 2) bytes in a temporary folder below `folder`. The
-    published way holds them in memory twice. `curve` adds ours alone, at other numbers of vectors
-    and lengths.
-    """
-    torch.set_num_threads(threads)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
-        paths = write_vectors(Path(place), tasks, parameters, kind, seed)
-        bare_reads(paths)  # warms the disk's cache
-        gram, ours = _timed(paths, repeats)
-        memory = _peak(paths)
-        with (peak := Peak(CPU)).watch():
-            started = time.perf_counter()
-            reference_gram = published_gram(paths)
-            reference = time.perf_counter() - started
-        products = median(bare_products(tasks, parameters) for _ in range(repeats))
-        reads = median(bare_reads(paths) for _ in range(repeats))
-    scale = float(gram.diagonal().mean())
-    found: dict[str, Any] = {
-        "benchmark": "gram",
-        "tasks": tasks,
-        "parameters": parameters,
-        "dtype": dtype,
-        "reference": {
-            "algorithm": "all vectors loaded, products of two million coordinates (authors' code)",
-            "seconds": reference,
-            "memory_bytes": peak.bytes,
-        },
-        "ours": {
-            "algorithm": "range reads of blocks, the next one while one is multiplied",
-            "seconds": ours,
-            "memory_bytes": memory,
-            "bytes_read": tasks * parameters * kind.itemsize,
-            "flops": 2 * tasks**2 * parameters,
-        },
-        "ratio": reference / ours,
-        "largest_difference": float((gram - reference_gram).abs().max()) / scale,
-        "bare": {
-            "products_s": products,
-            "reads_s": reads,
-            "ours_over_it": ours / (products + reads),
-        },
-        "machine": machine(CPU, threads),
-        "versions": versions(),
-    }
-    return found | ({"curve": _curve(kind, folder, repeats)} if curve else {})
+def _in_blocks(
+    paths: Sequence[str], repeats: int, parameters: int, dtype: torch.dtype
+) -> tuple[Tensor, InBlocks]:
+    gram, seconds = _timed(paths, repeats)
+    return gram, InBlocks(
+        seconds=seconds,
+        memory_bytes=_peak(paths),
+        bytes_read=len(paths) * parameters * dtype.itemsize,
+        flops=2 * len(paths) ** 2 * parameters,
+    )
 
 
-def _curve(dtype: torch.dtype, folder: str | None, repeats: int) -> list[dict[str, Any]]:
-    """Ours for growing T at one length, and growing D at T = 20; no more than 2 GB of files at a
-    time.
-    """
-    points = [(t, 2**17) for t in (8, 20, 50, 200, 500, 1000, 2000)]
-    points += [(20, 2**n) for n in (16, 18, 20, 22, 24)]
-    found = []
-    for tasks, parameters in points:
+def _all_loaded(paths: Sequence[str]) -> tuple[Tensor, AllLoaded]:
+    with Peak(CPU).watch() as peak:
+        started = time.perf_counter()
+        gram = published_gram(paths)
+        seconds = time.perf_counter() - started
+    return gram, AllLoaded(seconds=seconds, memory_bytes=peak.bytes)
+
+
+def _bare(paths: Sequence[str], parameters: int, repeats: int, ours_s: float) -> Bare:
+    products = median(bare_products(len(paths), parameters) for _ in range(repeats))
+    reads = median(bare_reads(paths) for _ in range(repeats))
+    return Bare(products_s=products, reads_s=reads, ours_over_it=ours_s / (products + reads))
+
+
+def _curve(dtype: torch.dtype, folder: str | None, repeats: int) -> tuple[CurvePoint, ...]:
+    """Ours for growing T at one length, and for growing D at T = 20."""
+    points = []
+    for tasks, parameters in CURVE:
         with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
             paths = write_vectors(Path(place), tasks, parameters, dtype)
-            seconds, memory = _timed(paths, repeats)[1], _peak(paths)
-        found.append(
-            {
-                "tasks": tasks,
-                "parameters": parameters,
-                "seconds": seconds,
-                "memory_bytes": memory,
-                "flops_per_s": 2 * tasks**2 * parameters / seconds,
-                "bytes_per_s": tasks * parameters * dtype.itemsize / seconds,
-            }
+            _, seconds = _timed(paths, repeats)
+            memory = _peak(paths)
+        points.append(
+            CurvePoint(
+                tasks=tasks,
+                parameters=parameters,
+                seconds=seconds,
+                memory_bytes=memory,
+                flops_per_s=2 * tasks**2 * parameters / seconds,
+                bytes_per_s=tasks * parameters * dtype.itemsize / seconds,
+            )
         )
-    return found
+    return tuple(points)

@@ -1,9 +1,11 @@
-"""Benchmarks: our kernels beside plainly written references of the published algorithms, in one
-process.
+"""What all benchmarks share: results, the machine, seconds, memory and models with random weights.
 
-Every result is a dict with `reference` and `ours` (seconds, bytes, counts of the work done),
-`ratio` (reference divided by ours), `machine` and `versions`. Weights are random: they do not
-matter to the time.
+A benchmark runs our implementation and a plainly written reference of a published algorithm, on
+the same input in the same process. Each file holds one: `fisher` (sensitivity scores), `finetune`
+(sparse training), `basis` (the fit), `gram` (the Gram matrix from files), `arrivals` (the Gram
+matrix as it grows) and `search` with `search_experiment`, `published_search` and `our_search`.
+
+Weights are random: the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -16,50 +18,118 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import nn
+from pydantic import JsonValue
+from torch import Tensor, nn
 
-from raytvb.experiment.base import TINY_MODEL
-from raytvb.experiment.training import ModelConfig
 from raytvb.models.classifier import ImageClassifier
-from raytvb.models.open_clip_models import load_encoder, random_tower
+from raytvb.models.open_clip_models import random_tower
+from raytvb.storage.contract import Contract, JsonObject
 
 CPU = torch.device("cpu")
 
-
 CLASSES = 50
+"""Number of classes of the random heads."""
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
-Precision = Literal["fp32", "bf16"]
-
-
-def machine(device: torch.device, threads: int) -> dict[str, Any]:
+class Machine(Contract):
     """What the figures were measured on."""
-    names = [
-        line.split(":")[1].strip()
-        for line in _lines("/proc/cpuinfo")
-        if line.startswith("model name")
-    ]
-    found = {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": device.type,
-    }
-    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+    cpu: str
+    """Name of the processor."""
+    cores: int | None
+    threads: int
+    """CPU threads that both sides could use."""
+    system: str
+    device: str
+    """cpu or cuda."""
+    gpu: str | None = None
+    """Name of the GPU, where there is one."""
+
+    @classmethod
+    def this(cls, device: torch.device, threads: int) -> Machine:
+        """The machine that this process runs on."""
+        return cls(
+            cpu=_processor(),
+            cores=os.cpu_count(),
+            threads=threads,
+            system=f"{platform.system()} {platform.machine()}",
+            device=device.type,
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        )
+
+    def to_json(self) -> JsonObject:
+        """Without a GPU where there is none."""
+        return without_nulls(super().to_json(), "gpu")
+
+
+class Result(Contract):
+    """What every benchmark prints beside its own figures."""
+
+    benchmark: str
+    """Its name."""
+    ratio: float
+    """The published algorithm's seconds divided by ours."""
+    machine: Machine
+    versions: dict[str, str]
+    """Versions of what does the arithmetic."""
+
+    def to_json(self) -> JsonObject:
+        """All fields, in the order in which the classes list them; what all have comes last."""
+        fields: JsonObject = {"benchmark": self.benchmark}
+        for name, value in self:
+            if name not in Result.model_fields:
+                fields[name] = _plain(value)
+        fields["ratio"] = self.ratio
+        fields["machine"] = self.machine.to_json()
+        fields["versions"] = _plain(self.versions)
+        return fields
+
+
+def _plain(value: object) -> JsonValue:
+    """A field for JSON; a contract within it prints itself."""
+    match value:
+        case Contract():
+            return value.to_json()
+        case dict():
+            return {str(key): _plain(inner) for key, inner in value.items()}
+        case tuple() | list():
+            return [_plain(inner) for inner in value]
+        case None | str() | int() | float():
+            return value
+    raise TypeError(f"{type(value).__name__} is no value of JSON")
+
+
+def without_nulls(fields: JsonObject, *names: str) -> JsonObject:
+    """The fields without those of the names that are null: for what does not apply."""
+    kept: JsonObject = {}
+    for name, value in fields.items():
+        if value is not None or name not in names:
+            kept[name] = value
+    return kept
 
 
 def versions() -> dict[str, str]:
-    """Of what does the arithmetic."""
-    return {"python": platform.python_version()} | {
-        n: version(n) for n in ("raytvb", "torch", "open_clip_torch")
-    }
+    """Versions of what does the arithmetic."""
+    packages = {"python": platform.python_version()}
+    for name in ("raytvb", "torch", "open_clip_torch"):
+        packages[name] = version(name)
+    return packages
+
+
+def _processor() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def _lines(path: str) -> list[str]:
+    """Lines of a file of Linux's /proc; none on another system."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -68,17 +138,19 @@ def _lines(path: str) -> list[str]:
 
 def resident_bytes() -> int:
     """Memory that this process holds; 0 where that is not known."""
-    fields = _lines("/proc/self/statm")  # of Linux
+    fields = _lines("/proc/self/statm")
     return int(fields[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
 
 class Peak:
-    """Largest memory above that at the start of a block, in bytes: of the GPU, or resident (None:
-    not measured).
+    """The most memory that a block takes above what was held at its start.
+
+    Of the GPU where the device is one, else of the process, looked at 20 times a second.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.bytes: int | None = None
+        """None where it was not measured."""
         self._device = device
 
     @contextmanager
@@ -105,7 +177,19 @@ class Peak:
             sampler.join()
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """A block in which torch uses so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of some work, with everything that it started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -115,19 +199,42 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def random_classifier(model: str, device: torch.device) -> tuple[ImageClassifier, int]:
-    """A tower with random weights (the embedded model's own) and a random head; the side of its
-    images in pixels.
+    """A tower with random weights (the embedded model has its own) and a random head.
+
+    model: an open_clip architecture, or the embedded model. Returns the classifier and the side of
+    its images in pixels.
     """
     torch.manual_seed(0)
-    if model == TINY_MODEL:
-        encoder = load_encoder(ModelConfig())
-        clip: Any = encoder.model
-        visual, size = clip.visual, encoder.preprocess.size
-    else:
-        visual, size = random_tower(model)
+    visual, size = _tower(model)
     with torch.no_grad():
-        found = visual.eval()(torch.zeros(1, 3, size, size))
-        width = (found[0] if isinstance(found, tuple) else found).shape[1]
+        features = visual.eval()(torch.zeros(1, 3, size, size))
+    width = (features[0] if isinstance(features, tuple) else features).shape[1]
     head = 10 * nn.functional.normalize(torch.randn(CLASSES, width), dim=-1)
     return ImageClassifier(visual, head).eval().to(device), size
+
+
+def _tower(model: str) -> tuple[nn.Module, int]:
+    from raytvb.experiment.base import TINY_MODEL
+    from raytvb.experiment.training import ModelConfig
+    from raytvb.models.open_clip_models import load_encoder
+
+    if model != TINY_MODEL:
+        return random_tower(model)
+    encoder = load_encoder(ModelConfig())
+    visual = encoder.model.visual
+    assert isinstance(visual, nn.Module)
+    return visual, encoder.preprocess.size
+
+
+def random_batch(count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, size, size) of noise and their labels (N,), the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, size, size, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (count,), generator=generator).to(device)
+    return images, labels

@@ -1,52 +1,83 @@
-"""Options that several commands share."""
+"""Options and arguments that several commands share.
+
+Everything here is light: it is imported for every `--help`. The names of methods and of the
+embedded tasks come from modules that hold nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from raytvb.experiment.config import Experiment
-from raytvb.experiment.parsing import load_experiment
+from raytvb.maths.basis_registry import BASIS_METHODS
+from raytvb.maths.merge_registry import stored_merges
+from raytvb.suite.names import task_names
+
+if TYPE_CHECKING:
+    from raytvb.experiment.config import Experiment
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class MethodName(click.ParamType):
+    """The name of a registered method, looked up when it is needed: a user's plugins are imported
+    only then.
+    """
+
+    name = "method"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        """names: gives the names that are allowed."""
+        self._names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name itself; click's error, which lists the names, for another."""
+        return click.Choice(list(self._names())).convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The names, as `--help` shows the values of an option."""
+        return f"[{'|'.join(self._names())}]"
+
+
+BASIS_METHOD = MethodName(lambda: BASIS_METHODS)
+MERGE_METHOD = MethodName(stored_merges)
+SUITE_COUNT = click.IntRange(2, len(task_names()))
+"""How many tasks of the embedded suite: for a mean over tasks there must be two."""
 
 EXPERIMENT_FILE = click.argument(
     "file", type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
+STORE_OPTION = click.option(
+    "--store",
+    help="Local folder or URL (s3://bucket/prefix) to use instead of the file's `store:`.",
+)
+AS_JSON_OPTION = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table."
+)
 
 
-def local_cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
+def local_cluster_options(command: Command) -> Command:
+    """`--num-cpus` and `--num-gpus`: the size of a Ray that is started on this machine."""
+    gpus = click.option(
         "--num-gpus",
         type=click.IntRange(0),
-        help="GPUs of the local Ray that is started where "
-        "RAY_ADDRESS is not set (default: those found).",
-    )(command)
-    return click.option(
-        "--num-cpus", type=click.IntRange(1), help="CPUs of that local Ray (default: all)."
-    )(command)
-
-
-def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--store",
-        help="Local folder or URL (s3://bucket/prefix) to use instead of the file's `store:`.",
-    )(command)
+        help="GPUs of the Ray that is started on this machine, where RAY_ADDRESS is not set. "
+        "Default: all that are found.",
+    )
+    cpus = click.option(
+        "--num-cpus",
+        type=click.IntRange(1),
+        help="CPUs of the Ray that is started on this machine, where RAY_ADDRESS is not set. "
+        "Default: all.",
+    )
+    return cpus(gpus(command))
 
 
 def read_experiment(file: Path, store: str | None) -> Experiment:
+    """The checked experiment of a file, with another store where one is given."""
+    from raytvb.experiment.parsing import load_experiment
+
     return load_experiment(file, {"store": store} if store else None)
-
-
-AS_JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-THREADS_OPTION = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-
-
-FOLDER_OPTION = click.option(
-    "--folder",
-    type=click.Path(exists=True, file_okay=False),
-    help="Where the files are made (default: the temporary folder).",
-)

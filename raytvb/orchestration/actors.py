@@ -13,11 +13,12 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.bases.shards import CoordinateShard, Known, Outputs
+from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, Versions
+from raytvb.bases.shards import CoordinateShard
+from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.orchestration.tasks import patiently
 from raytvb.storage.basis_layout import Layout
-from raytvb.storage.records import FileInfo
 
 
 class ShardGroup:
@@ -26,8 +27,8 @@ class ShardGroup:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Names of the actors: a handle among the arguments of an actor would have to outlive its
-        restarts.
+        """Takes the names of the actors: a handle among the arguments of an actor would have to
+        outlive its restarts.
         """
         self._names = list(names)
 
@@ -35,74 +36,83 @@ class ShardGroup:
     def _actors(self) -> list[Any]:
         return [ray.get_actor(name) for name in self._names]
 
-    def _each(self, method: str, *args: Any) -> list[Any]:
-        """The same call to all of them at once; what one raises is raised here."""
+    def _on_all(self, method: str, *args: Any) -> list[Any]:
+        """The same call to all actors at once; raises what one of them raises."""
+
+        def call() -> list[Any]:
+            pending = [getattr(actor, method).remote(*args) for actor in self._actors]
+            answers: list[Any] = ray.get(pending)
+            return answers
+
         try:
-            return patiently(
-                lambda: ray.get([getattr(actor, method).remote(*args) for actor in self._actors])
-            )
+            return patiently(call)
         except RayTaskError as error:
             raise error.cause from None
 
-    def fetch(self, known: Known) -> dict[str, str]:
-        """Task to reason for the vectors that one of them could not use."""
-        return {
-            task: reason for failed in self._each("fetch", known) for task, reason in failed.items()
-        }
+    def fetch(self, versions: Versions) -> dict[str, VectorError]:
+        """By task, the errors of vectors that one of the actors could not use."""
+        failed: dict[str, VectorError] = {}
+        for failures in self._on_all("fetch", versions):
+            failed.update(failures)
+        return failed
 
-    def rows(self, known: Known, new: int) -> Tensor:
+    def rows(self, versions: Versions, new: int) -> Tensor:
         """Inner products of all segments."""
-        return torch.cat(self._each("rows", known, new))
+        return torch.cat(self._on_all("rows", versions, new))
 
-    def atoms_gram(self, source: str | None, known: Known) -> Tensor:
+    def atoms_gram(self, source: str | None, versions: Versions) -> Tensor:
         """Gram matrices of all segments."""
-        return torch.cat(self._each("atoms_gram", source, known))
+        return torch.cat(self._on_all("atoms_gram", source, versions))
 
     def write(
-        self, outputs: Outputs, known: Known, source: str | None = None
-    ) -> dict[str, dict[str, FileInfo]]:
+        self, outputs: Outputs, versions: Versions, source: str | None = None
+    ) -> FilesByFolder:
         """All files of each output."""
-        parts = self._each("write", outputs, known, source)
-        return {
-            folder: {n: i for part in parts for n, i in part[folder].items()}
-            for folder, _ in outputs
-        }
+        written: FilesByFolder = {folder: {} for folder, _ in outputs}
+        for share in self._on_all("write", outputs, versions, source):
+            for folder, files in share.items():
+                written[folder].update(files)
+        return written
 
-    def cache(self) -> tuple[str, int]:
-        """Where the first of them has its cache, and the bytes of all."""
-        found = self._each("cache")
-        return found[0][0], sum(size for _, size in found)
+    def cache(self) -> CacheUse:
+        """Where the first actor has its cache, and the bytes of all."""
+        caches: list[CacheUse] = self._on_all("cache")
+        return CacheUse(caches[0].kind, sum(cache.bytes for cache in caches))
 
-    def layout(self, known: Known) -> Layout:
-        """The coordinates, as an index tells them."""
-        return self._each("layout", known)[0]
+    def layout(self, versions: Versions) -> Layout:
+        """The coordinates, as the index of a basis lists them."""
+        layout: Layout = self._on_all("layout", versions)[0]
+        return layout
 
 
 def basis_actors(experiment: Experiment) -> tuple[Any, list[Any]]:
-    """The streaming actor, and all actors that are to be killed when it is not needed any more.
+    """The basis actor, and all actors that are to be killed when it is not needed any more.
 
-    They need no CPU of their own: the fine-tunes get them all; what they know is in the store, so
-    they may die.
+    They ask for no CPU: all CPUs are for fine-tunes. What they know is in the store, so they may
+    die and are restarted.
     """
-    retries, run = experiment.resources.max_retries, uuid.uuid4().hex[:8]
-    # Spread, for shares of the coordinates on one node would share its disk and memory.
+    count, prefix = experiment.resources.shards, f"raytvb-{experiment.name}-{uuid.uuid4().hex[:8]}"
+    names = [f"{prefix}-shard-{number}" for number in range(count)] if count > 1 else []
+    shards = []
+    for number, name in enumerate(names):
+        shards.append(_actor(name, experiment, CoordinateShard, experiment, number, count))
+    group = ShardGroup(names) if names else None
+    builder = _actor(f"{prefix}-basis", experiment, BasisBuilder, experiment, group)
+    return builder, [builder, *shards]
+
+
+def _actor(name: str, experiment: Experiment, body: type, *args: Any) -> Any:
+    """A named actor that Ray restarts where it dies.
+
+    Actors are spread over the nodes: shares of the coordinates on one node would compete for its
+    disk and memory.
+    """
+    retries = experiment.resources.max_retries
     options = {
+        "name": name,
         "num_cpus": 0,
         "max_restarts": retries,
         "max_task_retries": retries,
         "scheduling_strategy": "SPREAD",
     }
-
-    def actor(name: str, body: type, *args: Any) -> Any:
-        return ray.remote(body).options(name=name, **options).remote(*args)
-
-    count = experiment.resources.shards
-    names = [f"raytvb-{experiment.name}-{run}-shard-{n}" for n in range(count)] if count > 1 else []
-    shards = [actor(name, CoordinateShard, experiment, n, count) for n, name in enumerate(names)]
-    builder = actor(
-        f"raytvb-{experiment.name}-{run}-basis",
-        BasisBuilder,
-        experiment,
-        ShardGroup(names) if names else None,
-    )
-    return builder, [builder, *shards]
+    return ray.remote(body).options(**options).remote(*args)

@@ -4,48 +4,91 @@ from __future__ import annotations
 
 from raytvb.data.source import SPLITS
 from raytvb.data.splits import check_task
+from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import freeze
-from raytvb.experiment.layout import EXPERIMENT, basis_prefix, vector_prefix
+from raytvb.experiment.freezing import check_frozen
+from raytvb.experiment.layout import basis_prefix, vector_prefix
 from raytvb.maths.mask_selection import kept_count
 from raytvb.models.open_clip_models import count_parameters
 from raytvb.models.open_clip_package import quiet_open_clip
 from raytvb.report.formatting import format_bytes
-from raytvb.search.candidates import basis_candidates
 from raytvb.storage import records
 from raytvb.storage.store import Store
 
+FLOAT_BYTES = 4
+"""Of a stored value, in float32."""
+
 
 def describe(experiment: Experiment) -> str:
-    """Lines for people. Raises StoreError where the store cannot be written, UserError where it is
-    another's.
+    """Lines for people. Nothing is written, deleted or made, not even the store's folder.
+
+    Raises StoreError where the store could not be written, UserError where it is another's.
     """
     store = Store(experiment.store)
-    store.check_writable()
-    if store.exists(EXPERIMENT):
-        freeze(store, experiment)
-    for task in experiment.every_task:
-        check_task(task, [s for s in SPLITS if task in experiment.tasks_with(s)])
+    store.check_reachable()
+    check_frozen(store, experiment)
+    _check_data(experiment)
     quiet_open_clip()
-    parameters, tasks = count_parameters(experiment.model), len(experiment.tasks)
+    parameters = count_parameters(experiment.model)
     kept = kept_count(parameters, experiment.talos.density)
-    bases = basis_candidates(experiment)
-    sparse = experiment.talos.density < 1.0
-    masks = (1 if experiment.talos.mask == "shared" else tasks) * parameters // 8 if sparse else 0
-    wide = sparse and experiment.talos.mask == "per-task" and tasks > 1
-    done = sum(records.find(store, vector_prefix(t)) is not None for t in experiment.task_names)
-    built = sum(records.find(store, basis_prefix(c.name)) is not None for c in bases)
-    asked = experiment.resources
-    return "\n".join(
-        (
-            f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, {kept:,} trained per task",
-            f"vectors   {tasks} tasks, {done} done; {format_bytes(4 * kept * tasks)} (dense: "
-            f"{format_bytes(4 * parameters * tasks)}), masks {format_bytes(masks)}",
-            f"bases     {len(bases)} ({', '.join(c.name for c in bases)}), {built} done; "
-            f"{format_bytes(4 * (parameters if wide else kept) * sum(c.size for c in bases))}"
-            f"{' (dense, as every task has its own mask)' if wide else ''}",
-            f"each task asks for {asked.cpus_per_task:g} CPUs and {asked.gpus_per_task:g} GPUs, restarted up to "
-            f"{asked.max_retries} times; whether the cluster has them is checked when it runs",
-            f"store     {store.url}: writable",
-        )
+    lines = (
+        f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, "
+        f"{kept:,} trained per task",
+        _vectors_line(experiment, store, parameters, kept),
+        _bases_line(experiment, store, parameters, kept),
+        _resources_line(experiment),
+        _store_line(store),
     )
+    return "\n".join(lines)
+
+
+def _check_data(experiment: Experiment) -> None:
+    """Raise UserError for a task whose data is not there or cannot be used."""
+    for task in experiment.every_task:
+        splits = []
+        for split in SPLITS:
+            if task in experiment.tasks_with(split):
+                splits.append(split)
+        check_task(task, splits)
+
+
+def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
+    tasks, done = len(experiment.tasks), 0
+    for task in experiment.task_names:
+        done += records.find(store, vector_prefix(task)) is not None
+    masks = 0
+    if experiment.talos.density < 1.0:
+        masks = 1 if experiment.talos.mask == "shared" else tasks
+    return (
+        f"vectors   {tasks} tasks, {done} done; {format_bytes(FLOAT_BYTES * kept * tasks)} (dense: "
+        f"{format_bytes(FLOAT_BYTES * parameters * tasks)}), "
+        f"masks {format_bytes(masks * parameters // 8)}"
+    )
+
+
+def _bases_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
+    specs, done, vectors = basis_specs(experiment), 0, 0
+    for spec in specs:
+        done += records.find(store, basis_prefix(spec.name)) is not None
+        vectors += spec.size
+    names = ", ".join(spec.name for spec in specs)
+    # Vectors with masks of their own have no coordinates in common but all.
+    dense = experiment.own_masks and len(experiment.tasks) > 1
+    size = FLOAT_BYTES * vectors * (parameters if dense else kept)
+    note = " (dense, as every task has its own mask)" if dense else ""
+    return f"bases     {len(specs)} ({names}), {done} done; {format_bytes(size)}{note}"
+
+
+def _resources_line(experiment: Experiment) -> str:
+    resources = experiment.resources
+    return (
+        f"each task asks for {resources.cpus_per_task:g} CPUs and {resources.gpus_per_task:g} "
+        f"GPUs, restarted up to {resources.max_retries} times; whether the cluster has them is "
+        f"checked when it runs"
+    )
+
+
+def _store_line(store: Store) -> str:
+    if store.local_path("") is not None:
+        return f"store     {store.url}: writable"
+    return f"store     {store.url}: it answers; whether it can be written shows when it runs"

@@ -1,5 +1,5 @@
-"""Progress of a run: bars with the time left on a terminal, plain lines elsewhere (logs of a Ray
-job).
+"""Progress of a run: bars with the time left on a terminal, plain lines elsewhere (in the log of a
+Ray job).
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from rich.progress import (
 
 
 class Reporter:
-    """Tells how far a run is; everything goes to standard error, so standard output stays for
-    results.
-    """
+    """Says how far a run is, on standard error: standard output is for results."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -34,21 +32,21 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """A stage with `total` steps; shows nothing where there is nothing to do."""
-        if self.console.is_terminal and total:
-            columns = (
-                TextColumn("{task.description:<10}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            with Progress(*columns, console=self.console) as bars:
-                yield Stage(self, name, total, bars, bars.add_task(name, total=total, note=""))
-        else:
+        """A stage of `total` steps; shows nothing where there is nothing to do."""
+        if not self.console.is_terminal or not total:
             yield Stage(self, name, total)
+            return
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as bars:
+            yield Stage(self, name, total, bars, bars.add_task(name, total=total, note=""))
 
 
 class Stage:
@@ -75,5 +73,6 @@ class Stage:
         spent = time.monotonic() - self._started
         left = spent / self._done * (self._total - self._done)
         self._reporter.say(
-            f"{self._name} {self._done}/{self._total}  {note}  ({spent:.0f} s, about {left:.0f} s left)"
+            f"{self._name} {self._done}/{self._total}  {note}  "
+            f"({spent:.0f} s, about {left:.0f} s left)"
         )

@@ -6,21 +6,25 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, RayError
 
+from raytvb.bases.contracts import BuilderStatus, WrittenBases
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.orchestration.actors import basis_actors
 from raytvb.orchestration.tasks import explain, patiently
 
-ATTEMPTS = 30  # a second apart, while an actor is being restarted
+ATTEMPTS = 30
+"""How often a call is repeated while an actor is being restarted, a second apart."""
 
-
-BATCH = 32  # vectors that the basis actor takes in with one sweep over those before
+BATCH = 32
+"""Vectors in one call: the actor reads those that it has once for all that are new."""
 
 
 class Stream:
-    """Feeds committed vectors to the basis actor, one call in flight, so that nothing arrives out
-    of order.
+    """Feeds committed vectors to the basis actor, with one call in flight.
+
+    Calls that overlap could run out of order when the actor is restarted.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -28,57 +32,74 @@ class Stream:
         self._waiting: list[str] = []
         self._call: Any = None
         self._sent: list[str] = []
-        self._attempts = 0
+        self._unavailable = 0
         self.failed: dict[str, str] = {}
-        self.status: dict[str, Any] = {
-            "vectors": 0,
-            "floor": {},
-            "cache": "memory",
-            "cache_bytes": 0,
-        }
+        """Tasks whose vectors could not be taken in, with the reason."""
+        self.status = BuilderStatus()
+        """What the actor said last."""
 
     def offer(self, task: str) -> None:
+        """Add a committed vector to those that are to be sent."""
         self._waiting.append(task)
         self.pump()
 
     def pump(self, timeout: float = 0.0) -> None:
-        """Take the answer of the call in flight if it is there, and send all that has come
-        since.
+        """Take the answer of the call in flight if it is there, and then send what has come since.
+
+        timeout: seconds to wait for the answer.
         """
         if self._call is not None and ray.wait([self._call], timeout=timeout)[0]:
-            try:
-                self.status = ray.get(self._call)
-                self.failed |= self.status["failed"]
-                self._attempts = 0
-            except ray.exceptions.ActorUnavailableError as error:
-                # Its node died; it is being restarted, and an offer that had come through changes
-                # nothing.
-                self._attempts += 1
-                if self._attempts > ATTEMPTS:
-                    self.failed |= dict.fromkeys(self._sent, explain(error))
-                else:
-                    self._waiting = self._sent + self._waiting
-                    time.sleep(1.0)
-            except ray.exceptions.RayError as error:
-                self.failed |= dict.fromkeys(self._sent, explain(error))
-            self._call = None
+            self._take_answer()
         if self._call is None and self._waiting:
             self._sent, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
             self._call = self._actor.add.remote(self._sent)
 
+    def _take_answer(self) -> None:
+        try:
+            self.status = ray.get(self._call)
+            self.failed |= self.status.failed
+            self._unavailable = 0
+        except ActorUnavailableError as error:
+            self._send_again(error)
+        except RayError as error:
+            self.failed |= dict.fromkeys(self._sent, explain(error))
+        self._call = None
+
+    def _send_again(self, error: ActorUnavailableError) -> None:
+        """The actor's node died and the actor is being restarted. To offer a vector twice changes
+        nothing.
+        """
+        self._unavailable += 1
+        if self._unavailable > ATTEMPTS:
+            self.failed |= dict.fromkeys(self._sent, explain(error))
+        else:
+            self._waiting = self._sent + self._waiting
+            time.sleep(1.0)
+
+    def floor_notes(self) -> list[str]:
+        """The least relative error of a basis of each size, of the vectors so far."""
+        notes = []
+        for size, error in self.status.floor.items():
+            notes.append(f"M={size} error {error:.3f}")
+        return notes
+
     def finish(self) -> None:
-        """Wait until all has been taken in, or has failed."""
+        """Wait until everything that was offered is taken in, or has failed."""
         while self._call is not None or self._waiting:
             self.pump(timeout=1.0)
 
-    def write_bases(self) -> dict[str, Any]:
-        """See `BasisBuilder.write_bases`; the actors are not needed after it."""
+    def write_bases(self) -> WrittenBases:
+        """See `BasisBuilder.write_bases`; ends the actors. Raises UserError where it fails."""
         try:
-            return patiently(lambda: ray.get(self._actor.write_bases.remote()), ATTEMPTS)
-        except ray.exceptions.RayError as error:
+            return patiently(self._written_bases, ATTEMPTS)
+        except RayError as error:
             raise UserError(f"the bases could not be written: {explain(error)}") from error
         finally:
             self.close()
+
+    def _written_bases(self) -> WrittenBases:
+        bases: WrittenBases = ray.get(self._actor.write_bases.remote())
+        return bases
 
     def close(self) -> None:
         """End the actors."""

@@ -1,10 +1,10 @@
-"""The one place where plain functions and classes become Ray tasks and actors."""
+"""Plain functions as Ray tasks: how they are made, repeated, waited for, and how they fail."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
@@ -13,14 +13,20 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.storage.store_errors import StoreKeyError
 
+WAIT_S = 1.0
+"""How long a single wait for results lasts: Ctrl-C and what happens meanwhile are seen between."""
+
+Result = TypeVar("Result")
+
 
 class TransientError(Exception):
     """The storage or network failed in a way that may pass: Ray runs the task again."""
 
 
-def _transient_to_retry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Ray repeat a call whose storage failed, but not one that was asked for something
-    impossible.
+def _marking_transient_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, raising TransientError where the storage or the network failed.
+
+    What a user must mend (a missing key, a wrong setting) is raised as it is: no repetition helps.
     """
 
     def call(*args: Any) -> Any:
@@ -38,30 +44,36 @@ def _transient_to_retry(function: Callable[..., Any]) -> Callable[..., Any]:
 def ray_task(
     function: Callable[..., Any], experiment: Experiment, *, gpu: bool = True, results: int = 1
 ) -> Any:
-    """`function` as a Ray task with the experiment's resources and retries; call it with
+    """The function as a Ray task with the experiment's resources and retries; call it with
     `.remote(...)`.
 
-    gpu: it asks for the experiment's share of a GPU. Such a worker ends with its task: it could not
-    move to another GPU, and this frees the memory. A CPU worker is reused, which saves importing
-    torch.
+    gpu: the task takes the experiment's share of a GPU. Its worker then ends with it, for it could
+    not move to another GPU, and to free the memory. A worker without a GPU is used again, which
+    saves importing torch. results: how many references a call returns.
     """
-    asked = experiment.resources
-    gpus = asked.gpus_per_task if gpu else 0.0
-    wrap = ray.remote(
-        max_calls=1 if gpus else 0, max_retries=asked.max_retries, retry_exceptions=[TransientError]
+    resources = experiment.resources
+    gpus = resources.gpus_per_task if gpu else 0.0
+    remote: Any = ray.remote  # Ray's own types lack lists of exceptions to retry
+    as_task = remote(
+        max_calls=1 if gpus else 0,
+        max_retries=resources.max_retries,
+        retry_exceptions=[TransientError],
     )
-    return wrap(_transient_to_retry(function)).options(
-        num_cpus=asked.cpus_per_task, num_gpus=gpus, name=function.__name__, num_returns=results
+    return as_task(_marking_transient_errors(function)).options(
+        num_cpus=resources.cpus_per_task,
+        num_gpus=gpus,
+        name=function.__name__,
+        num_returns=results,
     )
 
 
 def ray_array_task(
     function: Callable[..., Any], experiment: Experiment, *, gpu: bool = True
 ) -> Any:
-    """Like `ray_task`, for results that the driver must not fetch: `.remote(...)` gives (status,
-    result) references.
+    """As `ray_task`, for results that stay in the workers' memory: `.remote(...)` returns the
+    references of a status and of the result.
 
-    Getting the status raises what the task raised, and costs nothing.
+    Getting the status raises what the task raised, and moves no data to the driver.
     """
 
     def call(*args: Any) -> tuple[None, Any]:
@@ -71,16 +83,16 @@ def ray_array_task(
     return ray_task(call, experiment, gpu=gpu, results=2)
 
 
-def patiently(call: Callable[[], Any], attempts: int = 30) -> Any:
-    """A call to actors that change nothing when they are asked twice, again while one of them is
-    being restarted.
+def patiently(call: Callable[[], Result], attempts: int = 30) -> Result:
+    """The result of a call to actors, repeated once a second while one of them is being restarted.
+
+    The call must change nothing when it is made twice.
     """
     for attempt in range(attempts):
         try:
             return call()
-        except (
-            ActorUnavailableError
-        ):  # raised where its node died just now, whatever max_task_retries is
+        except ActorUnavailableError:
+            # Raised where the actor's node died just now, whatever max_task_retries is.
             if attempt == attempts - 1:
                 raise
             time.sleep(1.0)
@@ -97,19 +109,23 @@ def explain(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def _ignore(name: str, result: Any) -> None:
+    """Nothing is done with a result."""
+
+
 def collect(
     pending: Mapping[Any, str],
-    done: Callable[[str, Any], None] = lambda name, result: None,
-    idle: Callable[[], None] = lambda: None,
+    done: Callable[[str, Any], None] = _ignore,
+    idle: Callable[[], None] | None = None,
 ) -> dict[str, str]:
-    """Wait for tasks (reference -> name), calling `done(name, result)` as each ends; name -> reason
-    of those failed.
+    """Wait for all tasks; returns the reason of each that failed, by its name.
 
-    `idle` is called at least once a second. One failure does not stop the others.
+    pending: name by reference. done: called with name and result as each task ends. idle: called at
+    least once a second. The failure of one task does not stop the others.
     """
     waiting, failed = dict(pending), dict[str, str]()
     while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S)
         for reference in ready:
             name = waiting.pop(reference)
             try:
@@ -118,5 +134,31 @@ def collect(
                 failed[name] = explain(error)
             else:
                 done(name, result)
-        idle()
+        if idle is not None:
+            idle()
     return failed
+
+
+def result_of(reference: Any, stage: str, name: str) -> Any:
+    """What one task returns. Raises UserError that names the stage and the task where it fails."""
+    while not ray.wait([reference], timeout=WAIT_S)[0]:
+        continue
+    try:
+        return ray.get(reference)
+    except (RayTaskError, RayError) as error:
+        raise stage_error(stage, {name: explain(error)}) from error
+
+
+def stage_error(stage: str, failed: Mapping[str, str]) -> UserError:
+    """The error of a stage some of whose tasks failed: their reasons by name, and the way out."""
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failed.items()))
+    return UserError(
+        f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:{lines}\n"
+        f"Once the cause is removed, run the same command again to go on."
+    )
+
+
+def raise_failed(stage: str, failed: Mapping[str, str]) -> None:
+    """Raise UserError where tasks of a stage failed."""
+    if failed:
+        raise stage_error(stage, failed)

@@ -1,0 +1,239 @@
+"""`raytvb merge`: any mix of tasks, or of basis vectors, as an open_clip folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from raytvb.cli.options import MERGE_METHOD
+from raytvb.errors import UserError
+
+if TYPE_CHECKING:
+    from raytvb.merging.addends import Addends
+    from raytvb.merging.merge import Merged
+
+Weighted = list[tuple[str, float]]
+"""Names with their weights, in the order of the command line; a name may come more than once."""
+
+
+def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Weighted:
+    """`NAME` and `NAME=WEIGHT` as given to an option; without a weight it is 1."""
+    parsed = []
+    for value in values:
+        name, _, weight = value.partition("=")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"{value!r}: use NAME or NAME=WEIGHT, with a finite number")
+        parsed.append((name, number))
+    return parsed
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--add",
+    multiple=True,
+    metavar="TASK[=WEIGHT]",
+    callback=_weights,
+    help="Add a task's vector; repeatable.",
+)
+@click.option(
+    "--negate",
+    multiple=True,
+    metavar="TASK[=WEIGHT]",
+    callback=_weights,
+    help="Subtract a task's vector, so that the model forgets the task; repeatable.",
+)
+@click.option("--analogy", nargs=3, metavar="A B C", help="Add the vectors A - B + C of tasks.")
+@click.option(
+    "--basis",
+    help="Basis to decode the vectors from, as `raytvb ls` lists it (ae-m4), or `full` for the "
+    "task vectors themselves. Default: the basis that the search chose.",
+)
+@click.option(
+    "--merge",
+    "kind",
+    type=click.Choice(["decoded", "sum"]),
+    default="decoded",
+    show_default=True,
+    help="decoded: the tasks that are named, decoded from the basis. sum: the plain sum of the "
+    "basis vectors, which adds all tasks; only for bases whose vectors are convex combinations.",
+)
+@click.option(
+    "--method",
+    type=MERGE_METHOD,
+    default="sum",
+    show_default=True,
+    help="Merge method: how the vectors of the tasks become one, with its paper's settings.",
+)
+@click.option(
+    "--vector",
+    "vectors",
+    multiple=True,
+    metavar="NUMBER[=WEIGHT]",
+    callback=_weights,
+    help="Add a vector of the basis itself, numbered from 1, instead of tasks; repeatable.",
+)
+@click.option(
+    "--coefficient",
+    type=float,
+    help="Factor of the whole merge. Default: what validation data chose for adding that many "
+    "tasks, and 1 with --vector. The report shows what was chosen for forgetting each task.",
+)
+@click.option(
+    "--lengths",
+    type=click.Choice(["projected", "own"]),
+    help="Lengths of the vectors that are decoded from a basis. projected: as they are decoded. "
+    "own: stretched to the lengths of the task vectors. Default: what validation data chose with "
+    "the coefficient; projected with --coefficient.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder to write.",
+)
+def merge(
+    store: str,
+    add: Weighted,
+    negate: Weighted,
+    analogy: tuple[str, str, str] | None,
+    basis: str | None,
+    kind: Literal["decoded", "sum"],
+    method: str,
+    vectors: Weighted,
+    coefficient: float | None,
+    lengths: Literal["projected", "own"] | None,
+    out: Path,
+) -> None:
+    """Write any mix of tasks as an open_clip folder.
+
+    Load it with open_clip as the model `local-dir:OUT`.
+
+    \b
+    raytvb merge raytvb-quickstart --add glyphs/greek-blur --add glyphs/latin-fog --out merged/
+    raytvb merge s3://bucket/prefix --negate cars --basis full --coefficient 0.5 --out forgot/
+    raytvb merge s3://bucket/prefix --analogy cars trucks birds --out analogy/
+    raytvb merge raytvb-quickstart --merge sum --basis ae-m4 --out all/
+    raytvb merge s3://bucket/prefix --add cars --add birds --method ties --basis full --out ties/
+    raytvb merge raytvb-quickstart --basis svd-m4 --vector 1=0.8 --vector 3=-0.2 --out mixed/
+    """
+    tasks = _mix_of_tasks(add, negate, analogy)
+    numbers = _numbered(vectors)
+    _check_request(tasks, numbers, kind, method)
+    if coefficient is not None and not math.isfinite(coefficient):
+        raise UserError(f"--coefficient {coefficient}: use a finite number")
+    from raytvb.merging.merge import merge as merge_tasks
+    from raytvb.models.open_clip_package import quiet_open_clip
+    from raytvb.storage.store import Store
+
+    quiet_open_clip()
+    merged = merge_tasks(
+        Store(store),
+        _addends(tasks, numbers, method, lengths),
+        out,
+        basis=basis,
+        coefficient=coefficient,
+    )
+    if basis is None and not merged.searched:
+        print("no basis has been chosen yet (`raytvb run` does): merged from the full vectors")
+    print(_description(merged, tasks, numbers, method, out))
+    print(f"open_clip.create_model('local-dir:{out}')")
+
+
+def _mix_of_tasks(
+    add: Weighted, negate: Weighted, analogy: tuple[str, str, str] | None
+) -> dict[str, float]:
+    """The weight of each task that is named; a task that is named twice has the sum of both."""
+    terms = [*add, *((name, -weight) for name, weight in negate)]
+    if analogy:
+        plus, minus, target = analogy
+        terms += [(plus, 1.0), (minus, -1.0), (target, 1.0)]
+    return _summed(terms)
+
+
+def _numbered(vectors: Weighted) -> dict[int, float]:
+    """The weight of each basis vector that is named, by its number from 1."""
+    for number, _ in vectors:
+        if not number.isdecimal():
+            raise UserError(f"--vector {number}: use a number from 1 on")
+    return {int(number): weight for number, weight in _summed(vectors).items()}
+
+
+def _summed(terms: Weighted) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for name, weight in terms:
+        weights[name] = weights.get(name, 0.0) + weight
+    return weights
+
+
+def _check_request(
+    tasks: Mapping[str, float], numbers: Mapping[int, float], kind: str, method: str
+) -> None:
+    """Raise UserError unless exactly one thing is to be merged, and that is not nothing."""
+    requests = sum((bool(tasks), bool(numbers), kind == "sum"))
+    if requests > 1:
+        raise UserError(
+            "tasks (--add, --negate, --analogy), `--merge sum` and --vector cannot be combined: "
+            "use one"
+        )
+    if not requests:
+        raise UserError(
+            "name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or, "
+            "without those, add all with `--merge sum`, or vectors of the basis with --vector"
+        )
+    if tasks and not any(tasks.values()):
+        raise UserError("the weights of the tasks cancel out: nothing would be merged")
+    if method != "sum" and not tasks:
+        raise UserError(
+            f"--method {method} merges tasks: name them with --add, --negate or --analogy"
+        )
+
+
+def _addends(
+    tasks: Mapping[str, float],
+    numbers: Mapping[int, float],
+    method: str,
+    lengths: Literal["projected", "own"] | None,
+) -> Addends:
+    """What a request that has been checked asks for."""
+    from raytvb.merging.addends import BasisSum, BasisVectors, Tasks
+
+    if tasks:
+        return Tasks(tasks, method, lengths)
+    return BasisVectors(numbers) if numbers else BasisSum()
+
+
+def _description(
+    merged: Merged,
+    tasks: Mapping[str, float],
+    numbers: Mapping[int, float],
+    method: str,
+    out: Path,
+) -> str:
+    """What was merged, from what, how, and where it is, in one line."""
+    terms = []
+    for task, weight in tasks.items():
+        terms.append(_term(task, weight))
+    for number, weight in numbers.items():
+        terms.append(_term(f"vector {number}", weight))
+    mix = " ".join(terms).removeprefix("+ ") or "all tasks"
+    by = f" by {method}" if method != "sum" else ""
+    lengths = ", vectors at their tasks' own lengths" if merged.own_lengths else ""
+    return (
+        f"{mix}{by} from {merged.source}, coefficient {merged.coefficient:.4g}{lengths}, "
+        f"written to {out}"
+    )
+
+
+def _term(name: str, weight: float) -> str:
+    """`+ name`, `- name` or `+ 0.5 name`."""
+    factor = "" if abs(weight) == 1 else f" {abs(weight):g}"
+    return f"{'-' if weight < 0 else '+'}{factor} {name}"

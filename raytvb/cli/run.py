@@ -1,0 +1,187 @@
+"""Commands that run an experiment: `plan`, `run`, its stages one by one, and `submit`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from raytvb.cli.options import (
+    EXPERIMENT_FILE,
+    STORE_OPTION,
+    local_cluster_options,
+    read_experiment,
+)
+
+if TYPE_CHECKING:
+    from raytvb.experiment.config import Experiment
+    from raytvb.orchestration.pipeline import Pipeline
+    from raytvb.storage.store import Store
+
+
+def start_pipeline(
+    experiment: Experiment, num_cpus: int | None = None, num_gpus: int | None = None
+) -> Pipeline:
+    """Connect to Ray, or start one on this machine, and check that the experiment can run there."""
+    from raytvb.orchestration.progress import Reporter
+    from raytvb.storage.store import Store
+
+    store, reporter = Store(experiment.store), Reporter()
+    store.check_writable()  # before Ray takes its seconds to start
+    address = os.environ.get("RAY_ADDRESS")
+    where = f"joining Ray at {address}" if address else "starting Ray"
+    reporter.say(
+        f"experiment {experiment.name}: {len(experiment.tasks)} tasks, store {store.url}; {where}"
+    )
+    from raytvb.orchestration.connect import connect
+    from raytvb.orchestration.pipeline import Pipeline
+
+    connect(cpus=num_cpus, gpus=num_gpus)
+    return Pipeline(experiment, reporter)
+
+
+def run_everything(pipeline: Pipeline, verify: bool) -> None:
+    """Run all stages, then print the results and where the report is."""
+    from raytvb.cli.tables import print_results
+
+    pipeline.run()
+    checked = pipeline.verify() if verify else None
+    print_results(pipeline.store)
+    if checked is not None:
+        print(f"{checked} stored files verified.", end=" ")
+    print_report_place(pipeline.store)
+
+
+def print_report_place(store: Store) -> None:
+    """Where the report of a store is."""
+    from raytvb.experiment.layout import REPORT
+
+    print(f"Report: {store.where(REPORT)}")
+
+
+@click.command()
+@EXPERIMENT_FILE
+@STORE_OPTION
+def plan(file: Path, store: str | None) -> None:
+    """Check an experiment without running it.
+
+    Prints all settings with their defaults, what is in the store already, and an estimate of what
+    will be stored. Changes nothing.
+
+    \b
+    raytvb plan experiment.yaml
+    """
+    import yaml
+
+    experiment = read_experiment(file, store)
+    from raytvb.orchestration.plan import describe
+
+    print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    print(describe(experiment))
+
+
+@click.command()
+@EXPERIMENT_FILE
+@STORE_OPTION
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="At the end, read every stored file and compare it with its recorded checksum.",
+)
+@local_cluster_options
+def run(
+    file: Path, store: str | None, verify: bool, num_cpus: int | None, num_gpus: int | None
+) -> None:
+    """Run all stages of an experiment.
+
+    They are fine-tune, basis, search, evaluate and report. Run it again after a stop: what is in
+    the store already is not made again.
+
+    \b
+    raytvb run experiment.yaml
+    raytvb run experiment.yaml --store s3://bucket/prefix --verify
+    RAY_ADDRESS=auto raytvb run experiment.yaml      on the cluster that this machine belongs to
+    """
+    experiment = read_experiment(file, store)
+    run_everything(start_pipeline(experiment, num_cpus, num_gpus), verify)
+
+
+def _stage_command(stage: str, text: str) -> click.Command:
+    @EXPERIMENT_FILE
+    @STORE_OPTION
+    @local_cluster_options
+    def command(file: Path, store: str | None, num_cpus: int | None, num_gpus: int | None) -> None:
+        experiment = read_experiment(file, store)
+        start_pipeline(experiment, num_cpus, num_gpus).run([stage])
+
+    command.__doc__ = f"{text}\n\n\b\nraytvb {stage} experiment.yaml\n"
+    return click.command(name=stage)(command)
+
+
+STAGE_COMMANDS: Sequence[click.Command] = (
+    _stage_command("finetune", "One stage: make the masks and task vectors that are missing."),
+    _stage_command("basis", "One stage: build the bases from the stored task vectors."),
+    _stage_command(
+        "search",
+        "One stage: choose a basis and its coefficients.\n\nUses the validation images alone.",
+    ),
+    _stage_command("evaluate", "One stage: measure the choice on the test images."),
+)
+
+
+@click.command()
+@EXPERIMENT_FILE
+@STORE_OPTION
+def report(file: Path, store: str | None) -> None:
+    """One stage: write the report, and print the table.
+
+    Reads the stored results; needs no Ray.
+
+    \b
+    raytvb report experiment.yaml
+    """
+    experiment = read_experiment(file, store)
+    from raytvb.cli.tables import print_results
+    from raytvb.experiment.freezing import freeze
+    from raytvb.report.page import write_report
+    from raytvb.storage.store import Store
+
+    target = Store(experiment.store)
+    freeze(target, experiment)
+    write_report(target, experiment)
+    print_results(target)
+    print_report_place(target)
+
+
+@click.command()
+@EXPERIMENT_FILE
+@click.option(
+    "--address", required=True, help="URL of the dashboard of the Ray head, http://HOST:8265."
+)
+@click.option(
+    "--no-wait", is_flag=True, help="Return when the job is submitted instead of following it."
+)
+@click.option(
+    "--no-code",
+    is_flag=True,
+    help="Use the raytvb of the cluster's image instead of uploading this one.",
+)
+def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
+    """Run an experiment as a Ray job on a cluster, and show its log.
+
+    Ctrl-C stops the log, not the job.
+
+    \b
+    raytvb submit experiment.yaml --address http://127.0.0.1:8265
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token \\
+        raytvb submit experiment.yaml --address http://HEAD:8265
+    """
+    read_experiment(file, None)  # a wrong file is told before anything else is imported
+    from raytvb.orchestration.submit import submit as submit_job
+
+    code = submit_job(file, address, follow=not no_wait, with_code=not no_code)
+    if code:
+        raise click.exceptions.Exit(code)

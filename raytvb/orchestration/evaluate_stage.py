@@ -1,0 +1,68 @@
+"""The stage `evaluate`: what the search has chosen, measured once on the test images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raytvb.errors import UserError
+from raytvb.evaluation.base import Evaluation
+from raytvb.evaluation.plan import evaluations
+from raytvb.evaluation.rows import has_rows
+from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.service import evaluate_group, evaluation_groups
+from raytvb.orchestration.tasks import collect, raise_failed, ray_task
+from raytvb.search.candidates import all_candidates
+from raytvb.search.contracts import Outcome
+from raytvb.search.rounds import find_choice, find_result
+
+NAMED = 3
+"""How many candidates that were not searched a message names."""
+
+
+def evaluate(context: RunContext) -> bool:
+    """Make every evaluation that the store has no rows of; whether there were any.
+
+    Raises UserError where the search has not ended, and where evaluations failed.
+    """
+    todo = _missing_evaluations(context)
+    if not todo:
+        return False
+    splits = set[str]()
+    for evaluation in todo:
+        splits.update(evaluation.splits)
+    service = context.service(sorted(splits))
+    evaluate_in_worker = ray_task(evaluate_group, context.experiment)
+    pending, failed = dict[Any, str](), dict[str, str]()
+    for group in evaluation_groups(context.experiment, todo):
+        names = ", ".join(evaluation.name for evaluation in group)
+        pending[evaluate_in_worker.remote(service, group)] = names
+    with context.reporter.stage("evaluate", len(pending)) as stage:
+
+        def finish_group(names: str, failures: dict[str, str]) -> None:
+            failed.update(failures)
+            stage.advance(names)
+
+        failed |= collect(pending, finish_group)
+    raise_failed("evaluate", failed)
+    return True
+
+
+def _missing_evaluations(context: RunContext) -> Sequence[Evaluation]:
+    """The evaluations without rows in the store."""
+    store, experiment = context.store, context.experiment
+    candidates = all_candidates(store, experiment)
+    choice = find_choice(store, experiment, candidates)
+    outcomes, unsearched = dict[str, Outcome](), []
+    for candidate in candidates:
+        outcome = find_result(store, experiment, candidate)
+        if outcome is None:
+            unsearched.append(candidate.name)
+        else:
+            outcomes[candidate.name] = outcome
+    if choice is None or unsearched:
+        names = ", ".join(unsearched[:NAMED]) or "the candidates"
+        more = " …" if len(unsearched) > NAMED else ""
+        raise UserError(f"{names}{more} not searched yet: run `raytvb search` first")
+    planned = evaluations(experiment, candidates, outcomes, choice, context.precision())
+    return [e for e in planned if not has_rows(store, e.name, e.identity)]

@@ -1,0 +1,129 @@
+"""The stage `finetune`: masks, then one Ray task for each task vector that is missing.
+
+Where the stage `basis` follows in the same run, every committed vector goes to the basis actor at
+once, so that the Gram matrix is complete when the last fine-tune ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.layout import OVERLAP, vector_prefix
+from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.task_store import TaskStore
+from raytvb.experiment.tasks import TaskConfig
+from raytvb.finetuning.masks import record_overlap
+from raytvb.finetuning.task import finetune_task
+from raytvb.finetuning.twins import make_twin
+from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.progress import Stage
+from raytvb.orchestration.shared_mask import make_shared_mask
+from raytvb.orchestration.stream import Stream
+from raytvb.orchestration.tasks import collect, raise_failed, ray_task, result_of
+from raytvb.storage import records
+from raytvb.storage.records import Record
+
+
+def finetune(context: RunContext, *, stream: bool) -> bool:
+    """Commit the masks and vectors that are missing; whether there were any.
+
+    stream: committed vectors go to a basis actor, which is `context.stream` afterwards. Raises
+    UserError that names the tasks that failed; the others are kept.
+    """
+    experiment, missing = context.experiment, context.missing_vectors()
+    fingerprint = context.fingerprint  # puts the model into the store before a task needs it
+    if missing and experiment.talos.mask == "shared" and experiment.talos.density < 1.0:
+        make_shared_mask(context)
+    failed = {}
+    if stream:
+        committed = [task for task in experiment.tasks if task not in missing]
+        failed = make_missing_twins(context, committed)
+        start_stream(context, [task for task in committed if task.name not in failed])
+    with context.reporter.stage("finetune", len(missing)) as stage:
+        failed |= _finetune_missing(context, fingerprint, missing, stage)
+    if context.stream is not None:
+        failed |= finish_stream(context.stream, failed)
+    raise_failed("finetune", failed)
+    _record_overlap(context)
+    return bool(missing)
+
+
+def start_stream(context: RunContext, committed: Sequence[TaskConfig]) -> Stream:
+    """Start the basis actor, which is `context.stream` then, and offer it committed vectors."""
+    context.stream = Stream(context.experiment)
+    for task in committed:
+        context.stream.offer(task.name)
+    return context.stream
+
+
+def finish_stream(stream: Stream, failed: dict[str, str]) -> dict[str, str]:
+    """Wait until the actor has taken in all that was offered; reasons by name of what failed there.
+
+    Ends the actor where anything failed, there or before: the run stops.
+    """
+    stream.finish()
+    if failed or stream.failed:
+        stream.close()
+    return stream.failed
+
+
+def make_missing_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> dict[str, str]:
+    """Make the prepared twins of committed vectors where bases are made of such twins and they are
+    missing; reasons of failures by name.
+
+    A fine-tune makes its own twin. What is missing was deleted, or its run was killed in between.
+    """
+    experiment = context.experiment
+    if experiment.basis.prepare == "none":
+        return {}
+    make, pending = ray_task(make_twin, experiment, gpu=False), dict[Any, str]()
+    for task in tasks:
+        if TaskStore(experiment, task).basis_vector() is None:
+            pending[make.remote(experiment, task)] = task.name
+    with context.reporter.stage("prepared", len(pending)) as stage:
+        return collect(pending, lambda name, _: stage.advance(name))
+
+
+def _finetune_missing(
+    context: RunContext, fingerprint: str, missing: Sequence[TaskConfig], stage: Stage
+) -> dict[str, str]:
+    """One Ray task for each vector; reasons by name of those that failed."""
+    task_of, pending = ray_task(finetune_task, context.experiment), dict[Any, str]()
+    for task in missing:
+        call = task_of.remote(context.experiment, fingerprint, task)
+        pending[call] = task.name
+
+    def committed(name: str, record: Record) -> None:
+        metrics = record.metrics_as(VectorMetrics, vector_prefix(name))
+        notes = [f"{name}: loss {metrics.final_loss:.3f}", *_warnings(metrics, context.experiment)]
+        if context.stream is not None:
+            context.stream.offer(name)
+            notes += context.stream.floor_notes()
+        stage.advance(", ".join(notes))
+
+    return collect(pending, committed, context.stream.pump if context.stream else None)
+
+
+def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
+    """What a user should know of a fine-tune that went through."""
+    warnings = []
+    if metrics.skipped:
+        warnings.append(f"{metrics.skipped} images cannot be read and are left out")
+    if metrics.classes_without_images:
+        warnings.append(f"{metrics.classes_without_images} classes have no training images")
+    warmup = experiment.finetune.warmup
+    if warmup >= max(1, metrics.steps):
+        warnings.append(f"its {metrics.steps} steps end within the warm-up of {warmup:g}")
+    return warnings
+
+
+def _record_overlap(context: RunContext) -> None:
+    """Measure how far the tasks' own masks overlap, unless the store has that."""
+    experiment = context.experiment
+    if not experiment.own_masks or len(experiment.tasks) < 2:
+        return
+    if records.find(context.store, OVERLAP) is None:
+        call = ray_task(record_overlap, experiment, gpu=False).remote(experiment)
+        result_of(call, "mask overlap", "masks")

@@ -1,0 +1,35 @@
+"""The stage `search`: coefficients of every candidate and the choice of a basis, on validation
+images.
+"""
+
+from __future__ import annotations
+
+from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.tune import run_search
+from raytvb.search.candidates import all_candidates, candidate_bytes
+from raytvb.search.contracts import Choice
+from raytvb.search.decision import commit_decision, decide, is_measured
+
+
+def search(context: RunContext) -> bool:
+    """Measure what has not been measured, choose, and record the choice; whether anything was
+    new.
+    """
+    store, experiment = context.store, context.experiment
+    candidates = all_candidates(store, experiment)
+    measured = is_measured(store, experiment, candidates)
+    if not measured:
+        run_search(context.service(["val"]), candidates, context.reporter.stage)
+    sizes = candidate_bytes(store, experiment, candidates)
+    decision = decide(store, experiment, candidates, sizes)
+    new = commit_decision(store, experiment, candidates, decision)
+    if new:
+        context.reporter.say(_description(decision.choice))
+    return new or not measured
+
+
+def _description(choice: Choice) -> str:
+    if choice.name is None:
+        return f"note: nothing was chosen: {choice.reason}"
+    front = ", ".join(choice.front)
+    return f"chosen: {choice.name}; best for their size, accuracy against bytes: {front}"

@@ -1,0 +1,59 @@
+"""The one mask that all tasks share: rounds of scores on Ray, each on the entries still kept.
+
+The scores of a round are summed over the tasks as a tree of Ray tasks. Scores and masks (an array
+of D entries each) stay in Ray's object store; the driver sees statuses only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytvb.experiment.identities import mask_identity
+from raytvb.experiment.layout import SHARED_MASK, mask_prefix
+from raytvb.finetuning.masks import add_scores, commit_shared_mask, score_task, select_round
+from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.tasks import collect, raise_failed, ray_array_task, ray_task, result_of
+from raytvb.storage import records
+
+
+def make_shared_mask(context: RunContext) -> None:
+    """Commit the shared mask unless it is in the store."""
+    experiment, stages = context.experiment, context.experiment.talos.stages
+    identity = mask_identity(experiment, experiment.tasks)
+    if records.find(context.store, mask_prefix(SHARED_MASK), identity) is not None:
+        return
+    kept: Any = None
+    with context.reporter.stage("mask", stages) as stage:
+        for number in range(1, stages + 1):
+            kept = _selected(context, number, kept)
+            stage.advance(f"round {number} of {stages}")
+        commit = ray_task(commit_shared_mask, experiment, gpu=False)
+        result_of(commit.remote(experiment, context.fingerprint, kept), "mask", "writing")
+
+
+def _selected(context: RunContext, number: int, kept: Any) -> Any:
+    """Reference to the entries kept after a round; `kept`: that after the round before."""
+    experiment = context.experiment
+    score = ray_array_task(score_task, experiment)
+    pending, scores = dict[Any, str](), list[Any]()
+    for task in experiment.tasks:
+        status, array = score.remote(experiment, context.fingerprint, task, number, kept)
+        pending[status] = task.name
+        scores.append(array)
+    select = ray_array_task(select_round, experiment, gpu=False)
+    selected, result = select.remote(experiment, _summed(context, scores), kept, number)
+    raise_failed("mask", collect(pending))
+    result_of(selected, "mask", f"round {number}")
+    return result
+
+
+def _summed(context: RunContext, arrays: list[Any]) -> Any:
+    """Reference to the sum of arrays, two at a time, so that the sums of a level run at once."""
+    add = ray_array_task(add_scores, context.experiment, gpu=False)
+    while len(arrays) > 1:
+        sums = []
+        for left, right in zip(arrays[::2], arrays[1::2], strict=False):
+            _, total = add.remote(left, right)
+            sums.append(total)
+        arrays = sums + arrays[2 * len(sums) :]  # an odd one waits for the next level
+    return arrays[0]

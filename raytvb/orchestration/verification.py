@@ -1,0 +1,44 @@
+"""Stored files against their recorded checksums, read by Ray tasks: the driver may be far from the
+store, and has one network connection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytvb.errors import UserError
+from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.tasks import collect, raise_failed, ray_task
+from raytvb.storage.records import record_keys
+from raytvb.storage.store import Store
+from raytvb.storage.verify import verify_records
+
+GROUP = 64
+"""Records that one task checks."""
+
+
+def verify_on_ray(context: RunContext) -> int:
+    """Check every recorded file; how many there are. Raises UserError that names the damaged."""
+    keys = record_keys(context.store)
+    verify, pending = ray_task(_verify_group, context.experiment, gpu=False), dict[Any, str]()
+    for start in range(0, len(keys), GROUP):
+        group = keys[start : start + GROUP]
+        pending[verify.remote(context.store.url, group)] = f"{len(group)} records"
+    checked, problems = 0, list[str]()
+
+    with context.reporter.stage("verify", len(pending)) as stage:
+
+        def add(name: str, result: tuple[int, list[str]]) -> None:
+            nonlocal checked
+            checked += result[0]
+            problems.extend(result[1])
+            stage.advance(name)
+
+        raise_failed("verify", collect(pending, add))
+    if problems:
+        raise UserError("stored files are damaged:\n  " + "\n  ".join(sorted(problems)))
+    return checked
+
+
+def _verify_group(url: str, keys: list[str]) -> tuple[int, list[str]]:
+    return verify_records(Store(url), keys)
