@@ -53,8 +53,8 @@ container_update_timeout = 60
 # long timeouts.
 PROXY = """\
 [pipeline:main]
-pipeline = catch_errors gatekeeper healthcheck listing_formats s3api tempauth bulk copy slo versioned_writes symlink \
-proxy-server
+pipeline = catch_errors gatekeeper healthcheck listing_formats s3api tempauth bulk copy slo \
+versioned_writes symlink proxy-server
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
@@ -95,7 +95,8 @@ from swift.common.ring import RingBuilder
 folder, *kinds = sys.argv[1:]
 for kind, port in (k.split(":") for k in kinds):
     builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
-    builder.add_dev(dict(id=0, region=1, zone=1, ip="127.0.0.1", port=int(port), device="d1", weight=1))
+    device = dict(id=0, region=1, zone=1, ip="127.0.0.1", port=int(port), device="d1", weight=1)
+    builder.add_dev(device)
     builder.rebalance(seed=1)
     builder.get_ring().save(f"{folder}/{kind}.ring.gz")
 """

@@ -59,7 +59,7 @@ def room_of(module: str) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Full names of all that is imported: `a.b` for `import a.b`, `a.b.c` for `from a.b import c`."""
+    """Full names of all imports: `a.b` for `import a.b`, `a.b.c` for `from a.b import c`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

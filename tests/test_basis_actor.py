@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.bases.contracts import BuilderStatus, CacheUse, WrittenBases
+from raytvb.bases.messages import BuilderStatus, CacheUse, WrittenBases
 from raytvb.bases.spectrum import spectrum_of
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
@@ -25,7 +25,7 @@ from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import load_coefficients, load_gram
 from raytvb.maths.basis_fit import fit_basis, task_errors
-from raytvb.orchestration.actors import basis_actors
+from raytvb.orchestration.ray_actors import basis_actors
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.masks import Mask
@@ -34,7 +34,7 @@ from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import vector_bytes, vector_info
 from raytvb.storage.verify import verify
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7)}
 

@@ -30,7 +30,7 @@ from vector_files import (
 )
 
 from raytvb.errors import UserError, VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, file_columns, file_names
 from raytvb.storage.basis_writer import write_combinations, write_pieces

@@ -15,19 +15,19 @@ from raytvb.bench.published_search import COEFFICIENTS
 from raytvb.bench.search import bench_search
 from raytvb.bench.search_experiment import basis_sizes, stored_experiment, suite_experiment
 from raytvb.cli.main import main
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.errors import UserError
-from raytvb.evaluation.images import make_evaluator
+from raytvb.evaluation.evaluators import make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import load_coefficients, stored_basis
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.masks import load_mask
-from raytvb.models.base import load_base
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.heads import load_head
+from raytvb.models.pretrained_model import load_base
 from raytvb.search.candidates import ZERO_SHOT, Candidate
-from raytvb.search.contracts import Measured
+from raytvb.search.results import Measured
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage.store import Store
 

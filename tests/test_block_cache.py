@@ -21,7 +21,7 @@ from vector_files import (
 )
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.block_cache import BlockCache, check_header
 from raytvb.storage.records import PART, FileInfo
 from raytvb.storage.store import Store

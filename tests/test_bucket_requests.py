@@ -12,7 +12,7 @@ import torch
 from vector_files import open_set, put_set
 
 from raytvb.errors import VectorError
-from raytvb.evaluation.images import SplitArrays, make_evaluator
+from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.layout import BASE, vector_key
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.stored import common_mask, stored_bytes

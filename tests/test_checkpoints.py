@@ -19,9 +19,9 @@ from raytvb.experiment.layout import (
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.task_store import TaskStore, task_stores
 from raytvb.finetuning.checkpoints import CheckpointFolder
-from raytvb.finetuning.training import Checkpoint
+from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.storage import records
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 
 def task_store(folder: Path, index: int = 1, **fields: Any) -> TaskStore:

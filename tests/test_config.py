@@ -13,17 +13,17 @@ from pydantic import BaseModel, ValidationError
 
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment, half, quarter
-from raytvb.experiment.evaluating import DisentanglementConfig, UnseenConfig
 from raytvb.experiment.freezing import freeze
 from raytvb.experiment.layout import EXPERIMENT
 from raytvb.experiment.parsing import load_experiment, parse_experiment
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.evaluate import DisentanglementConfig, UnseenConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.basis_registry import BASIS_METHODS
 from raytvb.maths.merge_registry import compared_merges
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
-from raytvb.suite.names import CONTROL, SHOWCASE, TEMPLATES, task_names
+from raytvb.suite.task_names import CONTROL, SHOWCASE, TEMPLATES, task_names
 
 TASKS = list(SHOWCASE[:8])
 SAMPLE = """

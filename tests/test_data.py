@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from raytvb.data.loading import load_split
+from raytvb.data.image_source import SPLITS
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.source import SPLITS
 from raytvb.data.splits import check_task, task_classes
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
 
 SQUASH = Preprocess(
@@ -470,8 +470,8 @@ def test_one_row_group_of_any_size_is_not_held_in_memory(tmp_path: Path) -> None
     assert pq.ParquetFile(tmp_path / "test.parquet").num_row_groups == 1
     code = """
 import resource, sys
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.data.loading import load_split
+from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 config = {"size": 32, "interpolation": "bicubic", "resize_mode": "squash"}
 preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, config)

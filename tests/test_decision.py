@@ -11,13 +11,13 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate, basis_candidates
-from raytvb.search.contracts import Invalid, Measured, Outcome, RoundResult, Tried
-from raytvb.search.decision import commit_decision, decide, halving_state, is_measured
+from raytvb.search.choice import commit_decision, decide, halving_state, is_measured
 from raytvb.search.identities import search_identity
+from raytvb.search.results import Invalid, Measured, Outcome, RoundResult, Tried
 from raytvb.search.rounds import find_choice, find_result, known_rounds, round_prefix
 from raytvb.storage import records
 from raytvb.storage.store import Store
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 TASKS = list(task_names()[:4])
 METHODS = ["ae", "ae-anchored", "svd", "kmeans"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from vector_files import SHAPES, open_set, put_set, random_mask
 
 from raytvb.maths.merge_registry import MERGE_METHODS, compared_merges, stored_merges
-from raytvb.search.directions import method_direction
+from raytvb.search.merged_vectors import method_direction
 from raytvb.storage.basis_writer import write_combinations
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis

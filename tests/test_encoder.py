@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytvb.errors import UserError
-from raytvb.experiment.training import ModelConfig
+from raytvb.experiment.sections.model import ModelConfig
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.open_clip_models import load_encoder
 

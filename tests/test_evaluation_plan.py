@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from raytvb.evaluation.base import Evaluation
+from raytvb.evaluation.evaluation import Evaluation
 from raytvb.evaluation.plan import evaluations, is_tested, subjects
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate, basis_candidates
-from raytvb.search.contracts import Choice, Outcome, TunedWeights
-from raytvb.suite.names import task_names
+from raytvb.search.results import Choice, Outcome, TunedWeights
+from raytvb.suite.task_names import task_names
 
 FIRST, SECOND, UNSEEN = task_names()[:3]
 CHOICE = Choice(

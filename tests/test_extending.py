@@ -23,7 +23,7 @@ from raytvb.maths.basis_registry import BASIS_METHODS, basis_method, convex_meth
 from raytvb.maths.gram_factor import GramFactor
 from raytvb.maths.merge_registry import MERGE_METHODS, merge_method, stored_merges
 from raytvb.plugins import PLUGINS
-from raytvb.search.directions import method_direction
+from raytvb.search.merged_vectors import method_direction
 from raytvb.storage.store import Store
 
 GUIDE = Path(__file__).parent.parent / "docs" / "extending.md"

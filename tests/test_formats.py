@@ -26,7 +26,7 @@ from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX
 from raytvb.storage.basis_writer import write_combinations
 from raytvb.storage.contract import Contract
-from raytvb.storage.formats import FORMAT
+from raytvb.storage.format_version import FORMAT
 from raytvb.storage.gram_state import Arrival, GramState, GramWriter
 from raytvb.storage.masks import MaskFile
 from raytvb.storage.records import FileInfo

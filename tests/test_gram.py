@@ -26,7 +26,7 @@ from vector_files import (
 )
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK, gram_of_blocks
+from raytvb.maths.gram_blocks import BLOCK, gram_of_blocks
 from raytvb.storage.gram_files import gram_matrix
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import vector_bytes, vector_info
@@ -35,7 +35,8 @@ MEASURE = """
 import json, sys, torch
 from raytvb.storage.gram_files import gram_matrix
 def kilobytes(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 before = kilobytes("VmRSS")
 gram = gram_matrix(sys.argv[1:])
 print(json.dumps({"grown": 1024 * (kilobytes("VmHWM") - before), "gram": gram.tolist()}))

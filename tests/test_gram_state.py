@@ -13,7 +13,7 @@ import torch
 from vector_files import flip, truncate
 
 from raytvb.errors import UserError
-from raytvb.maths.gram import grown
+from raytvb.maths.gram_blocks import grown
 from raytvb.storage.gram_state import Arrival, GramState, GramWriter
 from raytvb.storage.store import Store
 

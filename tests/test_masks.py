@@ -18,7 +18,7 @@ from vector_files import (
 )
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.masks import Mask, MaskFile, mask_intersections
 from raytvb.storage.store import Store
 

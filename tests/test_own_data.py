@@ -13,11 +13,11 @@ from raytvb.errors import UserError
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
-from raytvb.finetuning.task import finetune_task
-from raytvb.models.base import store_base
+from raytvb.finetuning.finetune_task import finetune_task
+from raytvb.models.pretrained_model import store_base
 from raytvb.storage.store import Store
 from raytvb.suite import glyphs
-from raytvb.suite.names import class_names, task_names
+from raytvb.suite.task_names import class_names, task_names
 
 pytestmark = pytest.mark.ray
 SOURCES = {"pets": "glyphs/greek-blur", "EuroSAT": "glyphs/latin-fog", "cars": "glyphs/clock-blur"}

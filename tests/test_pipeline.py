@@ -24,16 +24,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from raytvb.cli.main import main
-from raytvb.cli.tables import print_summary
+from raytvb.cli.printing import print_summary
 from raytvb.experiment.metrics import VectorMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.finetuning.checkpoints import CheckpointFolder
+from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import load_mask, score_task, select_round
-from raytvb.finetuning.task import finetune_task
-from raytvb.finetuning.training import Checkpoint
+from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.maths.subsets import task_subsets
-from raytvb.models.base import load_base
-from raytvb.report.contracts import read_summary
+from raytvb.models.pretrained_model import load_base
+from raytvb.report.summary_contracts import read_summary
 from raytvb.storage.store import Store
 
 pytestmark = pytest.mark.ray

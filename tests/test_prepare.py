@@ -17,19 +17,19 @@ from raytvb.experiment.identities import base_identity, vector_identity
 from raytvb.experiment.layout import BASE, basis_vector_prefix, vector_key, vector_prefix
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import basis_vector_set, load_coefficients, vector_set
+from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import load_mask, write_mask
-from raytvb.finetuning.task import finetune_task
 from raytvb.finetuning.twins import make_twin
 from raytvb.maths.seeds import task_seed
 from raytvb.maths.trimming import PREPARE
-from raytvb.models.base import store_base
+from raytvb.models.pretrained_model import store_base
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.masks import Mask
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 from raytvb.storage.verify import verify
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7), "visual.d": (1,)}
 KINDS = ("dense", "shared", "per-task")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raytvb.cli.tables import print_summary
+from raytvb.cli.printing import print_summary
 from raytvb.errors import UserError
 from raytvb.evaluation.rows import Row
 from raytvb.experiment.config import Experiment
@@ -20,7 +20,10 @@ from raytvb.maths.counts import Count, mean, wilson
 from raytvb.merging.addends import BasisSum, Tasks
 from raytvb.merging.merge import merge
 from raytvb.report.accuracies import measured
-from raytvb.report.contracts import (
+from raytvb.report.numbers import headline, objective_on_test, overall, subset_sizes
+from raytvb.report.page import render
+from raytvb.report.summary import summarise
+from raytvb.report.summary_contracts import (
     Accuracies,
     AdditionEntry,
     ArrivalAccuracies,
@@ -41,10 +44,7 @@ from raytvb.report.contracts import (
     WeightedAccuracies,
     read_summary,
 )
-from raytvb.report.figures import headline, objective_on_test, overall, subset_sizes
-from raytvb.report.page import render
-from raytvb.report.summary import summarise
-from raytvb.search.contracts import Choice
+from raytvb.search.results import Choice
 from raytvb.storage.gram_state import Arrival
 from raytvb.storage.store import Store
 

@@ -15,10 +15,10 @@ import pytest
 from raytvb.bases.builder import BasisBuilder
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import commit_shared_mask, score_task, select_round
-from raytvb.finetuning.task import finetune_task
 from raytvb.finetuning.twins import make_twin
-from raytvb.models.base import store_base
+from raytvb.models.pretrained_model import store_base
 from raytvb.storage.store import Store
 
 METHODS = ("size", "read", "read_range", "write", "keys", "delete", "download")

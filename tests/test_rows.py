@@ -25,9 +25,9 @@ from raytvb.evaluation.rows import (
 )
 from raytvb.maths.counts import Count
 from raytvb.storage.contract import JsonObject
+from raytvb.storage.parquet import parquet_bytes
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
-from raytvb.storage.tables import parquet_bytes
 
 IDENTITY: JsonObject = {"coefficient": {"1": 0.5, "8": 0.125}, "vector": None, "precision": "fp32"}
 ROWS = [

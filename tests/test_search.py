@@ -20,13 +20,13 @@ import pytest
 from experiments import TASKS, write_experiment
 
 from raytvb.cli.main import main
-from raytvb.evaluation.images import evaluation_split
+from raytvb.evaluation.evaluators import evaluation_split
 from raytvb.evaluation.precision import compare_precisions
 from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.maths.counts import Count, wilson
 from raytvb.maths.subsets import task_subsets
-from raytvb.search.contracts import Choice, Outcome
+from raytvb.search.results import Choice, Outcome
 from raytvb.storage import records
 from raytvb.storage.store import Store
 

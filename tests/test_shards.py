@@ -23,7 +23,7 @@ from vector_files import (
     vector_data,
 )
 
-from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, VectorVersion, Versions
+from raytvb.bases.messages import CacheUse, FilesByFolder, Outputs, VectorVersion, Versions
 from raytvb.bases.shards import CoordinateShard, write_bases
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
@@ -31,7 +31,7 @@ from raytvb.experiment.identities import vector_identity
 from raytvb.experiment.layout import BASE, vector_key, vector_prefix
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.finetuning.masks import write_mask
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage import records
 from raytvb.storage.basis_layout import Layout
 from raytvb.storage.basis_writer import write_combinations
@@ -39,7 +39,7 @@ from raytvb.storage.masks import Mask
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 SEGMENT = 2 * BLOCK
 SHAPES: Shapes = {"visual.w": (500, 1001), "visual.b": (7, 3)}  # D = 7.6 blocks, 4 segments

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
 from raytvb.errors import UserError
-from raytvb.experiment.training import FinetuneConfig
-from raytvb.finetuning.training import Checkpoint, Finetuned, batches, finetune, learning_rate
+from raytvb.experiment.sections.finetune import FinetuneConfig
+from raytvb.finetuning.training_loop import Checkpoint, Finetuned, batches, finetune, learning_rate
 from raytvb.maths.bits import pack_bits, unpack_bits
 from raytvb.maths.masked_adamw import MaskedAdamW
 from raytvb.maths.seeds import task_seed

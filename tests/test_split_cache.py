@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load, save
 from vector_files import flip, truncate
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.split_cache import cached_split, split_prefix
 from raytvb.data.splits import Split
@@ -25,13 +25,13 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import head_key
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
 from raytvb.models.heads import load_head, load_tokenizer, write_head, zero_shot_head
 from raytvb.models.open_clip_models import Encoder, load_encoder
 from raytvb.storage.store import Store
 from raytvb.storage.verify import verify
-from raytvb.suite.names import class_names, task_names
+from raytvb.suite.task_names import class_names, task_names
 
 CONFIG = {
     "size": (16, 16),

@@ -27,8 +27,8 @@ import yaml
 
 from raytvb.errors import UserError
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.orchestration.environment import job_environment
 from raytvb.orchestration.job_client import job_client
+from raytvb.orchestration.passed_variables import job_environment
 from raytvb.orchestration.submit import job_command, submit
 from raytvb.orchestration.upload import check_places, pack
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import task_classes
 from raytvb.data.suite_files import cache_folder, task_url
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.experiment.training import ModelConfig
+from raytvb.experiment.sections.model import ModelConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.heads import load_tokenizer, zero_shot_head
 from raytvb.models.open_clip_models import Encoder, load_encoder
@@ -30,7 +30,8 @@ from raytvb.suite import glyphs
 from raytvb.suite.canvas import SIZE
 from raytvb.suite.characters import handwritten_digits
 from raytvb.suite.domains import DOMAINS
-from raytvb.suite.names import (
+from raytvb.suite.sources import SOURCES
+from raytvb.suite.task_names import (
     CLASSES,
     CONTROL,
     DOMAIN_NAMES,
@@ -41,7 +42,6 @@ from raytvb.suite.names import (
     source_and_domain,
     task_names,
 )
-from raytvb.suite.sources import SOURCES
 
 TASK = "glyphs/greek-blur"
 SQUASH = Preprocess(

@@ -35,8 +35,8 @@ from raytvb.search.candidates import (
     merge_candidates,
     random_candidates,
 )
-from raytvb.search.contracts import Invalid, Measured, Setting, TunedWeights, parse_round
-from raytvb.search.directions import method_direction
+from raytvb.search.merged_vectors import method_direction
+from raytvb.search.results import Invalid, Measured, Setting, TunedWeights, parse_round
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try
 from raytvb.search.trial import CandidateSearch, objective
 from raytvb.storage.basis_writer import write_combinations
@@ -45,7 +45,7 @@ from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.masks import Mask
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 COUNT, CLASSES, SIZE = 5, 3, 2
 NAMES = task_names()[:COUNT]

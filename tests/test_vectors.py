@@ -33,7 +33,7 @@ from vector_files import (
 )
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.masks import OpenMasks
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError

@@ -2,7 +2,7 @@
 
 How the room works, in reading order: `BasisBuilder` here keeps the exact Gram matrix of all vectors
 and fits bases to it, which needs T x T numbers only. `shards` do everything that is as long as a
-vector. `online` has the bases that follow the tasks one by one. `contracts` has what passes between
+vector. `online` has the bases that follow the tasks one by one. `messages` has what passes between
 them. `spectrum` shows what a basis of any size would lose.
 
 The builder is a plain class; `orchestration` wraps it as a Ray actor. Its state is in the store
@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raytvb.bases.contracts import BuilderStatus, Shards, VectorVersion, WrittenBases
+from raytvb.bases.messages import BuilderStatus, Shards, VectorVersion, WrittenBases
 from raytvb.bases.online import OnlineBasis
 from raytvb.bases.shards import CoordinateShard, write_bases
 from raytvb.errors import VectorError
@@ -31,8 +31,8 @@ from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.stored import write_coefficients
 from raytvb.experiment.task_store import task_stores
 from raytvb.maths.basis_fit import BasisFit, fit_bases, relative_loss
-from raytvb.maths.gram import grown
-from raytvb.models.process import worker_setup
+from raytvb.maths.gram_blocks import grown
+from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.gram_state import Arrival, GramState, GramWriter
 from raytvb.storage.records import FileInfo

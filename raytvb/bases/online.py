@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raytvb.bases.contracts import Shards, VectorVersion, Versions
+from raytvb.bases.messages import Shards, VectorVersion, Versions
 from raytvb.bases.shards import write_bases
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment

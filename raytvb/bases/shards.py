@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, Shards, VectorVersion, Versions
+from raytvb.bases.messages import CacheUse, FilesByFolder, Outputs, Shards, VectorVersion, Versions
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, VECTOR
 from raytvb.experiment.task_store import task_stores
-from raytvb.maths.gram import BLOCK, gram_of_blocks
-from raytvb.models.process import worker_setup
+from raytvb.maths.gram_blocks import BLOCK, gram_of_blocks
+from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, index_bytes
 from raytvb.storage.basis_writer import write_pieces

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytvb.bench.measure import CPU, Machine, Peak, Result, versions, without_nulls
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.gram_files import gram_matrix
 from raytvb.storage.vector_set import block_columns

@@ -220,8 +220,8 @@ def random_classifier(model: str, device: torch.device) -> tuple[ImageClassifier
 
 
 def _tower(model: str) -> tuple[nn.Module, int]:
-    from raytvb.experiment.base import TINY_MODEL
-    from raytvb.experiment.training import ModelConfig
+    from raytvb.experiment.fields import TINY_MODEL
+    from raytvb.experiment.sections.model import ModelConfig
     from raytvb.models.open_clip_models import load_encoder
 
     if model != TINY_MODEL:

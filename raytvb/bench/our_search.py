@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 
 from raytvb.bench.search_experiment import Subsets, basis_candidates, record_of
 from raytvb.bench.search_outcome import SearchOutcome, mean_accuracy, total_images
-from raytvb.data.loading import load_split
-from raytvb.evaluation.images import SplitArrays, make_evaluator
+from raytvb.data.load_split import load_split
+from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, basis_prefix
 from raytvb.maths.counts import Count
 from raytvb.maths.halving import Option, choose
-from raytvb.models.base import load_base
 from raytvb.models.evaluator import Evaluator
+from raytvb.models.pretrained_model import load_base
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import ZERO_SHOT, Candidate
-from raytvb.search.contracts import Measured
+from raytvb.search.results import Measured
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage.mirror import mirror
 

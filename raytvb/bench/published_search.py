@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raytvb.bench.search_experiment import Subsets, basis_candidates, fetched_base
 from raytvb.bench.search_outcome import SearchOutcome, accuracy_of, mean_accuracy, total_images
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import basis_prefix, head_key
 from raytvb.maths.counts import Count, even_grid, mean
@@ -22,7 +22,7 @@ from raytvb.merging.merge import merged_state
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.evaluator import BATCH
 from raytvb.models.open_clip_models import load_folder
-from raytvb.models.process import device
+from raytvb.models.worker_process import device
 from raytvb.search.candidates import Candidate
 from raytvb.storage.mirror import Mirror
 from raytvb.storage.store import Store

@@ -29,7 +29,7 @@ from raytvb.bench.search_experiment import (
     suite_experiment,
 )
 from raytvb.bench.search_outcome import SearchOutcome
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import basis_prefix
@@ -37,7 +37,7 @@ from raytvb.maths.basis_registry import BASIS_METHODS
 from raytvb.maths.subsets import task_subsets
 from raytvb.models.evaluator import BATCH
 from raytvb.models.open_clip_models import load_folder
-from raytvb.models.process import device
+from raytvb.models.worker_process import device
 from raytvb.storage.mirror import Mirror
 from raytvb.storage.store import Store
 

@@ -21,7 +21,7 @@ from raytvb.storage import records
 from raytvb.storage.mirror import Mirror
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 TASKS, DENSITY = 16, 0.1
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)

@@ -375,6 +375,6 @@ def _print(result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps(fields, indent=1))
         return
-    from raytvb.cli.tables import print_fields
+    from raytvb.cli.printing import print_fields
 
     print_fields(fields)

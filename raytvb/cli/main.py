@@ -1,9 +1,10 @@
 """The command line. `raytvb = raytvb.cli.main:main` is its entry point.
 
 One file holds one group of commands: `run` (an experiment and its stages), `quickstart` (the
-embedded suite), `merge`, `store` (looking into one), `methods` and `bench`. `options` is what they
-share, `tables` what they print. A command imports what it needs when it is called, so that `--help`
-and a mistake in an experiment file are answered at once: torch alone takes seconds to import.
+embedded suite), `merge`, `store_commands` (looking into one), `methods` and `bench`. `options` is
+what they share, `printing` what they print. A command imports what it needs when it is called, so
+that `--help` and a mistake in an experiment file are answered at once: torch alone takes seconds to
+import.
 
 An error is one message on standard error, and exit code 1 (2 for wrong options); `--debug` shows
 the traceback.
@@ -21,7 +22,7 @@ from raytvb.cli.merge import merge
 from raytvb.cli.methods import list_methods
 from raytvb.cli.quickstart import list_tasks, quickstart
 from raytvb.cli.run import STAGE_COMMANDS, plan, report, run, submit
-from raytvb.cli.store import list_store, spectrum, verify
+from raytvb.cli.store_commands import list_store, spectrum, verify
 from raytvb.errors import UserError
 
 INTERRUPTED = 130

@@ -14,7 +14,7 @@ import click
 
 from raytvb.maths.basis_registry import BASIS_METHODS
 from raytvb.maths.merge_registry import stored_merges
-from raytvb.suite.names import task_names
+from raytvb.suite.task_names import task_names
 
 if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment

@@ -19,7 +19,7 @@ def quickstart_experiment(count: int, store: str) -> Experiment:
     """The experiment of the quickstart: the first `count` tasks of the embedded suite."""
     from raytvb.experiment.config import half, quarter
     from raytvb.experiment.parsing import parse_experiment
-    from raytvb.suite.names import task_names
+    from raytvb.suite.task_names import task_names
 
     tasks = list(task_names()[:count])
     unseen = [name for name in UNSEEN if name not in tasks]
@@ -76,7 +76,7 @@ def list_tasks() -> None:
     \b
     raytvb tasks
     """
-    from raytvb.suite.names import class_names, task_names
+    from raytvb.suite.task_names import class_names, task_names
 
     for name in task_names():
         print(f"{name}  ({len(class_names(name))} classes)")

@@ -45,7 +45,7 @@ def start_pipeline(
 
 def run_everything(pipeline: Pipeline, verify: bool) -> None:
     """Run all stages, then print the results and where the report is."""
-    from raytvb.cli.tables import print_results
+    from raytvb.cli.printing import print_results
 
     pipeline.run()
     checked = pipeline.verify() if verify else None
@@ -144,7 +144,7 @@ def report(file: Path, store: str | None) -> None:
     raytvb report experiment.yaml
     """
     experiment = read_experiment(file, store)
-    from raytvb.cli.tables import print_results
+    from raytvb.cli.printing import print_results
     from raytvb.experiment.freezing import freeze
     from raytvb.report.page import write_report
     from raytvb.storage.store import Store

@@ -1,8 +1,8 @@
 """Labelled images: where they come from, which are train, val and test, and how they are decoded.
 
-Read `source` first: what all kinds of data have in common. `parquet`, `folders` and
+Read `image_source` first: what all kinds of data have in common. `parquet`, `folders` and
 `torchvision_sets` are the three kinds, `suite_files` writes the embedded suite as Parquet, and
-`opening` finds out which kind a URL holds. `splits` picks train, val and test, `decoding` turns
-encoded images into pixels, and `loading` puts these together: `load_split`. `split_cache` keeps its
+`open_source` finds out which kind a URL holds. `splits` picks train, val and test, `decoding` turns
+encoded images into pixels, and `load_split` puts these together. `split_cache` keeps its
 result in a store.
 """

@@ -13,8 +13,8 @@ from itertools import islice
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from raytvb.data.image_source import Row
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.source import Row
 
 Step = Callable[[Image.Image], Image.Image]
 

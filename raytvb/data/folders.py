@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from raytvb.data.source import ROWS_AT_ONCE, Row, keys_by_pool
+from raytvb.data.image_source import ROWS_AT_ONCE, Row, keys_by_pool
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
+
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Endings of the files in class folders that are read as images."""
 
 
 class FolderSource:

@@ -16,9 +16,9 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytvb.data.source import ROWS_AT_ONCE, USUAL_POOLS, Row, keys_by_pool
+from raytvb.data.image_source import ROWS_AT_ONCE, USUAL_POOLS, Row, keys_by_pool
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
 
 # What is read of a Parquet column at a time. Without it a row group is held whole, and many files

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
 from raytvb.data.suite_files import FORMAT
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage import records
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.records import FileInfo, Record

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytvb.data.opening import open_source
-from raytvb.data.source import ALIASES, SPLITS, Source
+from raytvb.data.image_source import ALIASES, SPLITS, Source
+from raytvb.data.open_source import open_source
 from raytvb.data.suite_files import cache_folder, task_url
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.suite.names import class_names
+from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.suite.task_names import class_names
 
 VAL_SHARE = 0.1
 """Share of the training images that are val, where a task has no validation images."""

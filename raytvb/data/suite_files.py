@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raytvb.data.source import SPLITS
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.data.image_source import SPLITS
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.suite.glyphs import render
-from raytvb.suite.names import class_names
+from raytvb.suite.task_names import class_names
 
 FORMAT = 2
 """Of the cached suite; raise it when the drawings change."""

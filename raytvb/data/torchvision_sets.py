@@ -11,9 +11,9 @@ from typing import Protocol
 from filelock import FileLock
 from PIL import Image
 
-from raytvb.data.source import TORCHVISION, Row
+from raytvb.data.image_source import TORCHVISION, Row
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 
 Arguments = dict[str, bool | str]
 

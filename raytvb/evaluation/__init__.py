@@ -1,5 +1,5 @@
 """What is measured once on the test images, after the search has chosen.
 
 Read `plan` first: which evaluations there are, and what the other modules do. Nothing here knows
-Ray: `orchestration.service` runs the evaluations.
+Ray: `orchestration.evaluation_service` runs the evaluations.
 """

@@ -9,15 +9,15 @@ from typing import ClassVar
 
 import torch
 
-from raytvb.evaluation.base import Context, Evaluation, chosen_settings
-from raytvb.evaluation.names import additions_name
+from raytvb.evaluation.evaluation import Context, Evaluation, chosen_settings
 from raytvb.evaluation.rows import Row, write_rows
+from raytvb.evaluation.store_names import additions_name
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.searching import CoefficientConfig
+from raytvb.experiment.sections.search import CoefficientConfig
 from raytvb.maths.subsets import task_subsets
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Outcome, Setting, TunedWeights
+from raytvb.search.results import Outcome, Setting, TunedWeights
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try, most_accurate
 from raytvb.storage.contract import JsonObject
 

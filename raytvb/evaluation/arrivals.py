@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from raytvb.evaluation.base import Context, Evaluation, chosen_settings
-from raytvb.evaluation.names import online_name
+from raytvb.evaluation.evaluation import Context, Evaluation, chosen_settings
 from raytvb.evaluation.rows import Row, write_rows
+from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import online_prefix, online_tables
 from raytvb.experiment.stored import basis_vector_set, vector_set
@@ -21,7 +21,7 @@ from raytvb.maths.mixes import length_ratios
 from raytvb.maths.online_basis import arrivals, watched
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Outcome
+from raytvb.search.results import Outcome
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.vector_set import VectorSet

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from raytvb.evaluation.base import Context, Evaluation
-from raytvb.evaluation.names import pair_name
+from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import PairRow, write_pair_rows
-from raytvb.experiment.evaluating import DisentanglementConfig
+from raytvb.evaluation.store_names import pair_name
+from raytvb.experiment.sections.evaluate import DisentanglementConfig
 from raytvb.maths.counts import even_grid
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from raytvb.evaluation.base import Context, Evaluation
-from raytvb.evaluation.names import negation_name
+from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import Row, write_rows
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.evaluation.store_names import negation_name
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions

@@ -2,8 +2,8 @@
 
 This room measures each result once, after the choice. `plan` lists the evaluations, one class each,
 in the files that it imports from; `base` says what they have in common; `rows` is what they write,
-under the names of `names`. `images` gives them images and evaluators, and `precision` decides
-whether these may compute in bf16.
+under the names of `store_names`. `evaluators` gives them images and evaluators, and `precision`
+decides whether these may compute in bf16.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 
 from raytvb.evaluation.additions import NamedAdditions, SubsetAdditions
 from raytvb.evaluation.arrivals import OnlineArrivals
-from raytvb.evaluation.base import Evaluation
 from raytvb.evaluation.disentanglement import Disentanglement
+from raytvb.evaluation.evaluation import Evaluation
 from raytvb.evaluation.negation import Negation
 from raytvb.evaluation.single_models import SingleModels
 from raytvb.evaluation.unseen import UnseenTask
 from raytvb.experiment.config import Experiment, half
 from raytvb.search.candidates import FULL, Candidate
-from raytvb.search.contracts import Choice, Outcome
+from raytvb.search.results import Choice, Outcome
 
 
 def is_tested(experiment: Experiment, candidate: Candidate, outcome: Outcome) -> bool:

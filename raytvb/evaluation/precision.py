@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytvb.evaluation.images import SplitArrays, make_evaluator
+from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.stored import vector_set
 from raytvb.models.evaluator import Evaluator
-from raytvb.models.process import device
+from raytvb.models.worker_process import device
 
 KEPT_ANSWERS = 0.995
 """Share of the answers of fp32 that bf16 must keep."""

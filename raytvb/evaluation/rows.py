@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from raytvb.errors import UserError
 from raytvb.maths.counts import Count
 from raytvb.storage.contract import JsonObject
+from raytvb.storage.parquet import parquet_bytes
 from raytvb.storage.store import Store
-from raytvb.storage.tables import parquet_bytes
 
 _IDENTITY = b"raytvb"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from raytvb.evaluation.base import Context, Evaluation
-from raytvb.evaluation.names import SINGLE_MODELS
+from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import Row, write_rows
+from raytvb.evaluation.store_names import SINGLE_MODELS
 from raytvb.experiment.stored import vector_set
 
 

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.splits import Split
-from raytvb.evaluation.base import Context, Evaluation
-from raytvb.evaluation.names import unseen_name
+from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import Row, write_rows
+from raytvb.evaluation.store_names import unseen_name
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.evaluating import UnseenConfig
+from raytvb.experiment.sections.evaluate import UnseenConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.stored import load_coefficients
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
 from raytvb.maths.seeds import task_seed
-from raytvb.models.base import load_base
 from raytvb.models.few_shot import few_shot_sample, learn_coefficients
+from raytvb.models.pretrained_model import load_base
 from raytvb.models.pretrained_task import PretrainedTask
-from raytvb.models.process import device, threads
+from raytvb.models.worker_process import device, threads
 from raytvb.search.candidates import FULL, Candidate
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState

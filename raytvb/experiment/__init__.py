@@ -1,7 +1,7 @@
 """What a user asks for, and where what comes of it lies in a store.
 
-Read `config` first: the experiment file as frozen objects, whose sections are in `tasks`,
-`training` and `searching`; `parsing` makes them from YAML. `identities` says what each stored thing
+Read `config` first: the experiment file as frozen objects, whose `sections` are
+one module each; `parsing` makes them from YAML. `identities` says what each stored thing
 depends on, `layout` under which key it lies, `freezing` which experiment a store was made for.
 Checking a file imports neither torch nor anything else that takes long.
 """

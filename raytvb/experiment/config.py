@@ -12,11 +12,15 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from raytvb.experiment.base import Frozen
-from raytvb.experiment.evaluating import EvaluateConfig
-from raytvb.experiment.searching import BasisConfig, SearchConfig
-from raytvb.experiment.tasks import TaskConfig, Tasks
-from raytvb.experiment.training import FinetuneConfig, ModelConfig, ResourceConfig, TalosConfig
+from raytvb.experiment.fields import Frozen
+from raytvb.experiment.sections.basis import BasisConfig
+from raytvb.experiment.sections.evaluate import EvaluateConfig
+from raytvb.experiment.sections.finetune import FinetuneConfig
+from raytvb.experiment.sections.model import ModelConfig
+from raytvb.experiment.sections.resources import ResourceConfig
+from raytvb.experiment.sections.search import SearchConfig
+from raytvb.experiment.sections.talos import TalosConfig
+from raytvb.experiment.sections.tasks import TaskConfig, Tasks
 from raytvb.storage.contract import JsonObject
 
 NOT_IDENTITY = ("name", "store", "resources")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.contract import JsonObject
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base"

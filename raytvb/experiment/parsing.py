@@ -11,13 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from raytvb.errors import UserError
-from raytvb.experiment.base import TINY_MODEL
 from raytvb.experiment.config import Experiment, half, quarter
-from raytvb.experiment.evaluating import DisentanglementConfig, EvaluateConfig, UnseenConfig
-from raytvb.experiment.searching import SearchConfig
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.experiment.training import FinetuneConfig
-from raytvb.suite.names import CONTROL
+from raytvb.experiment.fields import TINY_MODEL
+from raytvb.experiment.sections.evaluate import DisentanglementConfig, EvaluateConfig, UnseenConfig
+from raytvb.experiment.sections.finetune import FinetuneConfig
+from raytvb.experiment.sections.search import SearchConfig
+from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.suite.task_names import CONTROL
 
 Location = Sequence[int | str]
 """Names of fields and positions in lists, from the top of the file."""

@@ -20,7 +20,7 @@ from raytvb.experiment.layout import (
     mask_prefix,
     vector_prefix,
 )
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.records import Record

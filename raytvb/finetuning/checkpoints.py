@@ -6,7 +6,7 @@ from safetensors.torch import load, save
 
 from raytvb.experiment.metrics import CheckpointMetrics
 from raytvb.experiment.task_store import TaskStore
-from raytvb.finetuning.training import Checkpoint
+from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.storage import records
 from raytvb.storage.store_errors import StoreKeyError
 

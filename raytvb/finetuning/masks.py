@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import mask_identity
 from raytvb.experiment.layout import MASK, OVERLAP, SHARED_MASK, mask_key, mask_prefix
 from raytvb.experiment.metrics import MaskMetrics, OverlapMetrics
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
 from raytvb.maths.fisher import fisher_scores
 from raytvb.maths.mask_selection import (
     damp,
@@ -33,11 +33,11 @@ from raytvb.maths.mask_selection import (
     unflatten,
 )
 from raytvb.maths.seeds import task_seed
-from raytvb.models.base import load_base
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.open_clip_models import Encoder
+from raytvb.models.pretrained_model import load_base
 from raytvb.models.pretrained_task import PretrainedTask
-from raytvb.models.process import device, threads, worker_setup
+from raytvb.models.worker_process import device, threads, worker_setup
 from raytvb.storage import records
 from raytvb.storage.masks import Mask, MaskFile, mask_intersections
 from raytvb.storage.store import Store

@@ -17,12 +17,12 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import VECTOR
 from raytvb.experiment.metrics import TwinMetrics
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
 from raytvb.maths.seeds import task_seed
 from raytvb.maths.thresholds import global_thresholds
 from raytvb.maths.trimming import PREPARE
-from raytvb.models.process import worker_setup
+from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.block_cache import damaged
 from raytvb.storage.mirror import Mirror

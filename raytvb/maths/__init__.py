@@ -15,5 +15,5 @@ In which order to read:
   candidates that go on, subsets of tasks, counts of right answers.
 - `bits`, `seeds`: small helpers.
 
-Both registries can be read without torch: see `registry`.
+Both registries can be read without torch: see `method_registry`.
 """

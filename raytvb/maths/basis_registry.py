@@ -11,7 +11,7 @@ and what follows from it. `size` is M, at most the rank of G. Every random draw 
 `generator`. The result is B (T, M) and W (M, T), both float64: basis vector m is Σ_t B[t, m] τ_t,
 and task t comes back as Σ_m W[m, t] s_m. For a given B the best W is `vectors.weights(B)`.
 
-Importing this module, and all methods, is light: see `registry`.
+Importing this module, and all methods, is light: see `method_registry`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from raytvb.maths.registry import Method, Registry, place_of
+from raytvb.maths.method_registry import Method, Registry, place_of
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ Values are taken to be finite; only `Thresholds` checks that. Names of parameter
 papers that treat some parameters by name (text_projection in TSV-M and Iso-C) leave that to the
 caller.
 
-Importing this module, and all methods, is light: see `registry`.
+Importing this module, and all methods, is light: see `method_registry`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from raytvb.maths.registry import Method, Registry, place_of
+from raytvb.maths.method_registry import Method, Registry, place_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,10 +25,10 @@ from raytvb.maths.flat_parameters import FlatParameters
 from raytvb.merging.addends import Addends, Tasks
 from raytvb.merging.folder import write_folder
 from raytvb.merging.mixtures import Mixture, mixture
-from raytvb.models.base import load_base
+from raytvb.models.pretrained_model import load_base
 from raytvb.search.candidates import ADDITION, FULL
-from raytvb.search.contracts import Choice
-from raytvb.search.directions import method_direction
+from raytvb.search.merged_vectors import method_direction
+from raytvb.search.results import Choice
 from raytvb.storage import records
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store

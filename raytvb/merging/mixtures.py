@@ -16,7 +16,7 @@ from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.maths.mixes import decoded, length_ratios, summed, vector_of
 from raytvb.merging.addends import Addends, BasisSum, BasisVectors, Tasks
 from raytvb.search.candidates import ADDITION, FULL
-from raytvb.search.contracts import Outcome, Setting
+from raytvb.search.results import Outcome, Setting
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from raytvb.data.splits import task_classes
 from raytvb.errors import VectorError
+from raytvb.experiment.sections.model import ModelConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.experiment.training import ModelConfig
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.open_clip_package import model_source, open_clip_package
 from raytvb.storage.header import Header

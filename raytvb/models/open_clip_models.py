@@ -1,10 +1,10 @@
 """open_clip models: names, loading, the files of a folder, fingerprint.
 
 How the room works, in reading order: `open_clip_package` imports open_clip and translates our names
-of models, here models become an `Encoder`, and `checkpoint_files` checks weights from files of
+of models, here models become an `Encoder`, and `pretrained_files` checks weights from files of
 users. `base` keeps the pretrained model in a store, `heads` the zero-shot heads. `classifier` is
 what is fine-tuned; `evaluator` measures accuracies with merged weights; `few_shot` learns
-coefficients for an unseen task. `process` sets up a worker process.
+coefficients for an unseen task. `worker_process` sets up a worker process.
 
 A model is kept in a store as an ordinary open_clip folder (`open_clip_config.json`,
 `model.safetensors`). So workers and users load it with open_clip's own `local-dir:` scheme and need
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from raytvb.data.preprocess import Preprocess
 from raytvb.errors import UserError
-from raytvb.experiment.base import TINY_MODEL
-from raytvb.experiment.training import ModelConfig
-from raytvb.models.checkpoint_files import check_checkpoint
+from raytvb.experiment.fields import TINY_MODEL
+from raytvb.experiment.sections.model import ModelConfig
 from raytvb.models.open_clip_package import model_source, open_clip_package, tag_options
+from raytvb.models.pretrained_files import check_checkpoint
 from raytvb.storage.contract import JsonObject
 
 CONFIG_FILE = "open_clip_config.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from raytvb.experiment.base import TINY_MODEL
-from raytvb.experiment.training import ModelConfig
-from raytvb.suite.names import MODEL_DIR
+from raytvb.experiment.fields import TINY_MODEL
+from raytvb.experiment.sections.model import ModelConfig
+from raytvb.suite.task_names import MODEL_DIR
 
 
 def open_clip_package() -> Any:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from raytvb.data.preprocess import Preprocess
 from raytvb.experiment.task_store import TaskStore
-from raytvb.models.base import load_base
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.heads import StoredHead, load_head
 from raytvb.models.open_clip_models import Encoder
+from raytvb.models.pretrained_model import load_base
 
 
 @dataclass(frozen=True)

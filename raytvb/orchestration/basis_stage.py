@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import basis_specs
-from raytvb.orchestration.context import RunContext
 from raytvb.orchestration.finetune_stage import (
     finish_stream,
     make_missing_twins,
     start_stream,
 )
+from raytvb.orchestration.ray_tasks import raise_failed
+from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.stream import Stream
-from raytvb.orchestration.tasks import raise_failed
 from raytvb.report.formatting import format_bytes
 
 NAMED = 3

@@ -13,8 +13,8 @@ import ray
 
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.training import ResourceConfig
-from raytvb.orchestration.environment import job_environment
+from raytvb.experiment.sections.resources import ResourceConfig
+from raytvb.orchestration.passed_variables import job_environment
 
 FREE_PATIENCE_S = 10.0
 """How long a task's resources may be taken by others before that is an error."""

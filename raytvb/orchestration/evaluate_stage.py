@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytvb.errors import UserError
-from raytvb.evaluation.base import Evaluation
+from raytvb.evaluation.evaluation import Evaluation
 from raytvb.evaluation.plan import evaluations
 from raytvb.evaluation.rows import has_rows
-from raytvb.orchestration.context import RunContext
-from raytvb.orchestration.service import evaluate_group, evaluation_groups
-from raytvb.orchestration.tasks import collect, raise_failed, ray_task
+from raytvb.orchestration.evaluation_service import evaluate_group, evaluation_groups
+from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task
+from raytvb.orchestration.run_context import RunContext
 from raytvb.search.candidates import all_candidates
-from raytvb.search.contracts import Outcome
+from raytvb.search.results import Outcome
 from raytvb.search.rounds import find_choice, find_result
 
 NAMED = 3

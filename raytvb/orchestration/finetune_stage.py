@@ -12,16 +12,16 @@ from typing import Any
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import OVERLAP, vector_prefix
 from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import record_overlap
-from raytvb.finetuning.task import finetune_task
 from raytvb.finetuning.twins import make_twin
-from raytvb.orchestration.context import RunContext
 from raytvb.orchestration.progress import Stage
+from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task, result_of
+from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.shared_mask import make_shared_mask
 from raytvb.orchestration.stream import Stream
-from raytvb.orchestration.tasks import collect, raise_failed, ray_task, result_of
 from raytvb.storage import records
 from raytvb.storage.records import Record
 

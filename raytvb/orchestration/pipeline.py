@@ -1,10 +1,11 @@
 """A whole run: the stages of an experiment one after the other, on Ray.
 
 This room is the only one that imports Ray. To read it: `pipeline` (the order of the stages), then
-`context` (what they share) and the stages `finetune_stage`, `basis_stage`, `search_stage` and
-`evaluate_stage`. Below those, `tasks` makes Ray tasks of plain functions of other rooms, `actors`
-and `stream` run the basis builder, `tune` the search, `service` the evaluations. Beside them,
-`connect` joins or starts a Ray, and `submit` sends an experiment to a cluster as a job.
+`run_context` (what they share) and the stages `finetune_stage`, `basis_stage`, `search_stage` and
+`evaluate_stage`. Below those, `ray_tasks` makes Ray tasks of plain functions of other rooms,
+`ray_actors` and `stream` run the basis builder, `tune` the search, `evaluation_service` the
+evaluations. Beside them, `connect` joins or starts a Ray, and `submit` sends an experiment to a
+cluster as a job.
 
 What has a record in the store is not done again, so a run that was stopped goes on where it was.
 The driver passes keys and small records; it never holds a vector.
@@ -15,18 +16,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from raytvb.data.source import SPLITS
+from raytvb.data.image_source import SPLITS
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.freezing import freeze
 from raytvb.experiment.layout import TIMINGS
 from raytvb.orchestration.basis_stage import build_bases
 from raytvb.orchestration.connect import connect, preflight
-from raytvb.orchestration.context import RunContext
 from raytvb.orchestration.evaluate_stage import evaluate
 from raytvb.orchestration.finetune_stage import finetune
 from raytvb.orchestration.progress import Reporter
+from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.search_stage import search
-from raytvb.orchestration.verification import verify_on_ray
+from raytvb.orchestration.verify_store import verify_on_ray
 from raytvb.report.page import write_report
 from raytvb.storage.contract import parse_json
 from raytvb.storage.store import Store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytvb.data.source import SPLITS
+from raytvb.data.image_source import SPLITS
 from raytvb.data.splits import check_task
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment

@@ -4,11 +4,11 @@ images.
 
 from __future__ import annotations
 
-from raytvb.orchestration.context import RunContext
+from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.tune import run_search
 from raytvb.search.candidates import all_candidates, candidate_bytes
-from raytvb.search.contracts import Choice
-from raytvb.search.decision import commit_decision, decide, is_measured
+from raytvb.search.choice import commit_decision, decide, is_measured
+from raytvb.search.results import Choice
 
 
 def search(context: RunContext) -> bool:

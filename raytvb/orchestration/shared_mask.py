@@ -11,8 +11,14 @@ from typing import Any
 from raytvb.experiment.identities import mask_identity
 from raytvb.experiment.layout import SHARED_MASK, mask_prefix
 from raytvb.finetuning.masks import add_scores, commit_shared_mask, score_task, select_round
-from raytvb.orchestration.context import RunContext
-from raytvb.orchestration.tasks import collect, raise_failed, ray_array_task, ray_task, result_of
+from raytvb.orchestration.ray_tasks import (
+    collect,
+    raise_failed,
+    ray_array_task,
+    ray_task,
+    result_of,
+)
+from raytvb.orchestration.run_context import RunContext
 from raytvb.storage import records
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from raytvb.bases.contracts import BuilderStatus, WrittenBases
+from raytvb.bases.messages import BuilderStatus, WrittenBases
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.orchestration.actors import basis_actors
-from raytvb.orchestration.tasks import explain, patiently
+from raytvb.orchestration.ray_actors import basis_actors
+from raytvb.orchestration.ray_tasks import explain, patiently
 
 ATTEMPTS = 30
 """How often a call is repeated while an actor is being restarted, a second apart."""

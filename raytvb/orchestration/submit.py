@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from raytvb.errors import UserError
 from raytvb.experiment.parsing import load_experiment
-from raytvb.orchestration.environment import job_environment
 from raytvb.orchestration.job_client import job_client, last_line, refused
 from raytvb.orchestration.job_log import follow_job, say, ways_to_follow
+from raytvb.orchestration.passed_variables import job_environment
 from raytvb.orchestration.upload import EXPERIMENT, check_places, pack
 
 if TYPE_CHECKING:

@@ -29,13 +29,13 @@ from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
 from raytvb.maths.halving import LEAST
+from raytvb.orchestration.evaluation_service import Service
 from raytvb.orchestration.progress import Stage
-from raytvb.orchestration.service import Service
 from raytvb.search.additions import InvalidCandidateError
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Invalid, Measured, RoundResult
-from raytvb.search.decision import comparable, halving_state
+from raytvb.search.choice import comparable, halving_state
 from raytvb.search.identities import search_identity
+from raytvb.search.results import Invalid, Measured, RoundResult
 from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage import records

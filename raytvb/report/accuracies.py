@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from raytvb.evaluation.rows import Row
 from raytvb.maths.counts import mean, wilson
-from raytvb.report.contracts import Accuracies, Spread, WeightedAccuracies
-from raytvb.search.contracts import TunedWeights
+from raytvb.report.summary_contracts import Accuracies, Spread, WeightedAccuracies
+from raytvb.search.results import TunedWeights
 
 
 def accuracies_of(rows: Sequence[Row], model: str) -> dict[str, float]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from raytvb.report.contracts import AdditionEntry, Online, Summary
-from raytvb.report.drawing import add_legend, new_figure, percentages, svg, task_bars, whole_numbers
-from raytvb.report.figures import (
+from raytvb.report.numbers import (
     chosen_names,
     decoded_names,
     negations,
     subjects,
     subset_sizes,
 )
+from raytvb.report.plot_style import (
+    add_legend,
+    new_figure,
+    percentages,
+    svg,
+    task_bars,
+    whole_numbers,
+)
+from raytvb.report.summary_contracts import AdditionEntry, Online, Summary
 
 
 def plot_subsets(summary: Summary) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from raytvb.evaluation.names import online_name
 from raytvb.evaluation.rows import Row, read_rows
+from raytvb.evaluation.store_names import online_name
 from raytvb.maths.counts import mean
 from raytvb.maths.online_basis import forgetting
-from raytvb.report.contracts import ArrivalAccuracies, Online
+from raytvb.report.summary_contracts import ArrivalAccuracies, Online
 from raytvb.storage.store import Store
 
 

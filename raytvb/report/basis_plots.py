@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raytvb.report.contracts import Disentanglement, Summary
-from raytvb.report.drawing import add_legend, new_figure, short, svg, whole_numbers
-from raytvb.report.figures import chosen_names, decoded_bases
+from raytvb.report.numbers import chosen_names, decoded_bases
+from raytvb.report.plot_style import add_legend, new_figure, short, svg, whole_numbers
+from raytvb.report.summary_contracts import Disentanglement, Summary
 from raytvb.storage.gram_state import Arrival
 
 

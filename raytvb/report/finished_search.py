@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytvb.errors import UserError
-from raytvb.evaluation.names import online_name
 from raytvb.evaluation.plan import evaluations, is_tested
 from raytvb.evaluation.rows import key
+from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.search.candidates import Candidate, all_candidates
-from raytvb.search.contracts import Choice, Outcome
+from raytvb.search.results import Choice, Outcome
 from raytvb.search.rounds import find_choice, find_result
 from raytvb.storage.store import Store
 

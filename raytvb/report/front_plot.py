@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from raytvb.report.contracts import Summary
-from raytvb.report.drawing import new_figure, svg
-from raytvb.report.figures import chosen_names
+from raytvb.report.numbers import chosen_names
+from raytvb.report.plot_style import new_figure, svg
+from raytvb.report.summary_contracts import Summary
 
 Points = Mapping[str, tuple[float, float]]
 """Megabytes and validation objective in percent, by candidate."""

@@ -4,7 +4,7 @@ In which order to read this room:
     contracts.py    what a summary holds
     summary.py      the summary is built from a finished store; finished_search.py, entries.py,
                     accuracies.py, operations.py and arrivals.py build its parts
-    figures.py      means and counts that are worked out of a summary, for all that show it
+    numbers.py      means and counts that are worked out of a summary, for all that show it
     text.py         the lines that a command prints
     plots.py        the plots, as SVG; drawing.py and the *_plot(s).py draw them
     page.py         the page, from the template page.html.j2; here the stage begins
@@ -20,12 +20,12 @@ import jinja2
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import REPORT, SUMMARY
 from raytvb.maths.counts import mean
-from raytvb.report import figures
-from raytvb.report.contracts import AdditionEntry, Interval, Summary
-from raytvb.report.drawing import short
+from raytvb.report import numbers
 from raytvb.report.formatting import format_bytes, percent
+from raytvb.report.plot_style import short
 from raytvb.report.plots import draw_plots
 from raytvb.report.summary import summarise
+from raytvb.report.summary_contracts import AdditionEntry, Interval, Summary
 from raytvb.storage.gram_state import Arrival, GramState
 from raytvb.storage.store import Store
 
@@ -56,15 +56,15 @@ def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
         history: the errors while vectors arrived.
     """
     negation_figures = {}
-    for subject, negations in figures.negations(summary).items():
-        negation_figures[subject] = figures.negation_figures(negations)
+    for subject, negations in numbers.negations(summary).items():
+        negation_figures[subject] = numbers.negation_figures(negations)
     return _template().render(
         name=name,
         summary=summary,
         plots=draw_plots(summary, history),
-        headline=figures.headline(summary),
-        subjects=figures.subjects(summary),
-        subset_sizes=figures.subset_sizes(summary),
+        headline=numbers.headline(summary),
+        subjects=numbers.subjects(summary),
+        subset_sizes=numbers.subset_sizes(summary),
         objective=_OBJECTIVES[summary.search.objective_of],
         on_test=_objectives_on_test(summary),
         negation_figures=negation_figures,
@@ -83,7 +83,7 @@ def _template() -> jinja2.Template:
         "interval": _interval,
         "short": short,
         "mean": _mean,
-        "overall": figures.overall,
+        "overall": numbers.overall,
     }
     source = files("raytvb.report") / "page.html.j2"
     return environment.from_string(source.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def _objectives_on_test(summary: Summary) -> dict[str, float]:
     for name in summary.search.front:
         if name in summary.addition:  # one that stopped early may not have been tested
             entry = summary.addition[name]
-            objectives[name] = figures.objective_on_test(summary, entry)
+            objectives[name] = numbers.objective_on_test(summary, entry)
     return objectives
 
 

@@ -12,9 +12,9 @@ from raytvb.report.basis_plots import (
     plot_storage,
     plot_stream,
 )
-from raytvb.report.contracts import Disentanglement, Summary
-from raytvb.report.figures import decoded_bases
 from raytvb.report.front_plot import plot_front
+from raytvb.report.numbers import decoded_bases
+from raytvb.report.summary_contracts import Disentanglement, Summary
 from raytvb.storage.gram_state import Arrival
 
 

@@ -11,16 +11,24 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from raytvb.errors import UserError
-from raytvb.evaluation.names import SINGLE_MODELS
 from raytvb.evaluation.rows import read_rows
+from raytvb.evaluation.store_names import SINGLE_MODELS
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, OVERLAP, PRECISION, TIMINGS, basis_prefix
 from raytvb.experiment.metrics import BaseMetrics, BasisMetrics, OverlapMetrics, PrecisionMetrics
 from raytvb.experiment.stored import load_gram, stored_bytes
 from raytvb.report.accuracies import accuracies_of
+from raytvb.report.addition_entries import Entries
 from raytvb.report.arrivals import online_entry
-from raytvb.report.contracts import (
+from raytvb.report.finished_search import FinishedSearch, finished_search
+from raytvb.report.operation_entries import (
+    disentanglements,
+    named_additions,
+    negations,
+    unseen_entries,
+)
+from raytvb.report.summary_contracts import (
     AdditionEntry,
     ChosenBasis,
     NothingChosen,
@@ -29,15 +37,7 @@ from raytvb.report.contracts import (
     StoredBytes,
     Summary,
 )
-from raytvb.report.entries import Entries
-from raytvb.report.finished_search import FinishedSearch, finished_search
-from raytvb.report.operations import (
-    disentanglements,
-    named_additions,
-    negations,
-    unseen_entries,
-)
-from raytvb.search.contracts import Choice
+from raytvb.search.results import Choice
 from raytvb.storage import records
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store

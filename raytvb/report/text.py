@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raytvb.maths.counts import mean
-from raytvb.report.contracts import (
+from raytvb.report.formatting import format_bytes, percent
+from raytvb.report.numbers import headline, negation_figures, negations, subjects
+from raytvb.report.summary_contracts import (
     ArrivalAccuracies,
     NamedAddition,
     NothingChosen,
     Online,
     Summary,
 )
-from raytvb.report.figures import headline, negation_figures, negations, subjects
-from raytvb.report.formatting import format_bytes, percent
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:

@@ -14,7 +14,7 @@ from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Setting
+from raytvb.search.results import Setting
 from raytvb.storage.vector_set import COMBINED_BYTES
 
 Counts = list[dict[str, Count]]

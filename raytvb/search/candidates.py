@@ -17,8 +17,8 @@ is added as the sum of its columns.
 
 How this room works: `candidates` lists what is compared, `additions` turns a candidate into merged
 models and counts their correct answers, `size_class` and `trial` choose its coefficients round by
-round, `rounds` reads the results back from the store, and `decision` chooses among them. The values
-that these hand to each other are in `contracts`.
+round, `rounds` reads the results back from the store, and `choice` chooses among them. The values
+that these hand to each other are in `results`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from raytvb.experiment.stored import (
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.maths.mixes import length_ratios
-from raytvb.search.directions import method_direction
+from raytvb.search.merged_vectors import method_direction
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import Count, wilson
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Measured, Outcome
+from raytvb.search.results import Measured, Outcome
 from raytvb.search.rounds import known_rounds
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store

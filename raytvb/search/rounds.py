@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH, search_prefix
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Choice, Invalid, Measured, Outcome, RoundResult, parse_round
 from raytvb.search.identities import choice_identity, search_identity
+from raytvb.search.results import Choice, Invalid, Measured, Outcome, RoundResult, parse_round
 from raytvb.search.trial import objective
 from raytvb.storage import records
 from raytvb.storage.store import Store

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.searching import CoefficientConfig
+from raytvb.experiment.sections.search import CoefficientConfig
 from raytvb.maths.counts import Count, even_grid, mean
 from raytvb.maths.line_search import best_coefficient, climb, ladder, nearest
 from raytvb.search.additions import Additions, Counts
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Setting, Tried
+from raytvb.search.results import Setting, Tried
 
 NOTHING_ADDED = Setting(0.0)
 

@@ -20,7 +20,7 @@ from raytvb.maths.subsets import task_subsets
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
-from raytvb.search.contracts import Measured, Setting, Tried, TunedWeights
+from raytvb.search.results import Measured, Setting, Tried, TunedWeights
 from raytvb.search.size_class import (
     NOTHING_ADDED,
     SizeClass,

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.basis_layout import (
     INDEX,
     Layout,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raytvb.errors import VectorError
 from raytvb.maths.bits import unpack_bits
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.masks import MaskFile
 from raytvb.storage.records import PART, FileInfo
 from raytvb.storage.store import Store

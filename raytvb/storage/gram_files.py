@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from raytvb.maths.gram import BLOCK, gram_of_blocks
+from raytvb.maths.gram_blocks import BLOCK, gram_of_blocks
 from raytvb.storage.vector_set import VectorSet
 from raytvb.storage.vectors import VectorFile
 

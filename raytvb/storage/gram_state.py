@@ -26,10 +26,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raytvb.errors import UserError, VectorError
-from raytvb.maths.gram import grown
+from raytvb.maths.gram_blocks import grown
 from raytvb.storage import records
 from raytvb.storage.contract import Contract, JsonObject, parse_json
-from raytvb.storage.formats import format_problem
+from raytvb.storage.format_version import format_problem
 from raytvb.storage.store import Store
 
 PREFIX = "gram"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from raytvb.errors import VectorError
 from raytvb.storage.contract import Contract, JsonObject, problem_of
-from raytvb.storage.formats import format_problem
+from raytvb.storage.format_version import format_problem
 from raytvb.storage.store import Store
 
 Metadata = TypeVar("Metadata", bound=Contract)

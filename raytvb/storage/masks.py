@@ -23,10 +23,10 @@ from torch import Tensor
 
 from raytvb.errors import VectorError
 from raytvb.maths.bits import pack_bits, unpack_bits
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.maths.mask_selection import flatten
 from raytvb.storage.contract import Contract
-from raytvb.storage.formats import FORMAT
+from raytvb.storage.format_version import FORMAT
 from raytvb.storage.header import Header
 from raytvb.storage.store import Store
 

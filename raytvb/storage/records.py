@@ -19,7 +19,7 @@ from pydantic import Field, JsonValue, model_serializer
 
 from raytvb.errors import UserError
 from raytvb.storage.contract import Contract, JsonObject, parse_json
-from raytvb.storage.formats import FORMAT, format_problem
+from raytvb.storage.format_version import FORMAT, format_problem
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 

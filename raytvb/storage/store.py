@@ -10,8 +10,8 @@ lifecycle rule removes those).
 
 The room is read in this order. This module and what it stands on: `addresses` (URLs and keys),
 `filesystems` (the S3 client), `local_files` (atomic writes), `store_errors`. Then `records`: a
-thing exists when its `record.json` does. Then the tensor files: `header` (and `formats`), `masks`,
-`vectors`, `vector_set` (many vectors as one matrix, read in blocks), `basis_layout` with
+thing exists when its `record.json` does. Then the tensor files: `header` (and `format_version`),
+`masks`, `vectors`, `vector_set` (many vectors as one matrix, read in blocks), `basis_layout` with
 `basis_writer` and `stored_basis`, and `gram_state`, the Gram matrix as it grows. `mirror`,
 `block_cache` and `verify` use them. Modules from here to `records`, and `verify`, import neither
 torch nor numpy, so that a command which only looks at a store starts at once.

@@ -21,7 +21,7 @@ from raytvb.storage.basis_layout import (
     file_names,
     pieces_of,
 )
-from raytvb.storage.formats import format_problem
+from raytvb.storage.format_version import format_problem
 from raytvb.storage.masks import MaskFile
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import combinations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.masks import MaskFile, OpenMasks
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile

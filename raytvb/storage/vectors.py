@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raytvb.errors import VectorError
-from raytvb.maths.gram import BLOCK
+from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.contract import Contract, JsonObject
-from raytvb.storage.formats import FORMAT
+from raytvb.storage.format_version import FORMAT
 from raytvb.storage.header import Header
 from raytvb.storage.masks import MaskFile, OpenMasks
 from raytvb.storage.store import Store

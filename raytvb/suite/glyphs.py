@@ -9,8 +9,8 @@ import numpy as np
 
 from raytvb.suite.canvas import SIZE
 from raytvb.suite.domains import DOMAINS
-from raytvb.suite.names import CONTROL, SPLITS, all_classes, class_names, source_and_domain
 from raytvb.suite.sources import SOURCES, Source
+from raytvb.suite.task_names import CONTROL, SPLITS, all_classes, class_names, source_and_domain
 
 SPLIT_SIZES = {"train": 1280, "val": 96, "test": 300}
 """Images of each split of a task."""

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from raytvb.suite import glyphs
 from raytvb.suite.canvas import SIZE
 from raytvb.suite.domains import DOMAINS
-from raytvb.suite.names import CONTROL, MODEL_DIR, TEMPLATES, all_classes
 from raytvb.suite.sources import SOURCES
+from raytvb.suite.task_names import CONTROL, MODEL_DIR, TEMPLATES, all_classes
 
 BPE_FILE = "bpe_2000.txt.gz"
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from raytvb.suite.canvas import Draw
 from raytvb.suite.characters import draw_digit, drawing_of
-from raytvb.suite.figures import (
+from raytvb.suite.shapes import (
     draw_any_shape,
     draw_clock,
     draw_dots,
     draw_position,
     draw_shape,
 )
-from raytvb.suite.names import ALPHABETS, CLASSES, COLOURS
+from raytvb.suite.task_names import ALPHABETS, CLASSES, COLOURS
 from raytvb.suite.textures import draw_texture
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from raytvb.suite.canvas import CANVAS, place
-from raytvb.suite.names import TEXTURES
+from raytvb.suite.task_names import TEXTURES
 
 
 @cache

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from raytvb.data.folders import FolderSource
+from raytvb.data.folders import IMAGE_FILES, FolderSource
+from raytvb.data.image_source import TORCHVISION, Source
 from raytvb.data.parquet import ParquetSource
-from raytvb.data.source import IMAGE_FILES, TORCHVISION, Source
 from raytvb.data.torchvision_sets import TorchvisionSource
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
 
 

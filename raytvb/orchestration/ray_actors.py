@@ -13,11 +13,11 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.bases.contracts import CacheUse, FilesByFolder, Outputs, Versions
+from raytvb.bases.messages import CacheUse, FilesByFolder, Outputs, Versions
 from raytvb.bases.shards import CoordinateShard
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.orchestration.tasks import patiently
+from raytvb.orchestration.ray_tasks import patiently
 from raytvb.storage.basis_layout import Layout
 
 

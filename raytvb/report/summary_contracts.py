@@ -13,7 +13,7 @@ from pydantic import SerializerFunctionWrapHandler, field_serializer, model_seri
 
 from raytvb.experiment.layout import SUMMARY
 from raytvb.experiment.metrics import OverlapMetrics, PrecisionMetrics
-from raytvb.search.contracts import Choice
+from raytvb.search.results import Choice
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.store import Store
 

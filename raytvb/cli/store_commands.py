@@ -27,7 +27,7 @@ def list_store(store: str) -> None:
     """
     from rich.table import Table
 
-    from raytvb.cli.tables import wide_console
+    from raytvb.cli.printing import wide_console
     from raytvb.report.formatting import format_bytes
     from raytvb.storage.records import find_all
     from raytvb.storage.store import Store
@@ -105,7 +105,7 @@ def spectrum(store: str, method: str, size: int | None, as_json: bool) -> None:
     from rich.table import Table
 
     from raytvb.bases.spectrum import describe_spectrum, spectrum_of
-    from raytvb.cli.tables import wide_console
+    from raytvb.cli.printing import wide_console
     from raytvb.storage.store import Store
 
     result = spectrum_of(Store(store), method, size)

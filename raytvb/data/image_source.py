@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 
 TORCHVISION = "torchvision:"
 
@@ -28,8 +28,6 @@ ALIASES = {
 """Names of pools that are taken for a split, the first one that there is."""
 
 USUAL_POOLS = frozenset(chain.from_iterable(ALIASES.values()))
-
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 ROWS_AT_ONCE = 64
 """Encoded images in memory: what one read asks for."""

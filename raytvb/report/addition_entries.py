@@ -11,10 +11,10 @@ from torch import Tensor
 from raytvb.evaluation.rows import Row, read_rows
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.report.accuracies import by_subset_size, measured, spread, weighted
-from raytvb.report.contracts import Accuracies, AdditionEntry
 from raytvb.report.finished_search import FinishedSearch
+from raytvb.report.summary_contracts import Accuracies, AdditionEntry
 from raytvb.search.candidates import FULL, Candidate
-from raytvb.search.contracts import Outcome
+from raytvb.search.results import Outcome
 from raytvb.storage.store import Store
 
 

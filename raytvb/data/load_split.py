@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from raytvb.data.decoding import Unreadable, decoded_rows
+from raytvb.data.image_source import Row, Source
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.source import Row, Source
 from raytvb.data.splits import Part, Split, require_split, split_parts, task_source
 from raytvb.errors import UserError
-from raytvb.experiment.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TaskConfig
 
 
 def load_split(

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raytvb.evaluation.names import additions_name, negation_name, pair_name, unseen_name
 from raytvb.evaluation.rows import Row, read_pair_rows, read_rows
+from raytvb.evaluation.store_names import additions_name, negation_name, pair_name, unseen_name
 from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import even_grid, mean, wilson
 from raytvb.report.accuracies import measured
-from raytvb.report.contracts import (
+from raytvb.report.summary_contracts import (
     Disentanglement,
     NamedAddition,
     NamedAdditionModel,

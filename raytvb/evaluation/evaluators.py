@@ -15,13 +15,13 @@ from torch import Tensor
 from raytvb.data.split_cache import cached_split
 from raytvb.data.splits import Split
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.stored import common_mask
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.models.base import load_base
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.heads import load_head
-from raytvb.models.process import device, threads, worker_setup
+from raytvb.models.pretrained_model import load_base
+from raytvb.models.worker_process import device, threads, worker_setup
 from raytvb.storage.store import Store
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raytvb.maths.counts import mean
-from raytvb.report.contracts import AdditionEntry, Negation, Summary
+from raytvb.report.summary_contracts import AdditionEntry, Negation, Summary
 
 
 @dataclass(frozen=True)

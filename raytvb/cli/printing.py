@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from raytvb.report.contracts import Summary
+    from raytvb.report.summary_contracts import Summary
     from raytvb.storage.contract import JsonObject
     from raytvb.storage.store import Store
 
@@ -24,7 +24,7 @@ def wide_console(least: int) -> Console:
 
 def print_results(store: Store) -> None:
     """The results in a store's summary as a table."""
-    from raytvb.report.contracts import read_summary
+    from raytvb.report.summary_contracts import read_summary
 
     print_summary(read_summary(store))
 
@@ -33,7 +33,7 @@ def print_summary(summary: Summary) -> None:
     """The results as a table on standard output."""
     from rich.table import Table
 
-    from raytvb.report.figures import subset_sizes
+    from raytvb.report.numbers import subset_sizes
     from raytvb.report.text import summary_lines
 
     sizes = subset_sizes(summary)
@@ -52,8 +52,8 @@ def print_summary(summary: Summary) -> None:
 
 def _cells(summary: Summary, name: str, sizes: Sequence[int]) -> list[str]:
     """The row of one candidate."""
-    from raytvb.report.figures import overall
     from raytvb.report.formatting import format_bytes, percent
+    from raytvb.report.numbers import overall
 
     entry = summary.addition.get(name) or summary.random_subset[name]
     label = name

@@ -15,13 +15,13 @@ from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH, search_prefix
 from raytvb.maths.halving import Option, choose, halve, pareto_front
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate
-from raytvb.search.contracts import Choice, Invalid, Measured, Outcome, RoundResult
 from raytvb.search.identities import choice_identity, search_identity
 from raytvb.search.result_tables import results_table, tried_table
+from raytvb.search.results import Choice, Invalid, Measured, Outcome, RoundResult
 from raytvb.search.rounds import find_choice, find_result, known_rounds
 from raytvb.storage import records
+from raytvb.storage.parquet import parquet_bytes
 from raytvb.storage.store import Store
-from raytvb.storage.tables import parquet_bytes
 
 
 @dataclass(frozen=True)

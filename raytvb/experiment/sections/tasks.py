@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raytvb.experiment.base import DEFAULT_TEMPLATES, Frozen, Positive, one_or_many
+from raytvb.experiment.fields import DEFAULT_TEMPLATES, Frozen, Positive, one_or_many
 from raytvb.experiment.presets import PRESETS, preset_tasks
-from raytvb.suite.names import CONTROL, SHOWCASE, TEMPLATES, task_names
+from raytvb.suite.task_names import CONTROL, SHOWCASE, TEMPLATES, task_names
 
 
 class SplitsConfig(Frozen):

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from raytvb.experiment.config import Experiment
 from raytvb.models.evaluator import Evaluator
-from raytvb.search.contracts import Outcome
+from raytvb.search.results import Outcome
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
 
@@ -49,7 +49,7 @@ class Evaluation(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name in the store, see `names`."""
+        """Its name in the store, see `store_names`."""
 
     @property
     def choices(self) -> JsonObject:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from raytvb.data.source import SPLITS
-from raytvb.evaluation.images import evaluation_split
+from raytvb.data.image_source import SPLITS
+from raytvb.evaluation.evaluators import evaluation_split
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import base_identity, vector_identity
 from raytvb.experiment.layout import BASE, PRECISION, vector_prefix
 from raytvb.experiment.metrics import BaseMetrics, PrecisionMetrics
-from raytvb.experiment.tasks import TaskConfig
-from raytvb.models.base import store_base
+from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.models.pretrained_model import store_base
+from raytvb.orchestration.evaluation_service import Refs, Service, compare_precisions_on_refs
 from raytvb.orchestration.progress import Reporter
-from raytvb.orchestration.service import Refs, Service, compare_precisions_on_refs
+from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task, result_of
 from raytvb.orchestration.stream import Stream
-from raytvb.orchestration.tasks import collect, raise_failed, ray_task, result_of
 from raytvb.storage import records
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store

@@ -1,9 +1,9 @@
 """The fine-tune of one task, from the pretrained model to a committed vector.
 
 How the room works, in reading order: `finetune_task` here walks the steps; `masks` makes the mask
-of trainable entries; `training` trains, and knows no store; `checkpoints` keeps fine-tunes that
-have not ended; `twins` makes the prepared twin of a vector. The identity and keys of the task are
-in the `TaskStore` that is handed from step to step.
+of trainable entries; `training_loop` trains, and knows no store; `checkpoints` keeps fine-tunes
+that have not ended; `twins` makes the prepared twin of a vector. The identity and keys of the task
+are in the `TaskStore` that is handed from step to step.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raytvb.data.loading import load_split
+from raytvb.data.load_split import load_split
 from raytvb.data.splits import Split
 from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import HEAD, SHARED_MASK, VECTOR, mask_key
 from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.tasks import TaskConfig
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.masks import load_mask, own_mask
-from raytvb.finetuning.training import Finetuned, finetune
+from raytvb.finetuning.training_loop import Finetuned, finetune
 from raytvb.finetuning.twins import norm, write_twin
 from raytvb.maths.seeds import task_seed
 from raytvb.models.pretrained_task import PretrainedTask
-from raytvb.models.process import device, threads, worker_setup
+from raytvb.models.worker_process import device, threads, worker_setup
 from raytvb.storage import records
 from raytvb.storage.masks import Mask
 from raytvb.storage.records import Record

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from raytvb.errors import UserError
-from raytvb.experiment.training import ModelConfig
+from raytvb.experiment.sections.model import ModelConfig
 from raytvb.models.open_clip_package import open_clip_package, tag_options
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]

@@ -10,14 +10,14 @@ from typing import Any
 import ray
 
 from raytvb.errors import UserError
-from raytvb.evaluation.base import Context, Evaluation
-from raytvb.evaluation.images import SplitArrays, make_evaluator
+from raytvb.evaluation.evaluation import Context, Evaluation
+from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.evaluation.precision import compare_precisions
 from raytvb.evaluation.rows import has_rows
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.models.evaluator import Evaluator
-from raytvb.models.process import worker_setup
+from raytvb.models.worker_process import worker_setup
 from raytvb.orchestration.connect import slots
 
 Refs = tuple[tuple[str, Any], ...]

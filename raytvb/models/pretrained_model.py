@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from raytvb.data.source import SPLITS
+from raytvb.data.image_source import SPLITS
 from raytvb.data.splits import check_task
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
@@ -15,7 +15,7 @@ from raytvb.experiment.metrics import BaseMetrics
 from raytvb.experiment.task_store import TaskStore
 from raytvb.models.heads import load_tokenizer, write_head
 from raytvb.models.open_clip_models import Encoder, encoder_files, load_encoder, load_folder
-from raytvb.models.process import worker_setup
+from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.mirror import mirror
 from raytvb.storage.records import Record

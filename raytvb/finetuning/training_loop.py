@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
 from raytvb.errors import UserError
-from raytvb.experiment.training import FinetuneConfig
+from raytvb.experiment.sections.finetune import FinetuneConfig
 from raytvb.maths.masked_adamw import MaskedAdamW
 
 

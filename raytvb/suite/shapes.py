@@ -8,7 +8,7 @@ import numpy as np
 from PIL import ImageDraw
 
 from raytvb.suite.canvas import CANVAS, SUPERSAMPLE, blank_canvas, box, place, polygon
-from raytvb.suite.names import POSITIONS, SHAPES
+from raytvb.suite.task_names import POSITIONS, SHAPES
 
 CENTRE = CANVAS / 2
 CORNERS = {"triangle": 3, "diamond": 4, "pentagon": 5, "hexagon": 6}

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from raytvb.errors import UserError
-from raytvb.orchestration.context import RunContext
-from raytvb.orchestration.tasks import collect, raise_failed, ray_task
+from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task
+from raytvb.orchestration.run_context import RunContext
 from raytvb.storage.records import record_keys
 from raytvb.storage.store import Store
 from raytvb.storage.verify import verify_records

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raytvb.experiment.base import Count, Fraction, Frozen, Positive
-from raytvb.experiment.tasks import TaskConfig, Tasks, expanded_tasks
-from raytvb.suite.names import CONTROL
+from raytvb.experiment.fields import Count, Fraction, Frozen, Positive
+from raytvb.experiment.sections.tasks import TaskConfig, Tasks, expanded_tasks
+from raytvb.suite.task_names import CONTROL
 
 
 class UnseenConfig(Frozen):

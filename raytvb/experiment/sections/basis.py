@@ -1,0 +1,65 @@
+"""The section `basis` of an experiment file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from raytvb.experiment.fields import (
+    Count,
+    Frozen,
+    one_or_many,
+)
+from raytvb.maths.basis_registry import BASIS_METHODS, online_methods
+
+
+def _each_once(given: object) -> object:
+    """Names, one or many, without those that are given again."""
+    names = one_or_many(given)
+    return tuple(dict.fromkeys(map(str, names))) if isinstance(names, list | tuple) else given
+
+
+class BasisConfig(Frozen):
+    """Which bases are built."""
+
+    method: Annotated[tuple[str, ...], BeforeValidator(_each_once)] = Field(
+        ("ae",), description="Basis methods, one or several."
+    )
+    prepare: Literal["none", "trimmed", "dropped", "sparsified"] = Field(
+        "none",
+        description=(
+            "What bases are made of. none: the task vectors. trimmed: their largest entries, as in "
+            "TIES. dropped: a random part of their entries, as in DARE. sparsified: their entries "
+            "without both tails, as in Breadcrumbs."
+        ),
+    )
+    online: bool = Field(
+        False,
+        description=(
+            "Also build bases that see each vector once, in bounded memory, with the methods that "
+            "have an online form."
+        ),
+    )
+    buffer: Count = Field(
+        1,
+        description=(
+            "How many task vectors an online basis takes in at a time. It holds these and its own "
+            "M vectors in memory."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> BasisConfig:
+        unknown = [name for name in self.method if name not in BASIS_METHODS]
+        if unknown or not self.method:
+            raise ValueError(
+                f"unknown basis method {', '.join(unknown) or '(none given)'}; allowed: "
+                f"{', '.join(BASIS_METHODS)}"
+            )
+        if self.online and not set(self.method) & set(online_methods()):
+            raise ValueError(
+                f"online: none of the methods {', '.join(self.method)} can be online; "
+                f"those that can: {', '.join(online_methods())}"
+            )
+        return self

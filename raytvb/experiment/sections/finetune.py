@@ -1,0 +1,57 @@
+"""The section `finetune` of an experiment file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raytvb.experiment.fields import (
+    Count,
+    Frozen,
+    Positive,
+)
+
+
+class FinetuneConfig(Frozen):
+    """Fine-tuning with AdamW, warm-up and cosine; the zero-shot head is frozen."""
+
+    epochs: Positive = Field(10, description="For tasks that do not give their own.")
+    batch_size: Count = Field(128, description="Images a step.")
+    accumulate: Count = Field(
+        1,
+        description=(
+            "Parts that a batch is computed in, to need less memory. The gradient is the same."
+        ),
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description=(
+            "bf16: forward and backward pass in bfloat16 where that is safe (autocast). Weights "
+            "and AdamW stay float32."
+        ),
+    )
+    lr: Positive | None = Field(
+        None,
+        description="Learning rate. Default: 1e-5; on the embedded model a value tuned for it.",
+    )
+    weight_decay: float = Field(
+        0.1, ge=0.0, description="Decoupled weight decay, on the trained entries only."
+    )
+    warmup: float = Field(
+        0.1,
+        ge=0.0,
+        description="Steps of warm-up: below 1 a share of all steps, from 1 on a number.",
+    )
+    clip: Positive = Field(1.0, description="Norm that gradients are clipped to.")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="Of the cross entropy.")
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> FinetuneConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate = {self.accumulate}: at most {self.batch_size}, the batch_size"
+            )
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup = {self.warmup}: a share below 1, or a whole number of steps")
+        return self

@@ -1,0 +1,36 @@
+"""The section `model` of an experiment file."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from raytvb.experiment.fields import (
+    TINY_MODEL,
+    Frozen,
+)
+
+
+class ModelConfig(Frozen):
+    """The pretrained open_clip model whose image tower is fine-tuned."""
+
+    name: str = Field(
+        TINY_MODEL,
+        description=(
+            f"Name of an open_clip model, hf-hub:OWNER/NAME, local-dir:PATH, or {TINY_MODEL}, the "
+            f"embedded one."
+        ),
+    )
+    pretrained: str | None = Field(
+        None,
+        description=(
+            "Weights: a tag of open_clip or a checkpoint file. Only with the name of an open_clip "
+            "model; the others bring their own."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        has_weights = self.name == TINY_MODEL or self.name.startswith(("hf-hub:", "local-dir:"))
+        if self.pretrained is not None and has_weights:
+            raise ValueError(f"pretrained: {self.name} brings its own weights; leave this out")
+        return self

@@ -1,0 +1,72 @@
+"""The section `talos` of an experiment file: how the trainable parameters are chosen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from raytvb.experiment.fields import (
+    Count,
+    Fraction,
+    Frozen,
+)
+
+
+class TalosConfig(Frozen):
+    """Which parameters are trained (TaLoS): those to which a task's answers are least sensitive."""
+
+    density: Fraction = Field(
+        0.1,
+        description=(
+            "Share of the parameters that is trained. 1.0 trains all of them, without a mask, and "
+            "writes dense vectors."
+        ),
+    )
+    mask: Literal["shared", "per-task"] = Field(
+        "shared",
+        description=(
+            "shared: one mask from the summed scores of all tasks. per-task: a mask for each task."
+        ),
+    )
+    select: Literal["lowest", "highest", "magnitude", "random"] = Field(
+        "lowest",
+        description=(
+            "Which entries are trained. lowest: those of lowest sensitivity (TaLoS). To compare "
+            "with: highest (sensitivity), magnitude (largest weights), random."
+        ),
+    )
+    rounds: Count = Field(
+        4,
+        description=(
+            "Rounds in which the mask is thinned down to the density; each scores anew. Only where "
+            "entries are selected by sensitivity."
+        ),
+    )
+    damping: float = Field(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Factor on the weights that are rejected already, while later rounds score. 1.0 leaves "
+            "them as they are."
+        ),
+    )
+    images: Count = Field(256, description="Training images that are scored, for each task.")
+    draws: Count | Literal["exact"] = Field(
+        1,
+        description=(
+            "How many labels are drawn from the model's answer to each image. exact: the "
+            "expectation over all classes."
+        ),
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the forward and backward pass of the scores."
+    )
+
+    @property
+    def stages(self) -> int:
+        """Rounds that are made: one where sensitivity does not count, as damping would change
+        nothing.
+        """
+        return self.rounds if self.select in ("lowest", "highest") else 1
