@@ -208,7 +208,7 @@ def test_works_after_a_fork(s3_environment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["store", "filesystems", "contract", "formats", "records", "verify"]
+    "module", ["store", "filesystems", "contract", "format_version", "records", "verify"]
 )
 def test_looking_into_a_local_store_imports_nothing_heavy(module: str) -> None:
     heavy = {"torch", "numpy", "pyarrow", "safetensors", "s3fs", "aiobotocore", "botocore"}
