@@ -2,9 +2,9 @@
 
 The pure parts need no Ray and no store: `fisher_scores`, `select_mask`, `fit_basis`, `TaskVector`.
 `gram_matrix`, `write_combinations` and `StoredBasis` work on task vector files and bases in a
-store. `run(load_experiment("experiment.yaml"))` is `raytvb run experiment.yaml`.
-`basis_method` and `merge_method` register methods of your own (docs/extending.md).
-Each name is imported at its first use, so `raytvb --help` does not wait for torch.
+store. `run(load_experiment("experiment.yaml"))` does the same as `raytvb run experiment.yaml`.
+`basis_method` and `merge_method` register your own methods (docs/extending.md). Each name is
+imported at its first use, so `raytvb --help` does not wait for torch.
 """
 
 from __future__ import annotations

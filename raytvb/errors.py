@@ -6,20 +6,21 @@ from __future__ import annotations
 class UserError(Exception):
     """Bad input or a missing resource.
 
-    The text names the thing and the way out: the command line prints it alone.
+    The text names what is wrong and what the user can do. The command line prints only this text.
     """
 
 
 class VectorError(ValueError):
     """A vector, mask or basis file that cannot be used, or vectors that do not belong together.
 
-    The message is the reason, then the remedy. It survives pickling, so workers can raise it.
+    The message is the reason, then the remedy. The error survives pickling, so workers can raise
+    it.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         """reason: what is wrong, with the names of the files.
 
-        remedy: what the user can do about it; '' where only the caller can tell.
+        remedy: what the user can do about it; '' if only the caller knows.
         """
         super().__init__(reason, remedy)
         self.reason = reason
@@ -29,5 +30,5 @@ class VectorError(ValueError):
         return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
 
     def with_remedy(self, remedy: str) -> VectorError:
-        """The same reason with this remedy, or the error itself where it has a remedy already."""
+        """The same reason with this remedy, or the error itself if it already has a remedy."""
         return self if self.remedy else VectorError(self.reason, remedy)

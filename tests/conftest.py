@@ -15,7 +15,7 @@ from s3_server import S3Server
 from raytvb.cli.main import main
 from raytvb.storage.store import Store
 
-# Small tensors gain nothing from more threads, and workers of the tests' own Ray need the cores.
+# Small tensors gain nothing from more threads, and the workers of the tests' Ray need the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where the tests run in the background SIGINT is ignored, also in the processes they start, unless
 # there is a handler here; some tests press Ctrl-C in those.
@@ -45,7 +45,7 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a fresh store, once of each kind."""
+    """The URL of a fresh store; the test runs once for each kind of store."""
     if request.param == "local":
         return str(tmp_path / "store")
     return f"{request.getfixturevalue('s3_environment')}/experiments/one"
@@ -61,8 +61,8 @@ def suite_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
-    """A local Ray with two CPUs and four GPUs that are counted but not there; its workers know the
-    S3 server.
+    """A local Ray with two CPUs and four GPUs, which are counted but do not exist. Its workers know
+    the S3 server.
 
     The command line, called in this process, finds Ray connected and uses it, so workers stay warm
     between tests.
@@ -89,9 +89,7 @@ def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
-    """A complete run with a local store: the experiment file and the store. Not to be written
-    to.
-    """
+    """The experiment file and the local store of a complete run. Tests must not write to them."""
     folder = tmp_path_factory.mktemp("finished")
     file = write_experiment(folder, str(folder / "store"))
     assert main(["run", str(file)]) == 0

@@ -1,5 +1,5 @@
-"""The small experiment that several test modules run: three tasks of the embedded suite, minutes
-cut to seconds.
+"""The small experiment that several test modules run: three tasks of the embedded suite, shortened
+to run in seconds.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class S3Server:
             raise
 
     def stop(self) -> None:
-        """End the processes that this object started; no error where there are none."""
+        """End the processes that this object started. It is not an error if there are none."""
         for process in self._processes.values():
             _signal_group(process, signal.SIGTERM)
         for process in self._processes.values():
@@ -168,8 +168,8 @@ class S3Server:
 
     @cached_property
     def client(self) -> Any:
-        """A botocore S3 client with full rights, for what the code under test has no business
-        doing.
+        """A botocore S3 client with full rights, for operations that the code under test must not
+        do.
         """
         from botocore.session import Session
 
@@ -257,7 +257,7 @@ def _user_name() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Distinct ports that nothing listens on; all are held until the last is known."""
+    """Distinct ports that nothing listens on. All ports are held until the last one is chosen."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -268,7 +268,7 @@ def _free_ports(count: int) -> list[int]:
 def _healthy(port: int) -> bool:
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({})
-    )  # a proxy in the environment is not for us
+    )  # a proxy from the environment must not be used
     try:
         with opener.open(f"http://127.0.0.1:{port}/healthcheck", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -277,8 +277,8 @@ def _healthy(port: int) -> bool:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To the whole session of a process that we started and have not yet waited for, so its id is
-    still its own.
+    """Send a signal to the whole session of a process. We started the process and have not waited
+    for it yet, so no other process can have its id.
     """
     if process.returncode is None:
         with suppress(ProcessLookupError):

@@ -1,5 +1,5 @@
-"""The rooms of the package and the direction of their imports, read from the source: every import,
-also those inside functions.
+"""The rooms of the package and the direction of their imports. Every import in the source is
+checked, also those inside functions.
 """
 
 import ast
@@ -78,7 +78,7 @@ def own_imports(tree: ast.AST) -> set[str]:
 
 
 def libraries(tree: ast.AST) -> set[str]:
-    """Top-level names of everything else that is imported."""
+    """Top-level names of all imported modules of other packages."""
     return {room_of(name) for name in imported(tree)} - {"raytvb"}
 
 
@@ -119,7 +119,7 @@ def test_no_circle_of_modules() -> None:
             done.add(module)
 
     for module in SOURCES:
-        if module:  # the package itself only names where its public names live
+        if module:  # the package itself only says where its public names are defined
             visit(module, ())
 
 

@@ -321,7 +321,9 @@ def test_ae_adam_comes_near_the_floor_on_small_vectors() -> None:
 def test_above_the_rank_the_basis_is_exact_and_no_larger_than_needed(
     method: str, size: int
 ) -> None:
-    V = vectors("orthogonal", 8)[:, [0, 0, 0, 1, 1, 2, 2]]  # seven vectors, three of them different
+    V = vectors("orthogonal", 8)[
+        :, [0, 0, 0, 1, 1, 2, 2]
+    ]  # seven vectors, of which three are different
     with pytest.warns(UserWarning, match="the vectors have rank 3: "):
         fit = quietly(V.T @ V, size, method)
     assert fit.B.shape == (7, 3) and fit.W.shape == (3, 7)
@@ -339,7 +341,7 @@ def test_a_mean_that_vanishes_takes_one_vector_more_than_the_rank(
         [1, 1, 1, 1, -1, -1, -1, -1]
     )
     with pytest.warns(
-        UserWarning, match=f"rank 4: {expected} basis vectors are exact, of the {size} asked for"
+        UserWarning, match=f"rank 4: {expected} basis vectors are exact, so the size {size} is not"
     ):
         fit = quietly(V.T @ V, size, method)
     assert fit.size == expected and fit.loss < 1e-12

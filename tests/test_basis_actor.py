@@ -1,4 +1,6 @@
-"""The stream of vectors into Gram matrix and bases: in this process, and as actors that die."""
+"""The stream of vectors into the Gram matrix and the bases, in this process and with actors that
+die.
+"""
 
 import itertools
 import json
@@ -60,7 +62,7 @@ def mask(seed: int = 0) -> Mask:
 def commit(
     asked: Experiment, index: int, *, seed: int | None = None, values: Tensor | None = None
 ) -> Tensor:
-    """Store a vector as a fine-tune does; its kept values in float64."""
+    """Store a vector as a fine-tune does. Returns its kept values in float64."""
     store, task = Store(asked.store), asked.tasks[index]
     chosen = mask()
     key = "masks/shared/mask.safetensors"
@@ -159,7 +161,7 @@ def test_a_builder_that_died_goes_on_and_nothing_is_read_twice(tmp_path: Path) -
     straight.add(asked.task_names)
     expected = straight.gram()
     Store(asked.store).delete("gram")
-    for task in asked.task_names:  # a new one for each: the state is in the store
+    for task in asked.task_names:  # a new builder for each call: the state is in the store
         builder = BasisBuilder(asked)
         assert task not in tasks_in(asked)
         builder.add([task])
@@ -193,7 +195,7 @@ def test_a_stale_twin_cannot_write(tmp_path: Path) -> None:
     old = BasisBuilder(asked)
     old.add(asked.task_names[:2])
     new = BasisBuilder(asked)
-    old.add(asked.task_names[2:3])  # nothing was taken from it yet
+    old.add(asked.task_names[2:3])  # no vector was taken from it yet
     new.add(asked.task_names[3:])
     assert tasks_in(asked) == list(asked.task_names)
     commit(asked, 0, seed=55)
@@ -316,8 +318,8 @@ def test_an_online_basis_follows_the_tasks_in_their_order(tmp_path: Path) -> Non
         tmp_path, 7, basis={"method": ["svd", "ae-anchored", "pca"], "online": True, "buffer": 2}
     )
     store = Store(asked.store)
-    order = [3, 0, 1, 6, 2, 5, 4]  # in which the fine-tunes end
-    for index in order:  # a new builder for each
+    order = [3, 0, 1, 6, 2, 5, 4]  # the order in which the fine-tunes end
+    for index in order:  # a new builder for each task
         BasisBuilder(asked).add([asked.task_names[index]])
     BasisBuilder(asked).write_bases()
     other = asked.model_copy(update={"store": str(tmp_path / "other")})
@@ -382,7 +384,7 @@ def test_an_online_basis_starts_anew_where_a_vector_changed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("what", ["", "/basis-00001-of-00001.safetensors"])
 def test_a_deleted_online_basis_is_made_again(tmp_path: Path, what: str) -> None:
-    """The whole folder, or one of its files, as the message for a damaged one says."""
+    """Delete the whole folder, or one of its files, as the message for a damaged basis says."""
     asked, _ = filled(tmp_path, 4, basis={"method": "svd", "online": True})
     builder = BasisBuilder(asked)
     builder.add(asked.task_names)
@@ -429,7 +431,9 @@ def test_actors_that_are_killed_lose_nothing(
     for number, task in enumerate(asked.task_names):
         call = builder.add.remote([task])
         if number in (2, 5):
-            ray.kill(actors[0 if number == 2 else -1], no_restart=False)  # while it works, perhaps
+            ray.kill(
+                actors[0 if number == 2 else -1], no_restart=False
+            )  # perhaps while the actor works
         assert ray.get(call).failed == {}
     assert tasks_in(asked) == list(asked.task_names)
     assert torch.equal(ray.get(builder.gram.remote()), gram)
@@ -482,8 +486,8 @@ cluster.shutdown()
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_death_of_a_node_loses_nothing(tmp_path: Path) -> None:
-    """Three nodes on this machine, four actors; a node with some of them is killed when half of the
-    vectors are in.
+    """Three nodes on this machine with four actors. A node with some of the actors is killed when
+    half of the vectors have been taken in.
     """
     asked, _ = filled(tmp_path / "store", 8, resources={"shards": 3})
     store = Store(asked.store)

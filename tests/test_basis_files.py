@@ -1,5 +1,5 @@
-"""Bases on disk: the products of vectors and weights in float64, files, index, reading by ranges,
-damage.
+"""Bases on disk, compared with products of vectors and weights in float64: files, index, reading by
+ranges, and damaged files.
 """
 
 import json
@@ -40,7 +40,7 @@ from raytvb.storage.store_errors import StoreError
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import VectorFile
 
-SMALL = 2**16  # bytes a file: those of three vectors have 4096 coordinates then
+SMALL = 2**16  # bytes of a file: files of three vectors then have 4096 coordinates
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Store:
-    """Where bases are written."""
+    """The store in which bases are written."""
     return Store(str(tmp_path / "made"))
 
 
@@ -151,7 +151,7 @@ def test_all_are_made_in_one_pass(
 
 
 def test_merges_are_columns(store: Store, made: Store) -> None:
-    """K merges of the same vectors: additions of subsets, a negation."""
+    """K merges of the same vectors: additions of subsets and a negation."""
     keys, V = put_set(store, "mixed")
     merges = torch.tensor(
         [[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, -1]], dtype=torch.float64
@@ -179,8 +179,8 @@ def test_the_bits_of_a_basis_do_not_depend_on_the_others(
 def test_the_bits_of_a_basis_do_not_depend_on_the_width_of_the_blocks(
     made: Store, rest: int
 ) -> None:
-    """As writers that share it have other blocks; a last one of a single column is the hard
-    case.
+    """Writers that share a basis have other blocks. The hard case is a last block of a single
+    column.
     """
     count = 2 * BLOCK + rest
     V = torch.randn(12, count, generator=torch.Generator().manual_seed(0))
@@ -249,7 +249,7 @@ def test_from_a_bucket_into_a_bucket(s3_environment: str, store: Store, made: St
     "obstacle", ["basis-00001-of-00001.safetensors", INDEX, "coefficients.safetensors"]
 )
 def test_a_pass_that_fails_leaves_no_record(store: Store, made: Store, obstacle: str) -> None:
-    """A folder is where a file is to be written."""
+    """A folder lies where a file must be written."""
     paths, outputs = paths_of(store, put_set(store, "dense")[0]), weights_of(5, 3, 2)
     made.write(f"basis/m2/{obstacle}/in-the-way", b"")
     with pytest.raises(StoreError, match=rf"basis/m2/{obstacle}"):
@@ -324,7 +324,7 @@ def test_vectors_that_do_not_belong_together_are_named(store: Store, made: Store
 def cut_basis(
     store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[StoredBasis, Tensor]:
-    """A basis of many files, and S (D, 3) float64 as they have it."""
+    """A basis of many files, and its vectors S (D, 3) float64 as the files hold them."""
     monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
     keys, _ = put_set(store, "per-task", BIG, count=4)
     write_combinations(paths_of(store, keys), weights_of(4, 3), made.url)
@@ -464,8 +464,8 @@ def test_a_missing_or_other_mask_is_an_error_that_names_it(store: Store, made: S
 def test_changed_numbers_are_found_by_their_checksums(
     cut_basis: tuple[StoredBasis, Tensor],
 ) -> None:
-    """Readers do not look at checksums; the record has one for each file, which `verify`
-    compares.
+    """Readers do not compare checksums. The record has one for each file, and `verify` compares
+    them.
     """
     basis, _ = cut_basis
     flip(basis.store, basis.files[1], -1)
@@ -483,7 +483,7 @@ def test_changed_numbers_are_found_by_their_checksums(
 def test_a_storage_that_fails_is_not_taken_for_damage(
     s3_environment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such an error may pass, and what meets it is tried again."""
+    """Such an error may be temporary, so the caller tries again."""
     store = Store(f"{s3_environment}/one")
     keys, _ = put_set(store, "dense")
     write_combinations(paths_of(store, keys), weights_of(5, 2), store.url)

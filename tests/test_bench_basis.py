@@ -1,4 +1,4 @@
-"""The basis benchmark: its fields, its reference, and that the random Grams are what they say."""
+"""The basis benchmark: its fields, its reference, and the form of its random Gram matrices."""
 
 from typing import Any
 

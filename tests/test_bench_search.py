@@ -1,6 +1,4 @@
-"""The search benchmark on a finished store: its fields, its counts, and that both sides choose what
-they should.
-"""
+"""The search benchmark on a finished store: its fields, its counts, and what both sides choose."""
 
 import json
 from collections.abc import Iterator
@@ -48,7 +46,7 @@ FEW = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @pytest.fixture(scope="module")
 def compared(finished: tuple[Path, Store]) -> Iterator[dict[str, Any]]:
-    """A result with few coefficients, as `result`; also the `results` of our rounds and our
+    """A benchmark with few coefficients: its `result`, the `results` of our rounds, and our
     `evaluators`.
     """
     results, evaluators = list[Measured](), list[Evaluator]()
@@ -125,7 +123,7 @@ def test_counts_are_those_of_what_was_done(compared: dict[str, Any]) -> None:
     assert reference["images"] == 2 * len(FEW) * images["val"]
     assert reference["test_images"] == ours["test_images"] == images["test"]
     rounds = len(experiment.search.shares)
-    assert len(results) == 3 * rounds  # of zero-shot and two bases
+    assert len(results) == 3 * rounds  # evaluations of zero-shot and two bases
     per_candidate = [results[k : k + rounds] for k in range(0, len(results), rounds)]
     looked_at = [{(t.size, t.coefficient) for r in own for t in r.tried} for own in per_candidate]
     assert ours["candidates"] == sum(map(len, looked_at))
@@ -150,7 +148,7 @@ def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> N
         return sum(by_split[split].count(t).accuracy for t in experiment.task_names) / 3
 
     grid = {(size, alpha): accuracy("val", size, alpha) for size in (1, 2) for alpha in FEW}
-    size, alpha = max(grid, key=lambda pair: grid[pair])  # the first of equals
+    size, alpha = max(grid, key=lambda pair: grid[pair])  # the first of equal values
     assert reference["chosen"] == {"size": size, "coefficient": alpha}
     assert reference["validation_accuracy"] == pytest.approx(grid[size, alpha])
     assert reference["test_accuracy"] == pytest.approx(accuracy("test", size, alpha))

@@ -1,4 +1,4 @@
-"""The local copy of vectors: what it gives, what it checks, and what it holds."""
+"""The local copy of vectors: the values it returns, its checks, and the bytes that it holds."""
 
 import os
 from pathlib import Path
@@ -50,12 +50,12 @@ def cache_in(
 
 
 def add(cache: BlockCache, store: Store, key: str) -> None:
-    """As a shard does: by the checksums that were recorded when the file was whole."""
+    """Add a vector as a shard does, with the checksums recorded when the file was whole."""
     cache.add(key, VectorFile(store, key), FileInfo.of(store.read(key)))
 
 
 def ranges_of(start: int, stop: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Within a share, from multiples of 8."""
+    """Ranges within a share that start at multiples of 8."""
     rng = np.random.default_rng(seed)
     firsts = start + 8 * rng.integers(0, (stop - start) // 8 + 1, 12)
     widths = rng.integers(0, BLOCK + 1, 12)
@@ -207,7 +207,7 @@ def test_a_changed_header_is_found_from_any_share(store: Store) -> None:
 def test_a_flipped_bit_of_a_mask_of_its_own_is_found_and_the_mask_named(
     store: Store, tmp_path: Path, start: int, stop: int
 ) -> None:
-    """The last tensor of a mask file are its bits, of which there are D."""
+    """Damage the bits of a mask file. They are its last tensor, with D bits."""
     keys, V = put_set(store, "per-task", BIG, count=1)
     vector, info = VectorFile(store, keys[0]), FileInfo.of(store.read(keys[0]))
     mask, size = "masks/own-0/mask.safetensors", -(-D // 8)
@@ -242,7 +242,7 @@ def test_a_file_that_became_shorter_is_an_error_that_names_it(
 
 @pytest.mark.parametrize("place", PLACES)
 def test_its_size_is_that_of_what_is_stored(store: Store, tmp_path: Path, place: str) -> None:
-    """Kept values in their own dtype, and a bit a coordinate for masks."""
+    """The cache holds kept values in their own dtype, and one bit for each coordinate for masks."""
     keys, _ = put_set(
         store, "mixed", BIG, count=4, dtypes=(torch.float32, torch.float32, torch.bfloat16)
     )
@@ -309,6 +309,6 @@ def test_a_file_on_disk_has_no_name_and_goes_with_the_cache(store: Store, tmp_pa
 
 
 def open_files(folder: Path) -> int:
-    """How many files of the folder this process holds open, those without a name included."""
+    """Number of files of the folder that this process has open, including unnamed files."""
     held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     return sum(name.startswith(f"{folder}/") for name in held)

@@ -1,4 +1,4 @@
-"""Checkpoints of fine-tunes in the store, and the keys and records of a task that are carried."""
+"""Checkpoints of fine-tunes in the store, and the keys and records of a task in its `TaskStore`."""
 
 from pathlib import Path
 from typing import Any

@@ -147,9 +147,7 @@ def launcher_accepts(config: Fields) -> None:
 
 
 def ec2_report(node_config: Fields, shape: Any) -> str:
-    """What EC2 would say about a node; SubnetIds and SecurityGroupIds are filled in by Ray, as the
-    counts are.
-    """
+    """EC2's complaints about a node. Ray fills in SubnetIds, SecurityGroupIds and the counts."""
     return (
         ParamValidator()
         .validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)

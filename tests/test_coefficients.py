@@ -1,5 +1,5 @@
-"""Searches for a coefficient: against all values, on functions with one maximum and on any
-others.
+"""Searches for a coefficient, compared with a search of all values, on functions with one maximum
+and on arbitrary ones.
 """
 
 import math
@@ -39,13 +39,15 @@ def test_climbing_finds_the_maximum_wherever_it_lies(rungs: int) -> None:
             assert sorted(tried) == sorted(seen) and all(
                 tried[a] == -abs(math.log(a / points[peak])) for a in tried
             )
-            # The way there and the next rung; down, after a look at the other side.
+            # Up: the rungs to the peak and the next one. Down: also the rung above the start.
             assert len(seen) <= (peak - start + 2 if peak > start else start - peak + 3)
 
 
 @pytest.mark.parametrize("start", range(6))
 def test_climbing_stops_on_a_plateau_at_the_smallest_of_equals(start: int) -> None:
-    """Where merging changes nothing any more, the smaller coefficient is taken from above."""
+    """Where larger coefficients no longer change the value, a search from above ends at the smaller
+    one.
+    """
     values = [0.2, 0.5, 0.8, 0.8, 0.8, 0.1]
     points = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     seen, value = counted(lambda a: values[points.index(a)])
@@ -89,9 +91,7 @@ def test_climbing_a_ladder_finds_the_only_maximum_of_any_shape() -> None:
 
 
 def test_of_any_function_both_neighbours_of_the_best_were_looked_at() -> None:
-    """Accuracies are rough: of what was tried there is a best one, and neither neighbour is
-    better.
-    """
+    """Accuracies are not smooth. The best of the tried coefficients has no better neighbour."""
     rng = random.Random(2)
     for _ in range(500):
         levels = rng.choice((2, 4, 100))

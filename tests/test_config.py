@@ -1,5 +1,5 @@
-"""The experiment file: what it fills in, what it refuses, and whether the message tells the way
-out.
+"""The experiment file: its defaults, the errors that it reports, and whether each message says what
+to do.
 """
 
 import subprocess
@@ -358,7 +358,7 @@ WRONG = [
     (
         {"evaluate": {"control": "clip8"}},
         "evaluate.control",
-        "control: one task, not the tasks of a preset",
+        "control: give a single task, not a preset of several",
         "",
     ),
     (
@@ -377,7 +377,7 @@ WRONG = [
         {"evaluate": {"additions": [TASKS[:2], ["a"]]}},
         "evaluate.additions",
         "give different tasks",
-        "a is none",
+        "unknown: a",
     ),
     (
         {"evaluate": {"additions": [[TASKS[0]] * 2]}},
@@ -390,13 +390,13 @@ WRONG = [
     (
         {"evaluate": {"unseen": [TASKS[3]]}},
         "evaluate.unseen.tasks",
-        "these have task vectors",
+        "these tasks have vectors",
         TASKS[3],
     ),
     (
         {"evaluate": {"unseen": ["glyphs/clean"] * 2}},
         "evaluate.unseen.tasks",
-        "a name is given twice",
+        "the same name is given twice",
         "",
     ),
     (
@@ -409,7 +409,7 @@ WRONG = [
         {"evaluate": {"disentanglement": {"pairs": [[TASKS[0], "a"]]}}},
         "evaluate.disentanglement.pairs",
         "give different tasks",
-        "a is none",
+        "unknown: a",
     ),
     (
         {"evaluate": {"disentanglement": {"pairs": [[TASKS[0]] * 2]}}},
@@ -688,7 +688,7 @@ def test_an_error_within_a_task_is_the_only_one_about_the_tasks() -> None:
     [
         (
             {"tasks": [{"name": "mine", "data": "/d", "classes": []}]},
-            "classes: give at least one name, and each once",
+            "classes: give at least one name, and each name once",
         ),
         (
             {"tasks": [{"name": "mine", "data": "/d", "classes": ["a", "a"]}]},
@@ -889,7 +889,7 @@ NEVER = [
 
 
 def with_vectors(store: Store) -> list[str]:
-    """A store in which something was made of the experiment."""
+    """A store that holds results of the experiment."""
     freeze(store, experiment())
     for prefix in ("base", f"splits/val/{TASKS[0]}", f"vectors/{TASKS[0]}"):
         records.commit(store, prefix, identity={}, files={"some.bin": b"x"})

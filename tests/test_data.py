@@ -1,4 +1,4 @@
-"""Data sets made on the spot, in every form in which they are read."""
+"""Data sets created in the tests, in every form that can be read."""
 
 import gzip
 import io
@@ -254,7 +254,7 @@ def cut(data: bytes) -> bytes:
 
 
 def with_header(data: bytes, start: int, field: bytes, *, checksum: bool = True) -> bytes:
-    """A PNG with another field in its header chunk, whose checksum is then made to fit."""
+    """A PNG with another value in its header chunk. The checksum of the chunk is corrected."""
     changed = data[:start] + field + data[start + len(field) :]
     return (
         changed[:29] + struct.pack(">I", zlib.crc32(changed[12:29])) + changed[33:]
@@ -352,7 +352,7 @@ def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> 
     ):
         load_split(own_task(tmp_path), "test", SQUASH)
     with pytest.raises(
-        UserError, match=r"notes\.txt is a file; `data:` is the folder that it is in"
+        UserError, match=r"notes\.txt is a file; `data:` must be the folder that it is in"
     ):
         load_split(own_task(tmp_path / "notes.txt"), "test", SQUASH)
     empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
@@ -361,7 +361,7 @@ def test_an_empty_split_and_a_folder_without_files_are_named(tmp_path: Path) -> 
         load_split(own_task(tmp_path, classes=["a"]), "test", SQUASH)
     with pytest.raises(
         UserError,
-        match=r"task own: no train split .* \(there is test \(taken for test\)\); `splits:",
+        match=r"task own: no train split .* \(there is test \(used for test\)\); `splits:",
     ):
         load_split(own_task(tmp_path, classes=["a"]), "train", SQUASH)
 
@@ -439,7 +439,7 @@ def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
         return {s: len(i) for s, i in made.items()}
 
     with pytest.raises(
-        UserError, match=r"no test split .*extra, train \(taken for train\).*`splits: {test"
+        UserError, match=r"no test split .*extra, train \(used for train\).*`splits: {test"
     ):
         found()
     assert sizes_of(found(test="extra")) == {"train": 50, "val": 7, "test": 4}
@@ -447,7 +447,7 @@ def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
         "train": 45,
         "val": 5,
         "test": 7,
-    }  # it cannot be val as well
+    }  # the pool cannot be val as well
     shares = found(test=0.2, val=0.3)
     assert sizes_of(shares) == {"train": 25, "val": 15, "test": 10}
     assert found(test=0.2, val=0.3) == shares
@@ -462,7 +462,7 @@ def test_splits_by_name_and_by_share(tmp_path: Path) -> None:
 
 
 def test_one_row_group_of_any_size_is_not_held_in_memory(tmp_path: Path) -> None:
-    """35 MB of images in a single row group; the reader may grow by half of that."""
+    """35 MB of images are in a single row group. The reader's memory may grow by half of that."""
     noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), "BMP")
     rows = [data[: 60 + k] + bytes([k % 256]) + data[61 + k :] for k in range(80)]
@@ -511,7 +511,7 @@ def test_a_sample_is_drawn_in_the_order_of_the_generator(tmp_path: Path) -> None
 
 
 def write_tree(root: str, names: list[str]) -> None:
-    """PNG files of those names, the k-th showing picture k."""
+    """PNG files with the given names. File k shows picture k."""
     store = Store(root)
     for number, name in enumerate(names):
         store.write(name, encoded(picture(number), "JPEG" if name.endswith("jpg") else "PNG"))
@@ -596,11 +596,11 @@ def test_a_folder_per_class_alone_is_split_by_shares(tmp_path: Path) -> None:
 
 def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
     write_tree(str(tmp_path), ["train/cat/1.png", "train/2.png", "test/dog/1.png"])
-    with pytest.raises(UserError, match=r"train/2\.png is in no folder of a class"):
+    with pytest.raises(UserError, match=r"train/2\.png is not in a class folder"):
         task_classes(own_task(tmp_path))
     flat = tmp_path / "flat"
     write_tree(str(flat), ["1.png", "2.png"])
-    with pytest.raises(UserError, match=r"flat/1\.png is in no folder of a class"):
+    with pytest.raises(UserError, match=r"flat/1\.png is not in a class folder"):
         task_classes(own_task(flat))
 
 
@@ -610,10 +610,11 @@ def test_a_folder_too_high_or_too_low_is_an_error(tmp_path: Path) -> None:
         [f"pets/{s}/{c}/{k}.png" for s in ("train", "test") for c in ("a", "b") for k in (1, 2)],
     )
     with pytest.raises(
-        UserError, match=r"are in one class, pets; `data:` is the folder above those of the classes"
+        UserError,
+        match=r"are in one class, pets; `data:` must be the folder above the class folders",
     ):
         task_classes(own_task(tmp_path))
-    with pytest.raises(UserError, match="is in no folder of a class"):
+    with pytest.raises(UserError, match="is not in a class folder"):
         task_classes(own_task(tmp_path / "pets" / "train" / "a"))
     assert task_classes(own_task(tmp_path / "pets")) == ("a", "b")
 
@@ -640,11 +641,11 @@ def test_what_a_split_lacks_is_told_without_reading_images(tmp_path: Path) -> No
     write_tree(str(tmp_path), [f"train/{c}/{k}.png" for c in ("a", "b") for k in range(3)])
     assert check_task(own_task(tmp_path), ["train", "val"]) == ("a", "b")
     with pytest.raises(
-        UserError, match=r"no test split .* \(there is train \(taken for train\)\); .*such as 0\.1"
+        UserError, match=r"no test split .* \(there is train \(used for train\)\); .*such as 0\.1"
     ):
         check_task(own_task(tmp_path), SPLITS)
     with pytest.raises(
-        UserError, match=r"no train split .* \(taken for val\)\); `splits: {train: NAME}`"
+        UserError, match=r"no train split .* \(used for val\)\); `splits: {train: NAME}`"
     ):
         check_task(own_task(tmp_path, splits={"val": "train"}), SPLITS)
     with pytest.raises(UserError, match=r"splits\.val: 10%: .* a number, such as 0\.1"):

@@ -1,4 +1,6 @@
-"""What a search decides from rounds in a store: outcomes, the choice, and that it is made once."""
+"""Decisions of a search from rounds in a store: outcomes, the choice, and that a choice is made
+once.
+"""
 
 import io
 from pathlib import Path
@@ -46,7 +48,7 @@ def measured(single: float, every: float, share: float = 1.0) -> Measured:
         total=2,
     )
     return Measured(
-        objective=-7.0,  # of another experiment: what counts is worked out from the accuracies
+        objective=-7.0,  # from another experiment: only the accuracies matter
         share=share,
         coefficient={1: 0.5, 4: 0.25},
         own_lengths={1: True, 4: False},
@@ -73,8 +75,8 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def candidates(store: Store) -> list[Candidate]:
-    """With rounds in the store: svd is the poorest of its size and ends early, kmeans is not
-    finite.
+    """A search with rounds in the store. svd is the poorest of its size and ends early; the values
+    of kmeans are not finite.
     """
     experiment = asked(store)
     bases = {c.method: c for c in basis_candidates(experiment)}
@@ -139,7 +141,7 @@ def test_a_decision_is_written_once(store: Store, candidates: list[Candidate]) -
 
 
 def test_records_say_what_earlier_versions_said(store: Store, candidates: list[Candidate]) -> None:
-    """They read these, and wrote such ones: nothing is searched or written again."""
+    """Earlier versions wrote such results. They are read, and nothing is searched again."""
     experiment = asked(store)
     commit_decision(store, experiment, candidates, decide(store, experiment, candidates, SIZES))
     choice = store.read_json("search/record.json")["metrics"]

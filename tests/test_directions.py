@@ -19,8 +19,8 @@ TOLERANCE = {"tsv-m": 1e-4, "iso-c": 1e-4}  # SVDs in float32
 
 
 def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Tensor:
-    """The method on whole vectors W (D, n) float64, `bits` (D,) those of a mask: the merged vector
-    (D,).
+    """The merged vector (D,) of a method on whole vectors W (D, n) float64; `bits` (D,) are those
+    of a mask.
     """
     seen = W if bits is None or MERGE_METHODS[method].matrices else W[bits]
     options: dict[str, Any] = {"dare": {"generator": torch.Generator().manual_seed(seed)}}.get(
@@ -43,7 +43,7 @@ def reference(W: Tensor, method: str, bits: Tensor | None, seed: int = 0) -> Ten
 
 
 def mixing(count: int) -> Tensor:
-    """Task vectors as mixes of all the stored ones (COUNT, count)."""
+    """Task vectors as mixes (COUNT, count) of all stored vectors."""
     return torch.randn(
         COUNT, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)
     )
@@ -80,7 +80,7 @@ def test_every_method_is_that_of_whole_tensors(
 
 @pytest.mark.parametrize("method", ["mean", "ties", "dare", "breadcrumbs", "consensus"])
 def test_zeros_of_sparse_vectors_stay_zeros(tmp_path: Path, method: str) -> None:
-    """Of vectors with masks of their own: where none keeps an entry."""
+    """Vectors with their own masks, where no mask keeps an entry."""
     keys, V = put_set(Store(str(tmp_path)), "per-task", count=COUNT)
     found = method_direction(
         open_set(Store(str(tmp_path)), keys), torch.eye(COUNT).double(), method
@@ -91,7 +91,9 @@ def test_zeros_of_sparse_vectors_stay_zeros(tmp_path: Path, method: str) -> None
 @pytest.mark.parametrize("kind", ["shared", "per-task"])
 @pytest.mark.parametrize("method", stored_merges())
 def test_vectors_without_weight_are_not_read(tmp_path: Path, kind: str, method: str) -> None:
-    """The rest keeps its coordinates, also where it has more in common than all vectors have."""
+    """The remaining vectors keep their coordinates, even if they share more entries than all
+    vectors do.
+    """
     store = Store(str(tmp_path))
     keys, V = put_set(store, kind, count=COUNT)
     vectors, bits = (

@@ -1,5 +1,5 @@
-"""Pretrained weights from files of the formats in use, made on the spot, and the errors for those
-that do not fit.
+"""Pretrained weights from files in the usual formats, created in the tests, and the errors for
+files that do not fit.
 """
 
 import json
@@ -27,7 +27,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A model that open_clip knows by name, as it knows those of its own."""
+    """A model that open_clip knows by name, like its own models."""
     file = tmp_path_factory.mktemp("configs") / f"{NAME}.json"
     file.write_text(json.dumps(CONFIG))
     open_clip.add_model_config(file)
@@ -76,7 +76,9 @@ def test_a_checkpoint_file_of_any_common_form_is_loaded(
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt"])
 def test_every_tensor_that_differs_is_listed_at_once(tmp_path: Path, file: str) -> None:
-    """Also a position embedding of another resolution, which open_clip would resize."""
+    """The differences include a position embedding of another resolution, which open_clip would
+    resize.
+    """
     wrong = state()
     for name in ("visual.proj", "visual.ln_post.weight"):
         del wrong[name]
@@ -88,7 +90,7 @@ def test_every_tensor_that_differs_is_listed_at_once(tmp_path: Path, file: str) 
     with pytest.raises(UserError) as caught:
         load_encoder(written(tmp_path / file, wrong))
     assert str(caught.value).splitlines() == [
-        f"model.pretrained: {tmp_path / file} is no checkpoint of {NAME}",
+        f"model.pretrained: {tmp_path / file} is not a checkpoint of {NAME}",
         "  missing: visual.ln_post.weight, visual.proj",
         "  not in the model: head.weight",
         "  of another shape: text_projection (8, 7) instead of (8, 12), "

@@ -94,7 +94,9 @@ def split(count: int, classes: int, seed: int) -> Split:
 
 
 def a_mask(density: float = 0.3) -> dict[str, Tensor]:
-    """Of the tower's parameters by their open_clip names; nothing of the convolution's bias."""
+    """A mask of the tower's parameters by their open_clip names. It keeps nothing of the
+    convolution's bias.
+    """
     generator = torch.Generator().manual_seed(5)
     mask = {
         f"visual.{n}": torch.rand(p.shape, generator=generator) < density
@@ -117,7 +119,9 @@ def evaluator(net: nn.Module, mask: dict[str, Tensor] | None, precision: str = "
 
 
 def a_direction(mask: dict[str, Tensor] | None, seed: int = 8) -> tuple[Tensor, TaskVector]:
-    """A direction as the evaluator takes it, and the same as a task vector of whole tensors."""
+    """A direction in the form that the evaluator takes, and the same direction as a task vector of
+    whole tensors.
+    """
     generator = torch.Generator().manual_seed(seed)
     whole = {n: torch.randn(t.shape, generator=generator) for n, t in state(tower()).items()}
     if mask is not None:
@@ -211,9 +215,9 @@ def test_the_order_of_a_tasks_images_is_its_own_and_the_same_everywhere() -> Non
     before = torch.random.get_rng_state()
     assert {n: nested_order(n, 500).tolist() for n in names} == orders
     assert torch.equal(torch.random.get_rng_state(), before)
-    # Of a random permutation a quarter has a quarter of any part of the images.
+    # A quarter of a random permutation has about a quarter of any part of the images.
     assert all(80 < sum(k < 250 for k in o[:200]) < 120 for o in orders.values())
-    # Seeded by what is the same in every process, as `hash` is not.
+    # The seed must be the same in every process, which `hash` is not.
     seed = torch.Generator().manual_seed(0xE8B7BE43)  # the CRC-32 of "a"
     assert orders["a"] == torch.randperm(500, generator=seed).tolist()
 
@@ -289,7 +293,7 @@ def test_images_that_went_through_the_tower_are_counted() -> None:
 
 
 class WithTokens(nn.Module):
-    """A tower that gives its tokens as well."""
+    """A tower that returns its tokens as well."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which evaluations there are after a search, and what each depends on."""
+"""The evaluations after a search, and what each of them depends on."""
 
 import json
 from collections.abc import Mapping

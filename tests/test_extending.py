@@ -1,4 +1,4 @@
-"""Methods of a user's own: the text of docs/extending.md, word for word, and the registries."""
+"""A user's own methods: the code of docs/extending.md, word for word, and the registries."""
 
 import json
 import os
@@ -34,13 +34,13 @@ WITH_OURS = {"basis": {"method": ["svd", "longest"]}, "search": {"sizes": [1], "
 
 @pytest.fixture
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """Methods that a test registers are removed after the test."""
     for registry in (BASIS_METHODS, MERGE_METHODS):
         monkeypatch.setattr(registry, "_entries", dict(registry._loaded()))
 
 
 def load_plugins_again(monkeypatch: pytest.MonkeyPatch, modules: str) -> None:
-    """The next look into a registry is the first one of a process with these plugins."""
+    """The next access to a registry behaves like the first one in a process with these plugins."""
     monkeypatch.setenv(PLUGINS, modules)
     for registry in (BASIS_METHODS, MERGE_METHODS):
         monkeypatch.setattr(registry, "_complete", False)
@@ -48,7 +48,7 @@ def load_plugins_again(monkeypatch: pytest.MonkeyPatch, modules: str) -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registries: None) -> Iterator[Path]:
-    """The folder of the guide's module, which RAYTVB_PLUGINS names."""
+    """The folder of the guide's module. RAYTVB_PLUGINS names this module."""
     folder = tmp_path / "plugin"
     folder.mkdir()
     (folder / f"{MODULE}.py").write_text("\n\n".join(BLOCKS), encoding="utf-8")
@@ -193,14 +193,15 @@ def test_a_name_must_fit_into_keys_and_options(own_registries: None, name: str) 
 def test_fields_that_mean_nothing_are_refused() -> None:
     options: dict[str, Any]
     for options in ({"coefficient": "two"}, {"coefficient": "one", "needs": ("luck",)}):
-        with pytest.raises(ValueError, match="needs are of thresholds, generator, fishers"):
+        with pytest.raises(ValueError, match="needs can be thresholds, generator, fishers"):
             merge_method("mine", summary="", **options)
 
 
 def test_results_of_another_shape_or_dtype_are_refused(own_registries: None) -> None:
     G = torch.eye(4, dtype=torch.float64)
     merge_method("flat", summary="", coefficient="one")(lambda vectors: vectors)
-    with pytest.raises(ValueError, match=r"'flat' \(.*test_extending.py:\d+\) made \(2, 3\) of"):
+    message = r"'flat' \(.*test_extending.py:\d+\) returned shape \(2, 3\) for"
+    with pytest.raises(ValueError, match=message):
         MERGE_METHODS["flat"](torch.ones(2, 3))
     basis_method("wide", summary="", cost="")(lambda v, size, g: first(v, size + 1, g))
     with pytest.raises(ValueError, match=r"'wide' .* gave B \(4, 3\) and W \(3, 4\) for 4 vectors"):
@@ -217,7 +218,7 @@ def test_results_of_another_shape_or_dtype_are_refused(own_registries: None) -> 
 
 @pytest.mark.ray
 def test_a_run_uses_them_in_its_workers(plugin: Path, tmp_path: Path, suite_cache: str) -> None:
-    """All stages in a process of its own, which knows of the module by its environment alone."""
+    """All stages run in a separate process, which knows of the module only from its environment."""
     store = tmp_path / "store"
     file = write_experiment(tmp_path, str(store), **WITH_OURS)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -1,5 +1,5 @@
-"""Coefficients learned from a few images: against autograd through the coefficients, and what stays
-as it was.
+"""Coefficients learned from a few images, compared with autograd through the coefficients, and what
+learning must not change.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from raytvb.storage.vector_set import VectorSet
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(4, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), {})
 CLASSES, COUNT = 5, 4
-# Of different lengths; the third is zero.
+# The vectors have different lengths; the third is zero.
 LENGTHS = (0.3, 1.0, 0.0, 3.0)
 SCALES = torch.tensor([1 / length if length else 0.0 for length in LENGTHS], dtype=torch.float64)
 
@@ -42,8 +42,8 @@ def some_images(count: int = 30) -> tuple[Tensor, Tensor]:
 
 
 def some_vectors(folder: Path, masked: bool) -> tuple[VectorSet, list[dict[str, Tensor]]]:
-    """Vector files, and the same as whole tensors; the mask keeps nothing of the convolution's
-    bias.
+    """Vector files, and the same vectors as whole tensors. The mask keeps nothing of the
+    convolution's bias.
     """
     generator, store, shapes = (
         torch.Generator().manual_seed(8),
@@ -187,7 +187,7 @@ def test_a_vector_of_zeros_is_not_used(scale: float, tmp_path: Path) -> None:
 
 
 def test_scales_make_vectors_of_different_length_alike(tmp_path: Path) -> None:
-    """The same vector ten times as long has a tenth of the coefficient: the merge is the same."""
+    """A vector ten times as long gets a tenth of the coefficient, so the merge is the same."""
     store, shapes = Store(str(tmp_path)), state(a_classifier())
     generator = torch.Generator().manual_seed(2)
     values = {n: torch.randn(t.shape, generator=generator) / 10 for n, t in shapes.items()}
@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_other_batches(tmp_pat
 
 @pytest.mark.parametrize("lr", [0.1, 1e38])
 def test_the_classifier_is_left_as_it_was(lr: float, tmp_path: Path) -> None:
-    """Also where learning fails; and again after learning, the same is learned."""
+    """The classifier is restored even if learning fails. Learning again gives the same result."""
     vectors, _ = some_vectors(tmp_path, masked=True)
     classifier, before = a_classifier(), state(a_classifier())
     classifier.visual.requires_grad_(False)
@@ -252,12 +252,12 @@ IMAGES, LABELS = some_images()
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no images"),
         ({"labels": LABELS + 1}, r"labels must be 0 to 4, .* from 1 to 5"),
         ({"labels": LABELS - 1}, r"labels must be 0 to 4, .* from -1 to 3"),
-        ({"labels": LABELS[:-1]}, r"labels must be \(30,\) int64, one an image, not \(29,\)"),
+        ({"labels": LABELS[:-1]}, r"labels must be \(30,\) int64, one for each image, not \(29,\)"),
         ({"labels": LABELS.float()}, r"not \(30,\) torch.float32"),
         ({"images": IMAGES[..., 1:]}, r"images must be \(N, 3, 4, 4\) uint8, not \(30, 3, 4, 3\)"),
         ({"images": IMAGES.float()}, r"not \(30, 3, 4, 4\) torch.float32"),
         ({"scales": SCALES[1:]}, "scales must be 4 finite numbers"),
-        ({"scales": 1 / SCALES}, "scales must be 4 finite numbers, one a vector, not .*inf"),
+        ({"scales": 1 / SCALES}, "scales must be 4 finite numbers, one for each vector, not .*inf"),
     ],
 )
 def test_what_does_not_fit_is_told(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def tiny_vit(seed: int = 0) -> nn.Module:
 
 
 def tiny_conv_net(seed: int = 0) -> nn.Module:
-    """A convolution with BatchNorm whose running statistics are not the trivial ones."""
+    """A convolution with BatchNorm whose running statistics are not 0 and 1."""
     torch.manual_seed(seed)
     norm = nn.BatchNorm2d(6)
     net = nn.Sequential(
@@ -186,8 +186,8 @@ def unsupported(classifier: nn.Module, images: Tensor) -> set[str]:
 
 
 def loop_scores(classifier: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """The definition, one backward pass for each image and label; labels (N, R), None for the sum
-    over classes.
+    """The plain definition, with one backward pass for each image and label. labels: (N, R); None:
+    the sum over classes.
     """
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
     scores = {n: torch.zeros_like(p) for n, p in parameters.items()}
@@ -356,7 +356,7 @@ def test_nothing_to_score_is_an_error() -> None:
     with pytest.raises(ValueError, match="draws = 0"):
         fisher_scores(classifier, some_images(2), draws=0)
     for images in (some_images(2)[0], torch.zeros(2, 3, 16, 16, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"needed are normalised ones \(N, 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"must be normalised images \(N, 3, H, W\)"):
             fisher_scores(classifier, images)
     for wrong in ({"draws": "all"}, {"batch_size": 0}, {"precision": "fp16"}):
         ((name, value),) = wrong.items()
@@ -372,7 +372,9 @@ def test_bfloat16_scores_have_a_rule_for_everything_and_are_near_the_exact_ones(
     images = some_images(6, size=16 if name in MODELS else 32)
     full = fisher_scores(classifier, images, draws="exact")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is left to the path for what has no rule
+        warnings.simplefilter(
+            "error"
+        )  # no parameter is left to the path for parameters without a rule
         half = fisher_scores(classifier, images, draws="exact", precision="bf16")
     assert not torch.equal(flatten(full), flatten(half)) and all(
         s.dtype == torch.float32 for s in half.values()

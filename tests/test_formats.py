@@ -1,4 +1,4 @@
-"""Formats of files: what a newer raytvb has written is refused with the way out."""
+"""Formats of files: a file of a newer raytvb is refused, and the message says what to do."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_record_with_a_malformed_format_is_an_error_that_names_it(
 ) -> None:
     commit(store)
     change_record(store, format=number)
-    with pytest.raises(StoreError, match=r"things/one/record\.json has the format .*no format of"):
+    with pytest.raises(StoreError, match=r"things/one/record\.json has the format .*not a format"):
         records.find(store, "things/one")
     checked, problems = verify(store)
     assert checked == 0 and len(problems) == 1 and "delete its folder" in problems[0]
@@ -194,7 +194,7 @@ def change_index(store: Store, key: str, **fields: object) -> None:
 
 
 def prepare(store: Store, kind: str) -> tuple[str, Callable[..., None], Callable[[], object]]:
-    """A file of a kind: its key, how to change its metadata, and how to open it."""
+    """One kind of file: its key, how to change its metadata, and how to open it."""
     mask = random_mask(SHAPES, seed=2)
     match kind:
         case "vector":
@@ -238,12 +238,12 @@ def test_a_tensor_file_with_a_malformed_format_is_an_error_that_names_it(
 ) -> None:
     key, change, open_file = prepare(store, kind)
     change(store, key, format=number)
-    with pytest.raises(VectorError, match=f"{key} has the format .*, which is no format of raytvb"):
+    with pytest.raises(VectorError, match=f"{key} has the format .*, which is not a format of"):
         open_file()
 
 
 def test_rows_of_a_newer_raytvb_are_not_taken_for_damage(store: Store) -> None:
-    """Damaged rows are left out and made again; these must not be."""
+    """Damaged row files are ignored and written again. Files of a newer raytvb must not be."""
     writer, state = GramWriter(store), GramState()
     row = torch.ones(1, 1, dtype=torch.float64)
     writer.append(state, [("a", "f00d")], row, [Arrival(vectors=1, floor={})])

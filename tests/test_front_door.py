@@ -1,5 +1,5 @@
-"""What is imported before a command works: a question, a mistake or a look into a store must not
-wait for torch or Ray.
+"""The packages that a command imports: `--help`, a mistake or a look into a store must not wait for
+torch or Ray.
 
 Every command runs in a fresh interpreter, and the packages in `sys.modules` are counted.
 """

@@ -1,6 +1,4 @@
-"""The Gram matrix of vector files against V'V in float64, its errors, and the memory that it
-takes.
-"""
+"""The Gram matrix of vector files, compared with V'V in float64; its errors and its memory."""
 
 import json
 import subprocess
@@ -98,8 +96,8 @@ def test_vectors_in_a_bucket_give_the_same_bits(
 
 
 def test_memory_is_two_buffers_whatever_the_size(tmp_path: Path) -> None:
-    """20 vectors of 20 MB, 400 MB in all: over what the imports took, two buffers of 64 MB, and no
-    third one.
+    """20 vectors of 20 MB are 400 MB in all. Beyond the imports, memory grows by two buffers of 64
+    MB, but not by a third one.
     """
     size, gram = 5_200_003, torch.zeros(20, 20, dtype=torch.float64)
     noise = torch.randn(size + 20_000, generator=torch.Generator().manual_seed(0))
@@ -269,7 +267,7 @@ def test_a_vector_far_from_its_mask_is_an_error_that_names_both(
 
 
 def test_a_changed_header_is_an_error_that_names_the_file(store: Store) -> None:
-    """A bit of every byte of it: either that is told, or it is of no account."""
+    """A flipped bit of any byte is either reported, or changes nothing."""
     keys, V = put_set(store, "shared", count=2)
     data = store.read(keys[1])
     for position in range(8 + int.from_bytes(data[:8], "little")):

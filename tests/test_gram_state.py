@@ -1,5 +1,5 @@
-"""The Gram matrix as it grows in a store: what is read is what was written last, whatever died in
-between.
+"""The Gram matrix as it grows in a store. A reader gets what was written last, even if writers died
+in between.
 """
 
 import copy
@@ -57,7 +57,7 @@ def same(found: GramState, expected: GramState) -> bool:
 
 
 def consistent(state: GramState) -> bool:
-    """The numbers are those of the tasks it names, and so is the history."""
+    """The matrix and the history are those of the tasks that the state names."""
     order = [index_of(t) for t in state.tasks]
     return (
         torch.equal(state.gram, G[order][:, order])
@@ -140,7 +140,7 @@ def test_a_snapshot_leaves_no_row_files_behind(store: Store) -> None:
 
 
 def assert_goes_on_from(store: Store, state: GramState) -> None:
-    """The store has that, and perhaps more, where row files of before a loss fit again."""
+    """The store has these vectors, and perhaps more, if row files from before a loss fit again."""
     found = GramState.read(store)
     assert consistent(found) and found.known[: len(state.tasks)] == state.known
 
@@ -149,12 +149,12 @@ def assert_goes_on_from(store: Store, state: GramState) -> None:
 
 
 class KilledError(Exception):
-    """What happens to a writer."""
+    """Raised in a writer to stop it, as if it were killed."""
 
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many files may yet be written or deleted, by anyone."""
+    """The number of files that may still be written or deleted, by any writer."""
     left = [10**9]
     for name in ("write", "delete"):
         plain = getattr(Store, name)
@@ -172,7 +172,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_a_writer_that_dies_at_any_write_leaves_a_whole_prefix(
     tmp_path: Path, limited: list[int]
 ) -> None:
-    """Another goes on from there; all that was appended before the death is there."""
+    """Another writer goes on from the stored state, which has all vectors that were appended before
+    the death.
+    """
     batches, deaths = [[0], [1], list(range(2, 17)), [17], [18, 19], list(range(20, 37)), [37]], 0
     while True:
         store = Store(str(tmp_path / f"{deaths}"))
@@ -233,7 +235,7 @@ def test_what_is_read_is_a_prefix_where_a_file_is_lost(store: Store, lost: str, 
 
 
 def test_a_changed_row_file_is_left_out(store: Store) -> None:
-    """A bit of every byte, in its header and in its numbers: nothing of it is believed."""
+    """A row file with a flipped bit, in its header or in its numbers, is ignored."""
     states, writer, key = [GramState()], GramWriter(store), "gram/rows/000002.safetensors"
     for index in range(3):
         states.append(copy.deepcopy(states[-1]))
@@ -247,7 +249,7 @@ def test_a_changed_row_file_is_left_out(store: Store) -> None:
 
 @pytest.mark.parametrize("change", ["order", "version"])
 def test_rows_of_another_chain_are_left_out(tmp_path: Path, change: str) -> None:
-    """Of other vectors before them, or of the same ones in another order."""
+    """Rows that follow other vectors, or the same vectors in another order, are ignored."""
     stores = [Store(str(tmp_path / name)) for name in ("ours", "theirs")]
     for store, batches, version in (
         (stores[0], [[0], [1]], 0),
@@ -268,7 +270,7 @@ def test_rows_of_another_chain_are_left_out(tmp_path: Path, change: str) -> None
 
 
 def test_rows_without_vectors_are_no_rows(store: Store) -> None:
-    """An arrival of none is no arrival: reading ends."""
+    """A row file without vectors does not count: reading ends there."""
     state, writer = GramState(), GramWriter(store)
     append(writer, state, [0])
     writer.append(state, [], torch.zeros(0, 1, dtype=torch.float64), [])
@@ -308,7 +310,9 @@ def test_the_latest_of_many_writers_may_write(store: Store) -> None:
 def test_what_an_arrival_writes_grows_linearly(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 arrivals: each writes its row, and all snapshots together a few times the last one."""
+    """200 arrivals: each writes its row, and all snapshots together take a few times the bytes of
+    the last.
+    """
     count, written, write = 200, dict[str, list[int]](), Store.write
 
     def counted(self: Store, key: str, data: bytes) -> None:

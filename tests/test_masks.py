@@ -1,4 +1,4 @@
-"""Mask files: whole and from the middle, their counts, and what is told of damaged ones."""
+"""Mask files: whole and from the middle, their counts, and the errors for damaged files."""
 
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def test_a_damaged_mask_is_not_loaded(store: Store) -> None:
 
 @pytest.mark.parametrize("number", [0, 2, 3])
 def test_damaged_counts_are_an_error_that_names_the_file(store: Store, number: int) -> None:
-    """They say where the values of a block begin."""
+    """The counts say where the values of a block begin."""
     data = random_mask(BIG, seed=4).to_bytes()
     tensors = load(data)
     tensors["block_counts"][number] += 1
@@ -122,12 +122,14 @@ def test_a_truncated_mask_is_an_error_that_names_it(store: Store, size: int) -> 
 
 def test_another_file_in_the_place_of_a_mask_is_an_error_that_names_it(store: Store) -> None:
     key = put_vector(store, "one", values_of(SHAPES, seed=0))
-    with pytest.raises(VectorError, match=r"vectors/one/vector\.safetensors is no mask file"):
+    with pytest.raises(VectorError, match=r"vectors/one/vector\.safetensors is not a mask file"):
         MaskFile(store, key)
 
 
 def test_intersections_of_masks_are_counted_over_the_whole_length(store: Store) -> None:
-    """Over the ends of a block of 65,536 and of the 16 that are read together."""
+    """Masks that go beyond the end of a block of 65,536, and of the 16 blocks that are read
+    together.
+    """
     total = 16 * 65536 + 70_003
     generator = torch.Generator().manual_seed(0)
     masks = [torch.rand(total, generator=generator) < d for d in (0.1, 0.1, 0.9, 0.5)]

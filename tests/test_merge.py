@@ -22,9 +22,6 @@ from raytvb.storage.stored_basis import StoredBasis
 
 
 def test_weights_add_negate_and_make_analogies() -> None:
-    assert mixes.analogy("a", "b", "c") == {"a": 1.0, "b": -1.0, "c": 1.0}
-    assert mixes.analogy("a", "b", "a") == {"a": 2.0, "b": -1.0}
-    assert mixes.total({"x": 1.0}, {"y": 0.5}, {"x": -0.25}) == {"x": 0.75, "y": 0.5}
     assert mixes.vector_of(["a", "b", "c"], {"c": 2.0, "a": -1.0}).tolist() == [-1.0, 0.0, 2.0]
     with pytest.raises(ValueError, match="no task vector of d, e; there are a, b"):
         mixes.vector_of(["a", "b"], {"d": 1.0, "a": 1.0, "e": 1.0})
@@ -32,7 +29,7 @@ def test_weights_add_negate_and_make_analogies() -> None:
 
 def test_a_decoded_merge_is_the_same_merge_of_the_decoded_vectors() -> None:
     V = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    fit, x = fit_basis(V.T @ V, 3), mixes.vector_of("abcdefg", mixes.analogy("a", "c", "g"))
+    fit, x = fit_basis(V.T @ V, 3), mixes.vector_of("abcdefg", {"a": 1.0, "c": -1.0, "g": 1.0})
     torch.testing.assert_close(V @ fit.B @ mixes.decoded(fit.W, x), (V @ fit.B @ fit.W) @ x)
     torch.testing.assert_close(V @ fit.B @ mixes.summed(3), (V @ fit.B).sum(1))
 
@@ -41,7 +38,7 @@ pytestmark = pytest.mark.ray
 
 
 def merge(store: Store, out: Path, *options: str) -> None:
-    """`raytvb merge`, which has to go well."""
+    """Run `raytvb merge`, which must succeed."""
     assert main(["merge", store.url, *options, "--out", str(out)]) == 0
 
 
@@ -149,8 +146,8 @@ def test_the_plain_sum_and_single_basis_vectors(
 def test_methods_of_the_literature_on_kept_entries(
     finished: tuple[Path, Store], tmp_path: Path, method: str
 ) -> None:
-    """Against the method on whole tensors, made here, with the coefficient that is the default or
-    given.
+    """The merge equals the method on whole tensors, computed here, with the default or the given
+    coefficient.
     """
     _, store = finished
     options = [
@@ -194,7 +191,9 @@ def test_methods_of_the_literature_on_kept_entries(
         else:
             change = torch.zeros(kept.shape)
             change[kept] = MERGE_METHODS[method](rows[name], **extra.get(method, {}))
-        if method == "iso-c" and kept.ndim == 2:  # of a sum of lower rank any directions are right
+        if (
+            method == "iso-c" and kept.ndim == 2
+        ):  # if the sum has a lower rank, the remaining directions are arbitrary
             left, right = (torch.linalg.svdvals(d) for d in (merged[name] - base[name], change))
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
         else:
@@ -227,7 +226,7 @@ def test_a_method_on_vectors_that_a_basis_gives_back(
         (["--merge", "sum", "--basis", "full"], "name one with --basis"),
         (["--merge", "sum", "--add", TASKS[0]], "cannot be combined"),
         (["--vector", "3", "--basis", "svd-m2"], "has the vectors 1 to 2, not 3"),
-        (["--vector", "x", "--basis", "svd-m2"], "use a number from 1 on"),
+        (["--vector", "x", "--basis", "svd-m2"], "use a whole number, 1 or more"),
         (["--vector", "1", "--add", TASKS[0]], "cannot be combined"),
         (
             ["--add", TASKS[0], "--basis", "svd-m9"],

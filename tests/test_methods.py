@@ -50,7 +50,7 @@ def by_name(flat: Tensor) -> Model:
 
 
 def dense(model: Model) -> np.ndarray:
-    """(T, D) float64."""
+    """The vectors as one array (T, D) float64."""
     return torch.cat([v.double().reshape(len(v), -1) for v in model.values()], dim=1).numpy()
 
 
@@ -256,7 +256,9 @@ def test_thresholds_are_exact_for_magnitudes_of_all_sizes(dtype: torch.dtype) ->
         generator = torch.Generator().manual_seed(seed)
         exponents = torch.randint(-160, 100, (5000,), generator=generator)
         vectors = torch.randn(3, 5000, generator=generator) * 2.0**exponents
-        vectors[1, ::2] = 1.0 + torch.arange(2500) * 2.0**-23  # differ in their last bits only
+        vectors[1, ::2] = (
+            1.0 + torch.arange(2500) * 2.0**-23
+        )  # the values differ only in their last bits
         vectors[2, :4500] = 0
         vectors = vectors.to(dtype)
         for density in (1e-6, 0.01, 0.2, 0.5, 0.99, 1.0):
@@ -314,7 +316,7 @@ def test_the_order_of_the_tasks_does_not_matter(name: str, kind: str) -> None:
 
 
 def required_keywords(function: Callable[..., Tensor]) -> list[str]:
-    """Keyword arguments without a default."""
+    """Names of the keyword arguments without a default."""
     names = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty:

@@ -1,4 +1,4 @@
-"""Stores of the first format still open: two tiny ones, written by the version that first landed.
+"""Stores of the first format can still be read: two tiny stores, written by the first version.
 
 `stores/format-1.tar.xz` has two finished stores without their caches of images, the experiment
 files they were made with, and `merges.safetensors`: the changed tensors of ten models that the same
@@ -84,7 +84,7 @@ def check_merge(stores: Path, merge: str, out: Path, tensors: dict[str, Tensor])
 
 
 def contents(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and checksum of every file that is no cache and no page of the report."""
+    """Name and checksum of every file that is neither a cache nor a page of the report."""
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and not name.startswith(("splits/", "report/", "search/tune-")):
@@ -127,7 +127,7 @@ def test_running_an_old_experiment_again_makes_nothing_anew(
 
 
 def nearly(value: object) -> object:
-    """Numbers rounded to nine digits: another machine adds in another order."""
+    """Round numbers to nine digits, since another machine adds in another order."""
     if isinstance(value, dict):
         return {k: nearly(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -87,7 +87,9 @@ DEGENERATE = [
 
 
 def stream(method: str, size: int, V: Tensor, batch: int) -> list[Arrival]:
-    """The work of whoever holds the big vectors: S′ = [S N] B′, arrival by arrival."""
+    """The work of the caller, who holds the long vectors: S′ = [S N] B′, one arrival after the
+    other.
+    """
     state, S = start(method, size), V[:, :0]
     arrivals = []
     for first in range(0, V.shape[1], batch):
@@ -106,8 +108,8 @@ def stream(method: str, size: int, V: Tensor, batch: int) -> list[Arrival]:
 
 
 def check(arrivals: list[Arrival], batch: int) -> None:
-    """What always holds: S = V H, the norms, and bounds that never fall, above the errors and equal
-    at arrival.
+    """Check what always holds: S = V H, the norms, and bounds that never fall. Bounds are above the
+    errors, and equal to them at arrival.
     """
     scale = float(arrivals[-1].V.norm(dim=0).max())
     before = torch.zeros(0, dtype=torch.float64)
@@ -280,8 +282,8 @@ def test_ae_anchored_of_one_batch_is_the_offline_fit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clustered", "uneven"])
 def test_ae_anchored_gives_each_refit_its_least_weighted_loss(kind: str) -> None:
-    """Of all bases of the decoded and new vectors with the mean in their span, by an explicit
-    SVD.
+    """The refit is the best of all bases of the decoded and new vectors whose span has the mean, by
+    an explicit SVD.
     """
     V = vectors(kind, 20)
     arrivals = stream("ae-anchored", 5, V, 1)

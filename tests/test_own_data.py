@@ -1,4 +1,4 @@
-"""Experiments on a user's own data, of every form, through the command line and real Ray."""
+"""Experiments on a user's own data, in every form, through the command line and real Ray."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SOURCES = {"pets": "glyphs/greek-blur", "EuroSAT": "glyphs/latin-fog", "cars": "
 
 
 def write_images(folder: Path, task: str, split: str, count: int) -> None:
-    """The first images of a split of the suite as a folder of PNG files a class."""
+    """The first images of a split of the suite as PNG files, in one folder for each class."""
     made = glyphs.render(task, split, count)
     for number, (image, label) in enumerate(zip(made.images, made.labels, strict=True)):
         path = (
@@ -53,8 +53,8 @@ def experiment_file(folder: Path, **fields: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`pets` with folders train and test; EuroSAT as torchvision keeps it, a JPEG folder a
-    class.
+    """`pets` has folders train and test. EuroSAT is as torchvision stores it: JPEG files in one
+    folder for each class.
     """
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 320), ("test", 60)):

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.ray
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without what may differ between two runs of the same experiment."""
+    """A summary without the fields that may differ between two runs of the same experiment."""
     return {k: v for k, v in summary.items() if k != "seconds"}
 
 
@@ -167,7 +167,7 @@ def test_evaluations_are_counts_on_the_test_split(finished: tuple[Path, Store]) 
 def test_a_run_may_verify_every_stored_file(
     finished: tuple[Path, Store], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The closing line with and without; a damaged file is named."""
+    """The closing line with and without damaged files; a damaged file is named."""
     file, reference = finished
     assert main(["run", str(file)]) == 0
     last = capfd.readouterr().out.splitlines()[-1]
@@ -191,7 +191,7 @@ def test_a_run_may_verify_every_stored_file(
     damaged.write_bytes(bytes(data))
     assert main(["run", own, "--verify"]) == 1
     message = capfd.readouterr().err
-    assert "stored files are damaged" in message and "masks/shared/mask.safetensors" in message
+    assert "does not match its records" in message and "masks/shared/mask.safetensors" in message
 
 
 def test_ls_and_verify(
@@ -300,8 +300,8 @@ def test_dense_vectors_and_a_single_task(ray_cluster: None, tmp_path: Path) -> N
 def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
     ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two tasks of wrong data and a shared mask: two lines and no traceback, and the mended file
-    may use the store.
+    """Two tasks with wrong data and a shared mask give two lines and no traceback. The corrected
+    experiment file may use the same store.
     """
     store = Store(str(tmp_path / "store"))
     picture = io.BytesIO()
@@ -525,16 +525,14 @@ def test_ctrl_c_in_the_search_ends_it_and_the_next_run_goes_on(
     ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     assert process.wait(60) == 130
     assert not store.exists("report/summary.json")
 
 
 @pytest.mark.slow
 def test_quickstart_shows_what_the_readme_says(tmp_path: Path) -> None:
-    """The whole quickstart in a process of its own; the bounds leave room for other floating point
-    units.
-    """
+    """The whole quickstart in a separate process. Bounds allow for other floating point units."""
     run = subprocess.run(
         [sys.executable, "-m", "raytvb", "quickstart", "--store", "here"],
         cwd=tmp_path,
@@ -597,8 +595,8 @@ def test_the_table_has_a_column_for_each_number_of_tasks_in_rising_order(
 def test_every_selection_keeps_what_it_says(
     finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
 ) -> None:
-    """On the finished run's model, in this process: one task's own mask of each kind, against its
-    scores.
+    """One task's own mask of each kind, compared with its scores, on the finished run's model and
+    in this process.
     """
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)

@@ -1,4 +1,4 @@
-"""`raytvb plan` looks, and changes nothing."""
+"""`raytvb plan` reads a store and changes nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
+from raytvb.cli.main import main
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.freezing import check_frozen, freeze
@@ -24,7 +26,7 @@ def experiment(store: Path | str, **fields: object) -> Experiment:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change of everything below a folder and of itself, and the bytes of files."""
+    """Modification times of a folder and of everything below it, and the bytes of all files."""
     found = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         data = path.read_bytes() if path.is_file() else b""
@@ -50,7 +52,9 @@ def test_plan_of_a_store_that_is_not_there_makes_no_folder(tmp_path: Path) -> No
 def test_plan_leaves_a_store_without_vectors_as_it_is(
     tmp_path: Path, fields: dict[str, object]
 ) -> None:
-    """Also where a run would write the experiment again, or delete the base of another model."""
+    """A plan changes nothing, even where a run would write the experiment again or delete another
+    model's base.
+    """
     folder = tmp_path / "store"
     store = Store(str(folder))
     freeze(store, experiment(folder))
@@ -91,7 +95,7 @@ def test_plan_of_a_store_that_could_not_be_made_is_refused(tmp_path: Path) -> No
 
 
 def test_plan_of_a_store_elsewhere_says_that_it_answers() -> None:
-    assert "memory://plan: it answers" in describe(experiment("memory://plan"))
+    assert "memory://plan: reachable" in describe(experiment("memory://plan"))
     assert Store("memory://plan").keys() == []
 
 
@@ -101,3 +105,33 @@ def test_plan_of_a_bucket_that_does_not_exist_is_refused(s3_environment: str) ->
     assert Store(s3_environment).keys() == []
     with pytest.raises(StoreError, match="bucket does not exist"):
         Store("s3://no-such-bucket/x").check_reachable()
+
+
+def test_a_report_changes_nothing_in_a_store_without_results(tmp_path: Path) -> None:
+    """A run would delete the base of another experiment here; a report only reads."""
+    folder = tmp_path / "store"
+    store = Store(str(folder))
+    freeze(store, experiment(folder))
+    records.commit(store, "base", identity={}, files={"some.bin": b"x"})
+    before = contents(folder)
+    for url in (folder, tmp_path / "nowhere"):
+        file = tmp_path / "experiment.yaml"
+        file.write_text(yaml.safe_dump({"store": str(url), "tasks": TASKS, "seed": 1}))
+        assert main(["report", str(file)]) == 1
+    assert contents(folder) == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("damaged", [b"a: [", b"- a", b"", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("command", ["plan", "report"])
+def test_a_damaged_experiment_in_a_store_is_named(
+    tmp_path: Path, damaged: bytes, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "experiment.yaml").write_bytes(damaged)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump({"store": str(store), "tasks": TASKS}))
+    main([command, str(file)])
+    message = capsys.readouterr()
+    assert f"{store}/experiment.yaml is damaged" in message.out + message.err

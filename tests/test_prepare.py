@@ -63,14 +63,14 @@ def mask_of(kind: str, index: int) -> Mask | None:
     generator = torch.Generator().manual_seed(index if kind == "per-task" else 99)
     mask["visual.a"] = (
         torch.rand(SHAPES["visual.a"], generator=generator) < 0.5
-    )  # of visual.b nothing is kept
+    )  # nothing of visual.b is kept
     return Mask.of(mask)
 
 
 def commit(
     asked: Experiment, kind: str, index: int, values: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Store a vector as a fine-tune does; its tensors before the mask."""
+    """Store a vector as a fine-tune does. Returns its tensors before the mask."""
     store, task, mask = Store(asked.store), asked.tasks[index], mask_of(kind, index)
     mask_id = "shared" if kind == "shared" else task.name
     if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
@@ -221,7 +221,7 @@ def test_any_store_has_the_twin_of_the_present_vector(store_url: str, kind: str)
 @pytest.mark.filterwarnings("ignore:the vectors have rank 1")
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_of_zeros(tmp_path: Path, name: str) -> None:
-    """Some among others; where all are, it is said."""
+    """Some vectors are zero; if all are zero, the error says so."""
     asked, V = filled(tmp_path, "shared", name, online=True)
     store, mask = Store(asked.store), mask_of("shared", 0)
     zeros = {n: torch.zeros(s) for n, s in SHAPES.items()}
@@ -271,7 +271,7 @@ def test_damaged_and_missing_vectors_are_named(tmp_path: Path) -> None:
 def test_a_fine_tune_leaves_the_twin(
     tmp_path: Path, suite_cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that trains, and one that finds its vector."""
+    """One fine-tune trains, and the other one finds its vector in the store."""
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
     asked = parse_experiment(
         {

@@ -1,4 +1,6 @@
-"""The page and the printed results, from summaries made here: what is shown is what they say."""
+"""The page and the printed results, from summaries created in the tests: they show what the
+summaries say.
+"""
 
 import html
 import json
@@ -55,7 +57,7 @@ REASON = "no basis is better on validation data than <the pretrained> model"
 
 
 def accuracies(correct: Mapping[str, int], fine_tuned: Mapping[str, float]) -> Accuracies:
-    """Of correct answers out of IMAGES, by task."""
+    """Numbers of correct answers out of IMAGES, by task."""
     rows = [Row.of("m", "test", 1, 0, task, 1.0, Count(c, IMAGES)) for task, c in correct.items()]
     return measured(rows, fine_tuned)
 
@@ -130,8 +132,8 @@ def make_summary(
     sizes: Sequence[int] = (1, 2),
     chosen: str | None = "ae-m2",
 ) -> Summary:
-    """A search with nothing that is optional: `count` tasks, the vectors themselves, and bases that
-    gain with M.
+    """A search without optional parts: `count` tasks, the vectors themselves, and bases that gain
+    with M.
     """
     tasks = tuple(f"group/t{i}" for i in range(count))
     addition = {"full": make_entry(tasks, "full", 0, 0.2, 100_000 * count)}
@@ -285,14 +287,14 @@ def with_everything(summary: Summary) -> Summary:
 
 
 def section(page: str, heading: str) -> str:
-    """What is between a heading and the next one."""
+    """The text between a heading and the next one."""
     return (
         re.split(rf"<h[23]>{re.escape(heading)}</h[23]>", page)[1].split("<h2>")[0].split("<h3>")[0]
     )
 
 
 def rows(page: str, heading: str = "") -> dict[str, list[str]]:
-    """Cells of the rows of a section's tables by the first of them, as a reader sees them."""
+    """The cells of each table row in a section, as a reader sees them, by the row's first cell."""
     found = {}
     for row in re.findall(r"<tr.*?</tr>", section(page, heading) if heading else page, re.DOTALL):
         first, *others = (
@@ -431,7 +433,7 @@ def test_what_was_searched_and_how_it_was_chosen(full_page: tuple[Summary, str])
         "17 candidates, 1,234 evaluations, 56,789 validation images",
         "The objective, subsets,",
         "at most 1.5 points below the best one (svd-m9)",
-        "2 stopped early (svd-m1, svd-m2)",
+        "The search stopped early for 2 (svd-m1, svd-m2)",
         "odd-m1 (NaN <script>).",
         "validation split only",
         "The test split: read once",
@@ -507,7 +509,7 @@ def test_names_and_reasons_are_escaped(full_page: tuple[Summary, str]) -> None:
 
 
 def test_without_a_basis_the_page_says_why() -> None:
-    """None could be measured, so there is no plot of them either."""
+    """No candidate could be measured, so there is no plot either."""
     summary = make_summary(chosen=None)
     summary = changed(
         with_search(summary, front=("full",)),
@@ -560,7 +562,7 @@ def test_the_printed_table_marks_the_choice_and_the_front(
     for said in (
         "* chosen on validation data. zero-shot 50.0, fine-tuned 89.0, all tasks added 79.5 (+29.5 "
         "points",
-        "\n+ Pareto front of the bases",
+        "\n+ on the Pareto front of the bases",
         "coefficients from 25 % of the validation images: svd-m2\n",
         f"a coefficient for each task: full 85.0 ({full:.1f} with one), "
         f"ae-m2 85.0 ({one:.1f} with one)",
@@ -568,9 +570,10 @@ def test_the_printed_table_marks_the_choice_and_the_front(
         "negation: 3 of 3 targets lowered, on average from 50.0 to 20.0; "
         "the control keeps at least 97.5 %",
         "negation from ae-m2: 3 of 3 targets lowered, on average from 50.0 to 30.0",
-        "unseen tasks (2): zero-shot 26.0, 2 coefficients of ae-m2 32.0, 3 of the vectors 42.0",
+        "unseen tasks (2): zero-shot 26.0, 2 coefficients of ae-m2 32.0, "
+        "3 coefficients of the task vectors 42.0",
         "disentanglement error (0 to 2), mean of 1 pair: full 0.60, ae-m2 0.66",
-        "single tasks (2 looked at) 65.0 at the end, forgetting 5.0 (fitted anew: 75.0, 5.0; "
+        "single tasks (mean of 2) 65.0 at the end, forgetting 5.0 (fitted anew: 75.0, 5.0; "
         "vectors themselves: 85.0, 5.0)",
         "stored: vectors 1.00 MB and masks 100.00 kB, 11.0 %",
     ):
@@ -614,7 +617,7 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path: Path, chosen: str | 
 
 
 def test_the_keys_of_the_summary_file() -> None:
-    """Scripts read the file: what is absent has no key, and what is empty is null."""
+    """Scripts read the file. Absent parts have no key, and empty values are null."""
     plain = make_summary(12, chosen=None).to_json()
     fields = json.loads(json.dumps(plain))
     assert fields["chosen"] == {"name": None, "reason": REASON}
@@ -678,5 +681,5 @@ def test_where_no_basis_is_chosen_the_full_vectors_are_merged(tmp_path: Path) ->
     store.write_json("report/summary.json", {"chosen": {"name": None, "reason": "none is better"}})
     with pytest.raises(UserError, match="holds no task vectors yet"):
         merge(store, Tasks({"a": 1.0}), tmp_path / "out")
-    with pytest.raises(UserError, match="only a basis has vectors to merge like that"):
+    with pytest.raises(UserError, match="`--merge sum` and --vector need the vectors of a basis"):
         merge(store, BasisSum(), tmp_path / "out")

@@ -36,7 +36,7 @@ class Requests:
 
     def _counted(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(store: Store, *arguments: Any) -> Any:
-            if self._inside:  # a method that is made of others counts once
+            if self._inside:  # a method that calls other methods counts once
                 return original(store, *arguments)
             self.made[method, str(arguments[0]) if arguments else ""] += 1
             self._inside = True
@@ -91,7 +91,9 @@ def test_a_vector_passes_each_room_once(
     """A second look-up of a record, or of a file that is open already, would show here."""
     experiment, fingerprint = started(tmp_path, prepare=prepare)
     builder = BasisBuilder(experiment)
-    for task in experiment.tasks[:2]:  # the first vector also opens what is opened once
+    for task in experiment.tasks[
+        :2
+    ]:  # the first vector also opens the files that are opened only once
         record = f"vectors/{task.name}/record.json"
         requests.clear()
         finetune_task(experiment, fingerprint, task)

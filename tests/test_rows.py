@@ -1,5 +1,5 @@
-"""Evaluations in a store: counts read back as they were written, and made again where they are of
-something else.
+"""Evaluations in a store: counts are read back as they were written, and measured again if they
+belong to something else.
 """
 
 import io

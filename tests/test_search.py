@@ -1,5 +1,5 @@
-"""The search as a user meets it: what it leaves in the store, what it chooses, and that a kill
-changes nothing.
+"""The search as a user sees it: the files that it stores, its choice, and that a kill changes
+nothing.
 """
 
 import io
@@ -77,10 +77,12 @@ def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path,
     assert results[choice.name or ""]["objective"] == max(results[n]["objective"] for n in BASES)
     assert not any(
         r["stopped"] for r in results.values()
-    )  # two methods of a size: too few to end one
+    )  # two methods of one size are too few to end one of them
     tried = table(store, "search/tried.parquet")
     assert sum(r["images"] for r in results.values()) == choice.images
-    assert results["zero-shot"]["images"] == 96 * len(TASKS)  # once, whatever they are a part of
+    assert results["zero-shot"]["images"] == 96 * len(
+        TASKS
+    )  # each is measured once, whichever subsets it is part of
     assert len(tried) == choice.evaluations
     for row in tried:
         assert (row["low"], row["high"]) == pytest.approx(
@@ -150,7 +152,7 @@ def test_test_images_are_read_once_for_what_went_through(finished: tuple[Path, S
 def test_bf16_is_used_where_it_keeps_the_answers(
     finished: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, suite_cache: str
 ) -> None:
-    """In this process, on the images that the finished run left in its store."""
+    """A search in this process, on the images that the finished run stored."""
     file, store = finished
     monkeypatch.setenv("RAYTVB_CACHE", suite_cache)
     fingerprint = store.read_json("base/record.json")["parents"]["fingerprint"]
@@ -179,8 +181,8 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
     suite_cache: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """More methods and operations on the same vectors, another search; once in one go, once killed
-    on the way.
+    """Another search with more methods and operations on the same vectors. It runs once without
+    interruption, and once it is killed on the way.
     """
     more: dict[str, Any] = {
         "basis": {"method": ["ae-anchored", "svd", "kmeans"]},
@@ -262,7 +264,7 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
 def test_where_nothing_helps_the_result_says_so(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Coefficients so large that every addition is worse than the pretrained model."""
+    """The coefficients are so large that every addition is worse than the pretrained model."""
     store = copy_store(finished[1], tmp_path / "store", "report/", "search/", "evals/")
     file = write_experiment(
         tmp_path,

@@ -1,5 +1,5 @@
-"""What a search decides from its figures, against brute force and whatever the order in which the
-figures arrive.
+"""Decisions of a search from its values, compared with brute force, for any order in which the
+values arrive.
 """
 
 import math
@@ -16,7 +16,7 @@ NOT_FINITE = (math.nan, -math.inf, math.inf)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value at a share of the way through the sorted ones, linear in between."""
+    """The quantile of values at a share, with linear interpolation."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
@@ -25,7 +25,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def some_value(rng: random.Random, bad: float = 0.1) -> float:
-    """Out of 32, so that there are ties and quantiles are exact; or not finite."""
+    """A value in 32nds, so that there are ties and quantiles are exact, or a value not finite."""
     return rng.choice(NOT_FINITE) if rng.random() < bad else rng.randrange(33) / 32
 
 
@@ -55,7 +55,7 @@ def test_those_at_or_above_the_quantile_go_on_and_at_least_two(keep: float) -> N
         assert found <= {n for n, v in finite.items() if v >= least - near}
         assert not {finite[n] for n in finite.keys() - found} & {
             finite[n] for n in found
-        }  # equals share their fate
+        }  # equal values are treated alike
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,7 @@ class Field:
     keep: float
 
     def together(self) -> dict[str, int]:
-        """Rounds of each candidate where all end every round together: each is seen in the light of
-        the others.
-        """
+        """Number of rounds of each candidate if all candidates end every round together."""
         limits = dict.fromkeys(self.values, 1)
         for done in range(1, self.rounds):
             for group in set(self.groups.values()):
@@ -104,7 +102,7 @@ class Field:
         return limits
 
     def end(self, name: str) -> int:
-        """Rounds that can be measured: what is not finite ends a candidate."""
+        """Number of rounds that can be measured: a value that is not finite ends a candidate."""
         return next(
             (k for k, v in enumerate(self.values[name], 1) if not math.isfinite(v)), self.rounds
         )
@@ -155,8 +153,8 @@ def test_values_beyond_the_limit_decide_nothing() -> None:
 
 
 def test_whatever_is_known_first_the_limits_are_the_same_in_the_end() -> None:
-    """Candidates run at their own pace and are stopped at random; then what is missing is filled
-    in, some at a time.
+    """Candidates run at their own pace and are stopped at random. Then the missing rounds are
+    measured, a few at a time.
     """
     rng = random.Random(3)
     for _ in range(400):
@@ -194,8 +192,8 @@ def test_whatever_is_known_first_the_limits_are_the_same_in_the_end() -> None:
 
 
 def test_an_asynchronous_scheduler_is_made_up_for() -> None:
-    """Each candidate ends where it is poor among those that came there before it; then what is
-    missing is filled in.
+    """A candidate ends where it is poor among those that reached the round before it. Then the
+    missing rounds are measured.
     """
     rng, stopped_too_early = random.Random(4), 0
     for _ in range(150):
@@ -221,7 +219,7 @@ def test_an_asynchronous_scheduler_is_made_up_for() -> None:
             for name, until in missing.items():
                 counts[name] = min(until, field.end(name))
         assert halved(field, counts) == (expected, {})
-    assert stopped_too_early > 10  # else there was nothing to make up for
+    assert stopped_too_early > 10  # else no round was missing
 
 
 def test_groups_do_not_touch_each_other_and_the_order_of_names_is_none() -> None:
@@ -261,7 +259,7 @@ def some_options(rng: random.Random, shares: int = 1) -> list[Option]:
 
 
 def worse(one: Option, other: Option) -> bool:
-    """The other costs no more and is no less accurate, and is not the same in both."""
+    """The other option is not larger and not less accurate, and differs in one of the two."""
     ours, theirs = (one.values[-1], -one.stored_bytes), (other.values[-1], -other.stored_bytes)
     return (
         math.isfinite(theirs[0])

@@ -1,5 +1,5 @@
-"""Shares of the coordinates: whatever their number, order of arrival and cache, the same bits and
-files.
+"""Shares of the coordinates: bits and files do not depend on the number of shares, the order of
+arrival or the cache.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def commit(
     shapes: Shapes = SHAPES,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Store a vector as a fine-tune does; the dense vector (D,) float64."""
+    """Store a vector as a fine-tune does. Returns the dense vector (D,) float64."""
     store, task = Store(experiment.store), experiment.tasks[index]
     mask, mask_id = mask_of(kind, index, shapes), "shared" if kind == "shared" else task.name
     if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
@@ -108,7 +108,9 @@ def coordinates(kind: str, V: Tensor) -> Tensor:
 
 
 def versions_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> list[VectorVersion]:
-    """The vectors of tasks, all or some, as their records have them; shards read those again."""
+    """Versions of the vectors of all or some tasks, without files, so that shards read the records
+    again.
+    """
     versions, names = [], experiment.task_names
     for name in names if tasks is None else [names[i] for i in tasks]:
         record = records.find(Store(experiment.store), vector_prefix(name))
@@ -119,7 +121,7 @@ def versions_of(experiment: Experiment, tasks: Sequence[int] | None = None) -> l
 
 @dataclass
 class Several:
-    """Several shares, as if they were one: what is by segment follows each other."""
+    """Several shares in the role of one: their results for segments are put one after the other."""
 
     shares: list[CoordinateShard]
 
@@ -277,7 +279,7 @@ def test_bases_are_the_numbers_that_one_pass_over_the_files_gives(
 
 @pytest.mark.parametrize("rest", [1, 2, 17])
 def test_a_last_share_of_few_coordinates_changes_no_bit(tmp_path: Path, rest: int) -> None:
-    """How wide its buffers are must not matter."""
+    """The width of the buffers must not matter."""
     experiment, shapes = experiment_in(str(tmp_path), "dense"), Shapes(a=(2 * SEGMENT + rest,))
     for index in range(COUNT):
         commit(experiment, "dense", index, shapes=shapes)
@@ -298,7 +300,7 @@ def test_a_last_share_of_few_coordinates_changes_no_bit(tmp_path: Path, rest: in
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_atoms_are_a_stored_basis_and_vectors(tmp_path: Path, kind: str) -> None:
-    """The Gram matrix of [S N], and what is written of it."""
+    """The Gram matrix of [S N], and the basis that is written from it."""
     experiment, V = filled(tmp_path, kind)
     store, known = Store(experiment.store), versions_of(experiment)
     write_bases(store, CoordinateShard(experiment), weights_of(3, 2), known[:3])
@@ -353,7 +355,7 @@ def test_in_a_bucket(s3_environment: str) -> None:
 def test_a_damaged_vector_is_reported_and_the_others_are_usable(
     tmp_path: Path, kind: str, bad: int, damage: str
 ) -> None:
-    """The first one too, which others are compared with."""
+    """This holds for the first vector too, with which the others are compared."""
     experiment, V = filled(tmp_path, kind, 3)
     store, known, task = (
         Store(experiment.store),
@@ -422,7 +424,7 @@ def test_a_vector_that_was_never_committed_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stranger", [0, 2])
 def test_a_vector_of_another_base_is_named(tmp_path: Path, stranger: int) -> None:
-    """With the record of the pretrained model, whichever comes first."""
+    """Vectors are compared with the record of the pretrained model, whichever is stored first."""
     experiment, _ = filled(tmp_path, "shared", 3)
     records.commit(Store(experiment.store), BASE, identity={}, parents={"fingerprint": "base-1"})
     commit(experiment, "shared", stranger, base="base-2")
@@ -460,13 +462,13 @@ def test_a_vector_that_was_made_again_takes_the_place_of_the_old_one(tmp_path: P
     known = versions_of(experiment)
     assert known != before and close_to(shards.rows(known, COUNT).sum(dim=0), V.T @ V)
     assert shards.cache().bytes == size
-    failed = shards.fetch(before)  # what the old checksum stands for is not there any more
+    failed = shards.fetch(before)  # the version with the old checksum no longer exists
     assert list(failed) == [known[2].task]
     assert vector_key(known[2].task) in str(failed[known[2].task])
 
 
 def test_values_that_are_not_finite_are_those_of_one_vector(tmp_path: Path) -> None:
-    """A row says which: its own product is not finite."""
+    """The row of a bad vector shows it: its product with itself is not finite."""
     experiment, V = filled(tmp_path, "dense")
     store, task = Store(experiment.store), experiment.tasks[3]
     values = values_of(SHAPES, seed=3)

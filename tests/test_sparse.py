@@ -41,8 +41,8 @@ def toy_split(count: int = 50, seed: int = 1) -> Split:
 
 
 def random_mask(net: nn.Module, density: float = 0.3, seed: int = 2) -> dict[str, Tensor]:
-    """Keeps about the given share; nothing of the LayerNorm's weight, everything of the last
-    bias.
+    """A mask that keeps about the given share, nothing of the LayerNorm's weight and all of the
+    last bias.
     """
     generator = torch.Generator().manual_seed(seed)
     mask = {
@@ -264,8 +264,8 @@ def test_finetuning_lowers_the_loss_and_returns_the_kept_differences() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 16])
 def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
-    """Also the smaller last batch, of 2 images; Adam's first steps enlarge rounding errors of small
-    gradients.
+    """This includes the smaller last batch, of 2 images. Adam's first steps enlarge rounding errors
+    of small gradients.
     """
     mask = random_mask(toy_net())
     whole, divided = trained(toy_net(), mask), trained(toy_net(), mask, accumulate=parts)

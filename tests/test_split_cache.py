@@ -1,5 +1,6 @@
-"""Images and heads, made once for an experiment and kept in its store: made again where they are of
-something else, or damaged."""
+"""Images and heads, made once for an experiment and kept in its store. They are made again if they
+are damaged or belong to something else.
+"""
 
 import io
 import shutil
@@ -45,8 +46,8 @@ COUNT = 11
 
 
 def write_data(folder: Path, seed: int = 0, count: int = COUNT) -> Path:
-    """Splits val and test of `count` images of three classes each, the second of which cannot be
-    read.
+    """Splits val and test with `count` images each, of three classes. The second image of each
+    split cannot be read.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ def test_what_images_do_not_depend_on_changes_nothing(store: Store, tmp_path: Pa
 
 
 def rewrite(store: Store, key: str) -> None:
-    """Other images in a file that is whole."""
+    """A whole file with other images."""
     store.write(key, save({"images": 255 - load(store.read(key))["images"]}))
 
 

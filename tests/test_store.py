@@ -32,7 +32,7 @@ _memory_numbers = itertools.count()
 
 @pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A fresh store, once of each kind."""
+    """A fresh store; the test runs once for each kind of store."""
     match request.param:
         case "folder":
             return Store(str(tmp_path / "store"))
@@ -43,7 +43,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 class TestEveryKindOfStore:
-    """What holds for a store of any kind."""
+    """The contract of a store of any kind."""
 
     def test_round_trip(self, store: Store) -> None:
         store.check_writable()

@@ -61,7 +61,7 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-# What is found out before any cluster is asked.
+# Checks that are made before any cluster is contacted.
 
 
 def test_only_the_allowed_variables_are_passed_on() -> None:
@@ -162,7 +162,7 @@ def test_a_token_file_that_gives_no_token(
 
 @pytest.mark.parametrize("script", [False, True])
 def test_what_runs_in_the_upload_is_its_own_raytvb(tmp_path: Path, script: bool) -> None:
-    """Without a cluster: the command of `raytvb submit`, and the script for `ray job submit`."""
+    """The command of `raytvb submit` and the script for `ray job submit`, without a cluster."""
     folder = tmp_path / "upload"
     folder.mkdir()
     pack(write_experiment(tmp_path), folder)
@@ -322,7 +322,7 @@ def test_ray_job_submit_and_raytvb_submit_run_the_pipeline(head: Head, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((store / "report" / "summary.json").read_text())
     assert sorted(summary["tasks"]) == sorted(TASKS)
-    shutil.rmtree(store / "report")  # what the second job finds missing, it makes again
+    shutil.rmtree(store / "report")  # the second job makes missing results again
     done = head.submit(experiment, AWS_REGION="us-west-2", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stderr

@@ -1,5 +1,5 @@
-"""The embedded suite as it is drawn and as it is read back, other data sets made on the spot, and
-the tiny CLIP.
+"""The embedded suite as it is drawn and as it is read back, other data sets created in the tests,
+and the tiny CLIP.
 """
 
 import copy
@@ -52,7 +52,7 @@ NO_RESIZE = Preprocess(32, (0.5,) * 3, (0.5,) * 3, {})
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of this module's own."""
+    """A cache folder only for this module."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("RAYTVB_CACHE", str(folder))
@@ -98,7 +98,9 @@ def digest(task: str, split: str) -> str:
     ],
 )
 def test_drawings_do_not_change(task: str, split: str, expected: str) -> None:
-    """Else the cached suite needs a new FORMAT, and the tiny CLIP was trained on others."""
+    """If the drawings change, the cached suite needs a new FORMAT, and the tiny CLIP was trained on
+    other images.
+    """
     assert digest(task, split) == expected
 
 

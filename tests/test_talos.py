@@ -18,8 +18,8 @@ from raytvb.maths.mask_selection import (
 
 
 def some_scores(seed: int = 0, levels: int | None = None) -> dict[str, Tensor]:
-    """Scores of three tensors in an order that is not the sorted one; with `levels` values only, so
-    with many ties.
+    """Scores of three tensors whose names are not in sorted order. They have only `levels`
+    different values, so there are many ties.
     """
     rng = np.random.default_rng(seed)
     shapes = {"b": (7, 11), "c": (5,), "a": (3, 2, 4)}

@@ -1,4 +1,4 @@
-"""The algebra of task vectors, and that a mismatch of tensors is never passed over."""
+"""The algebra of task vectors, and that a mismatch of tensors is never ignored."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""The rounds of a candidate on a small store: what is measured, once, and that only the candidate
-decides it.
+"""The rounds of a candidate on a small store: each measurement is made once, and depends only on
+the candidate.
 """
 
 import itertools
@@ -79,8 +79,8 @@ def evaluator(mask: Mapping[str, Tensor] | None) -> Evaluator:
 
 
 class Small:
-    """A store with the vectors of five tasks and a basis of two; their reference V (D or kept, T)
-    float64.
+    """A store with the vectors of five tasks and a basis of two vectors, and the reference V (D or
+    kept, T) float64.
     """
 
     def __init__(self, folder: Path, masked: bool) -> None:
@@ -166,7 +166,7 @@ SUBSETS = task_subsets(COUNT, 0)
 
 
 def subsets_of(small: Small, candidate: Candidate) -> list[tuple[int, ...]]:
-    """Some that the candidate can add."""
+    """Some subsets that the candidate can add."""
     return list(candidate.subsets({2: SUBSETS[2], COUNT: SUBSETS[COUNT]})[COUNT]) + (
         [] if candidate.kind == "basis-sum" else SUBSETS[2]
     )
@@ -175,8 +175,8 @@ def subsets_of(small: Small, candidate: Candidate) -> list[tuple[int, ...]]:
 def expected_direction(
     small: Small, candidate: Candidate, subset: Sequence[int], own: bool = False
 ) -> Tensor | None:
-    """What a subset adds up to, of whole vectors in memory; for other merges by
-    `method_direction`.
+    """The merged direction of a subset, from whole vectors in memory; for other merges than the sum
+    by `method_direction`.
     """
     if candidate.kind == "zero-shot":
         return None
@@ -263,7 +263,7 @@ def test_directions_of_other_subsets_are_not_those_that_are_held(small: Small) -
         ]
         found = additions.directions(subsets)
         if rng.random() < 0.3:
-            next(found)  # and no further: nothing may be held of that
+            next(found)  # and no further: nothing beyond this may be in memory
             continue
         for direction, subset in zip(found, subsets, strict=True):
             expected = small.V[:, list(subset)].sum(dim=1)
@@ -272,7 +272,7 @@ def test_directions_of_other_subsets_are_not_those_that_are_held(small: Small) -
 
 
 def tensors(directions: Iterable[Tensor | None]) -> list[Tensor]:
-    """All of them, none of which is missing."""
+    """All directions; none is missing."""
     present = [direction for direction in directions if direction is not None]
     assert present
     return present
@@ -292,7 +292,7 @@ def test_directions_that_are_too_large_to_hold_are_made_again(
 
 
 def fresh_count(small: Small, direction: Tensor | None, alpha: float, task: int) -> Count:
-    """On a tower that nothing was merged into before."""
+    """The same measurement on a fresh tower, into which nothing was merged before."""
     fresh = small.evaluator()
     fresh.merge(direction, alpha)
     return fresh.count(NAMES[task])
@@ -366,7 +366,7 @@ def counts_of(
     start: float = 0.0,
     stop: float = 1.0,
 ) -> list[Count]:
-    """Of each task of each subset."""
+    """Counts for each task of each subset."""
     every: list[Count] = []
     for counts in additions.counts(subsets, setting.coefficient, setting.own_lengths, start, stop):
         every += counts.values()
@@ -377,8 +377,8 @@ def counts_of(
 def test_a_value_does_not_depend_on_what_was_measured_when(
     small: Small, shares: tuple[float, ...]
 ) -> None:
-    """On the last share it is that of a direct count of all images; nothing goes through the tower
-    twice.
+    """On the last share the accuracy is that of a direct count of all images. No image goes through
+    the tower twice.
     """
     rng = random.Random(len(shares))
     settings = [Setting(0.1, False), Setting(0.4, True), Setting(0.4, False)]
@@ -458,7 +458,7 @@ def run_rounds(
 
 
 def stored(result: Measured) -> Measured:
-    """As it is read back from a record."""
+    """The result as it is read back from a record."""
     read = parse_round(json.loads(json.dumps(result.to_json())), "a record")
     assert isinstance(read, Measured)
     return read
@@ -478,8 +478,8 @@ ASKED: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("asked", ASKED, ids=[json.dumps(a) for a in ASKED])
 def test_rounds_depend_on_the_candidate_alone(masked: Small, asked: dict[str, Any]) -> None:
-    """A round after a restart, of an object that measured nothing yet, is that of one that went
-    through all.
+    """After a restart, an object that has measured nothing yet gives the same round as one that
+    went through all rounds.
     """
     experiment = masked.asked(**asked)
     rounds = len(experiment.search.shares)
@@ -495,7 +495,7 @@ def test_rounds_depend_on_the_candidate_alone(masked: Small, asked: dict[str, An
         assert all(result.images == went for result, went in results)
         for number in range(1, rounds + 1):
             known = stored(results[number - 2][0]) if number > 1 else None
-            disturbed = masked.evaluator()  # by what another candidate did in the same worker
+            disturbed = masked.evaluator()  # by the work of another candidate in the same worker
             disturbed.merge(torch.ones(sum(map(math.prod, PARAMETERS.values()))), 1.0)
             fresh = CandidateSearch(experiment, candidate, disturbed).round(number, known)
             assert fresh == results[number - 1][0] == stored(fresh)
@@ -563,7 +563,9 @@ def test_what_a_round_says_is_what_a_direct_count_gives(
 def check_weights(
     direct: Additions, last: Measured, vector: TunedWeights, experiment: Experiment
 ) -> None:
-    """Tuned weights have the accuracy that a direct count gives, no less than the start's."""
+    """Tuned weights have the accuracy that a direct count gives, and it is not below that of the
+    start.
+    """
     limits = experiment.search.coefficients
     per_basis = limits.vector == "per-basis"
     assert (vector.kind, vector.per_basis, vector.trials) == (
@@ -620,8 +622,8 @@ def test_a_poor_search_on_the_first_share_measures_less_than_all_images(small: S
 
 
 def test_rounds_are_read_as_they_are_written() -> None:
-    """Numbers of tasks are strings in JSON, and a measured round without a vector says nothing of
-    one: so earlier versions wrote them too.
+    """In JSON, numbers of tasks are strings, and a measured round without a vector has no field for
+    it. Earlier versions wrote the same.
     """
     fields: JsonObject = {
         "objective": 0.5,
@@ -786,7 +788,7 @@ def test_random_baselines_are_seeded_draws_at_every_size(masked: Small) -> None:
     )
     assert (
         found[:2] == random_candidates(masked.asked(sizes=[1, 3]), masked.gram)[:2]
-    )  # of more draws the first
+    )  # the first of more draws
     for own, squares in zip(found[::2], found[1::2], strict=True):
         chosen = torch.tensor(own.table, dtype=torch.float64)
         keep = chosen.diagonal().bool()

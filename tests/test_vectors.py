@@ -122,9 +122,7 @@ def test_any_range_of_values_can_be_read(store: Store, sparse: bool, dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES["both"])
 def test_reading_past_the_end_is_an_error(store: Store, dtype: torch.dtype) -> None:
     file = VectorFile(store, put_vector(store, "one", values_of(SHAPES, seed=1, dtype=dtype)))
-    with pytest.raises(
-        VectorError, match=r"vectors/one/.* has 205 values; 204\.\.206 were asked for"
-    ):
+    with pytest.raises(VectorError, match=r"vectors/one/.* has 205 values, not 204\.\.206"):
         file.values(file.stored - 1, file.stored + 1)
 
 
@@ -174,7 +172,7 @@ def test_metadata_without_a_field_is_an_error_that_names_both(store: Store, fiel
     data = save({"a": torch.zeros(3)}, metadata={"raytvb": json.dumps(info)})
     store.write("x/vector.safetensors", data)
     with pytest.raises(
-        VectorError, match=rf"x/vector\.safetensors is no vector file: .* no {field}$"
+        VectorError, match=rf"x/vector\.safetensors is not a vector file: .* no {field}$"
     ):
         VectorFile(store, "x/vector.safetensors")
 
@@ -249,7 +247,7 @@ def test_common_coordinates_are_the_kept_ones_only_where_all_share_a_mask(
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_cover_everything_once_and_in_order(store: Store, kind: str, dtypes: str) -> None:
-    """205 coordinates, or those kept of them: the last block is narrower."""
+    """There are 205 coordinates, or the kept ones of them, so the last block is narrower."""
     keys, V = put_set(store, kind, dtypes=DTYPES[dtypes])
     vectors, rows = open_set(store, keys), common(kind, V).T.float()
     for columns in (8, 40, 104, None):
@@ -388,7 +386,7 @@ def test_combinations_are_the_weighted_sums_on_the_common_coordinates(
 def test_combinations_beyond_the_budget_are_the_same_numbers(
     store: Store, kind: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made in several passes; one at least is made in each."""
+    """The sums are made in several passes, and each pass makes at least one."""
     keys, V = put_set(store, kind)
     vectors, weights = open_set(store, keys), signed_weights()
     monkeypatch.setattr("raytvb.storage.vector_set.COMBINED_BYTES", 4 * vectors.count * together)
@@ -418,7 +416,7 @@ def test_combinations_of_long_vectors_are_made_of_several_blocks(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_without_weight_is_not_read(store: Store, kind: str) -> None:
-    """Also where those that are read have a mask in common that not all have."""
+    """This holds even if the vectors that are read share a mask that the others do not have."""
     keys, V = put_set(store, kind)
     vectors = open_set(store, keys)
     for key in (keys[0], keys[1], keys[4]):
@@ -439,7 +437,7 @@ def test_sums_without_any_weight_are_zero_and_read_nothing(store: Store) -> None
 
 
 def signed_weights() -> Tensor:
-    """(5, 4): dense ones, ones with zeros, and none at all."""
+    """Weights (5, 4) with a row of zeros, a column of zeros, and one more zero."""
     weights = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights[1], weights[:, 2], weights[3, 3] = 0.0, 0.0, 0.0
     return weights
@@ -447,8 +445,9 @@ def signed_weights() -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subset_has_the_coordinates_of_all(store: Store, kind: str) -> None:
-    """Two of the vectors with masks of their own share theirs: opened by themselves they have less
-    coordinates than with the others."""
+    """Two of the vectors with own masks share a mask. Opened without the others they have fewer
+    coordinates.
+    """
     keys, V = put_set(store, kind)
     vectors = open_set(store, keys)
     chosen = vectors.subset([2, 3])

@@ -1,4 +1,4 @@
-"""Vector files made for tests, and readers of them that know safetensors only."""
+"""Vector files made for tests, and readers of them that only know safetensors."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def values_of(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def random_mask(shapes: Shapes, seed: int, density: float = 0.3) -> Mask:
-    """Keeps nothing of the first two tensors by name where there are more than two."""
+    """A mask that keeps nothing of the first two tensors by name, if there are more than two."""
     generator = torch.Generator().manual_seed(seed)
     mask = {n: torch.rand(s, generator=generator) < density for n, s in shapes.items()}
     for name in sorted(shapes)[:2] if len(shapes) > 2 else ():
@@ -59,8 +59,8 @@ def put_mask(store: Store, name: str, mask: Mask) -> str:
 def vector_data(
     task: str, values: dict[str, Tensor], mask: Mask | None, mask_name: str, base: str
 ) -> bytes:
-    """The vector file of a task: dense, or with its mask in the folder masks/<mask_name> of the
-    same store.
+    """The bytes of the vector file of a task: dense, or with its mask in the folder
+    masks/<mask_name> of the same store.
     """
     if mask is None:
         return vector_bytes(values, vector_info(base))
@@ -80,7 +80,7 @@ def put_vector(
     mask_name: str = "shared",
     base: str = "base-1",
 ) -> str:
-    """Store `values`, sparse where there is a mask; the key."""
+    """Store `values`, sparse if there is a mask. Returns the key."""
     key = f"vectors/{task}/vector.safetensors"
     if mask is not None:
         put_mask(store, mask_name, mask)
@@ -134,7 +134,7 @@ def open_set(store: Store, keys: Sequence[str]) -> VectorSet:
 
 
 def flip(store: Store, key: str, position: int, bit: int = 0) -> None:
-    """Change one bit of a local file where it lies; a negative position counts from its end."""
+    """Change one bit of a local file in place. A negative position counts from its end."""
     with open(store.path(key), "r+b") as file:
         file.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
         value = file.read(1)[0]
@@ -143,7 +143,7 @@ def flip(store: Store, key: str, position: int, bit: int = 0) -> None:
 
 
 def truncate(store: Store, key: str, size: int) -> None:
-    """Leave the first `size` bytes of a file; a negative size leaves out that many."""
+    """Cut a file to its first `size` bytes. A negative size cuts off that many bytes at the end."""
     store.write(key, store.read(key)[:size])
 
 
@@ -207,7 +207,7 @@ def glued(store: Store, folder: str) -> Tensor:
 
 
 def close_to(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
-    """A Gram matrix differs from another by no more than the tolerance times the norms of the two
+    """Assert that two Gram matrices differ by no more than the tolerance times the norms of the two
     vectors.
     """
     norms = expected.diagonal().sqrt()

@@ -1,1 +1,4 @@
-"""Task vector bases of an experiment: Gram matrix, fits, online bases, written block by block."""
+"""Task vector bases of an experiment: the Gram matrix, fits and online bases.
+
+Bases are written block by block. `builder` says in which order to read the room.
+"""

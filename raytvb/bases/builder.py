@@ -1,9 +1,9 @@
-"""The stream from task vectors to bases: each vector is taken in as it commits.
+"""The stream from task vectors to bases: each vector is taken in once it is committed.
 
-How the room works, in reading order: `BasisBuilder` here keeps the exact Gram matrix of all vectors
-and fits bases to it, which needs T x T numbers only. `shards` do everything that is as long as a
-vector. `online` has the bases that follow the tasks one by one. `messages` has what passes between
-them. `spectrum` shows what a basis of any size would lose.
+How the room works, in reading order: `BasisBuilder` in this module keeps the exact Gram matrix of
+all vectors and fits bases to it, which needs only T x T numbers. `shards` does all work on arrays
+as long as a vector. `online` has the bases that follow the tasks one by one. `messages` has the
+values that these modules pass to each other. `spectrum` shows what a basis of any size would lose.
 
 The builder is a plain class; `orchestration` wraps it as a Ray actor. Its state is in the store
 (see `storage.gram_state`). So a restarted actor goes on where it was, a repeated call changes
@@ -40,16 +40,16 @@ from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
 REMEDY = "delete its folder in the store and run again to make it anew"
-"""What a user can do about a stored vector that cannot be used, where its error does not tell."""
+"""What a user can do about a stored vector that cannot be used, if its error does not say so."""
 
 
 class BasisBuilder:
     """Streams the vectors of one experiment into its Gram matrix, and writes the bases."""
 
     def __init__(self, experiment: Experiment, shards: Shards | None = None) -> None:
-        """Reads what the store has; with the first change it takes the Gram matrix over.
+        """Reads the state in the store. The first change takes the right to write it.
 
-        shards: by default one in this process.
+        shards: by default one shard in this process.
         """
         worker_setup()
         self._experiment, self._store = experiment, Store(experiment.store)
@@ -66,11 +66,11 @@ class BasisBuilder:
     def _writer(self) -> GramWriter:
         """The right to write, taken at first use.
 
-        From then on a builder that had it before cannot write any more.
+        After that, a builder that had the right before can no longer write.
         """
         if self._claimed is None:
             self._claimed = GramWriter(self._store)
-            self._state = GramState.read(self._store)  # as the builder before left it
+            self._state = GramState.read(self._store)  # as the builder before this one left it
         return self._claimed
 
     def status(self) -> BuilderStatus:
@@ -89,22 +89,24 @@ class BasisBuilder:
     # Taking vectors in ----------------------------------------------------------------------------
 
     def add(self, tasks: Sequence[str]) -> BuilderStatus:
-        """Take in the committed vectors of tasks: each is read once, the Gram matrix extended and
-        saved.
+        """Take in the committed vectors of tasks: read each once, extend and save the Gram matrix.
 
-        Idempotent; a vector that was made again replaces its old row. A vector that cannot be used
-        is left out and named in the status that is returned; the rest goes on.
+        A repeated call changes nothing. A vector that was made again replaces its old row. A vector
+        that cannot be used is left out and named in the returned status; the others are taken in.
         """
         committed, failed = self._committed(tasks)
         if self._unknown(committed):
             self._writer.check()
-            new = self._unknown(committed)  # taking the right to write may have read the state anew
+            new = self._unknown(committed)  # the state is read anew with the right to write
             if new:
                 failed |= self._take_in(new)
         return replace(self.status(), failed=failed)
 
     def _committed(self, tasks: Sequence[str]) -> tuple[list[VectorVersion], dict[str, str]]:
-        """The vectors of the tasks, each record read once; by task, what is not committed."""
+        """The committed vectors of the tasks, and by task a message for each that is not committed.
+
+        Each record is read once.
+        """
         versions: list[VectorVersion] = []
         missing: dict[str, str] = {}
         for task in dict.fromkeys(tasks):
@@ -118,11 +120,14 @@ class BasisBuilder:
         return versions, missing
 
     def _unknown(self, versions: Sequence[VectorVersion]) -> list[VectorVersion]:
-        """Those that have no row of the Gram matrix."""
+        """The versions that have no row in the Gram matrix."""
         return [v for v in versions if self._state.checksums.get(v.task) != v.checksum]
 
     def _take_in(self, new: Sequence[VectorVersion]) -> dict[str, str]:
-        """Extend the Gram matrix and the online bases; by task, why a vector cannot be used."""
+        """Extend the Gram matrix and the online bases.
+
+        Returns, by task, why a vector cannot be used.
+        """
         replaced = [version.task for version in new if version.task in self._state.checksums]
         if replaced:
             self._state.forget(replaced)
@@ -136,7 +141,10 @@ class BasisBuilder:
         return {task: str(error.with_remedy(REMEDY)) for task, error in failed.items()}
 
     def _extend(self, new: Sequence[VectorVersion]) -> dict[str, VectorError]:
-        """Add the rows of vectors; by task, the error of those with values that are not finite."""
+        """Add the rows of vectors to the Gram matrix.
+
+        Returns, by task, the error for each vector whose values are not finite.
+        """
         before = len(self._state.tasks)
         known = [VectorVersion(task, checksum) for task, checksum in self._state.known]
         rows = self._shards.rows([*known, *new], len(new)).sum(dim=0)
@@ -154,7 +162,7 @@ class BasisBuilder:
         return failed
 
     def _append(self, new: Sequence[VectorVersion], rows: Tensor) -> None:
-        """Store rows (new, T + new) of the Gram matrix, sometimes with what bases would lose."""
+        """Store rows (new, T + new) of the Gram matrix, and for some arrivals the least errors."""
         total = len(self._state.tasks) + len(new)
         is_last = total == len(self._experiment.tasks)
         last_look = self._state.history[-1].vectors if self._state.history else 0
@@ -179,7 +187,10 @@ class BasisBuilder:
     # Writing bases --------------------------------------------------------------------------------
 
     def write_bases(self) -> WrittenBases:
-        """Write every basis that has no record, all offline ones in one pass over the vectors."""
+        """Write every basis that has no record. All offline bases share one pass over the vectors.
+
+        Raises ValueError that names the vectors which have not been taken in yet.
+        """
         gram = self.gram()
         for basis in self._online:
             basis.follow(self._state.checksums)
@@ -202,7 +213,7 @@ class BasisBuilder:
         return missing
 
     def _write_offline(self, gram: Tensor, specs: Sequence[BasisSpec]) -> list[str]:
-        """Fit, write and commit bases; returns what a user should know of them."""
+        """Fit, write and commit bases. Returns notes about them for the user."""
         if not specs:
             return []
         fits, notes = self._fits(gram, specs)
@@ -225,9 +236,9 @@ class BasisBuilder:
     def _fits(
         self, gram: Tensor, specs: Sequence[BasisSpec]
     ) -> tuple[dict[str, BasisFit], list[str]]:
-        """Fits by name, each method's sizes from one call, and what they warned of."""
+        """Fits by name, and their warnings. One call fits all sizes of a method."""
         fits: dict[str, BasisFit] = {}
-        notes: dict[str, None] = {}  # methods warn of the same things
+        notes: dict[str, None] = {}  # a dict, since several methods give the same warning
         for method in dict.fromkeys(spec.method for spec in specs):
             chosen = [spec for spec in specs if spec.method == method]
             sizes = [spec.size for spec in chosen]
@@ -243,7 +254,7 @@ class BasisBuilder:
         return fits, list(notes)
 
     def _commit_online(self, basis: OnlineBasis, gram: Tensor) -> None:
-        """Commit an online basis that has followed all tasks; its files are there already."""
+        """Commit an online basis that has followed all tasks. Its files are already stored."""
         state = basis.state
         metrics = BasisMetrics(
             tasks=self._experiment.task_names,

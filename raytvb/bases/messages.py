@@ -1,4 +1,4 @@
-"""What passes between the basis builder, the shards of coordinates and whoever feeds them."""
+"""Values that pass between the basis builder, the shards of coordinates and their callers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raytvb.storage.records import FileInfo, Record
 
 @dataclass(frozen=True)
 class VectorVersion:
-    """A task's vector with certain contents: one that is made again is another version."""
+    """A task's vector with certain contents. A vector that is made again is another version."""
 
     task: str
     checksum: str
     """sha256 of the vector file."""
     file: FileInfo | None = None
-    """The file as its record describes it; None where the record has to be read for that."""
+    """The file as the vector's record describes it; None if the record must still be read."""
 
     @classmethod
     def of(cls, task: str, record: Record) -> VectorVersion:
@@ -37,7 +37,7 @@ Outputs: TypeAlias = Sequence[tuple[str, Tensor]]
 """Folders, each with the weights (T, M) float64 of the basis to be written there."""
 
 FilesByFolder: TypeAlias = dict[str, dict[str, FileInfo]]
-"""What was written: files by name, by folder."""
+"""The written files: for each folder, its files by name."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class CacheUse:
     """Where the shards keep the vectors' values."""
 
     kind: str = "memory"
-    """memory or disk."""
+    """Either `memory` or `disk`."""
     bytes: int = 0
+    """Size of all values."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,27 @@ class BuilderStatus:
     vectors: int = 0
     """Number of vectors taken in."""
     floor: Mapping[int, float] = field(default_factory=dict)
-    """By basis size M below the number of vectors: the least relative error of any M vectors."""
+    """The least relative error of any M vectors, by size M (only sizes below `vectors`)."""
     cache: CacheUse = CacheUse()
     failed: Mapping[str, str] = field(default_factory=dict)
-    """By task, why its vector could not be taken in by the last call, and the way out."""
+    """By task, why the last call could not take in its vector, and what the user can do."""
 
 
 @dataclass(frozen=True)
 class WrittenBases:
-    """What a call to write bases has done."""
+    """What a call of `BasisBuilder.write_bases` has done."""
 
     names: tuple[str, ...] = ()
-    """The bases that were written; those that were there already are left out."""
+    """The bases that the call wrote; bases that existed before are left out."""
     notes: tuple[str, ...] = ()
-    """What a user should know of them."""
+    """What a user should know about these bases."""
 
 
 class Shards(Protocol):
-    """All coordinates: one `CoordinateShard`, or a group of actors with one each."""
+    """All coordinates: one `CoordinateShard`, or a group of actors with one shard each."""
 
     def fetch(self, versions: Versions) -> dict[str, VectorError]:
-        """Take vectors in; by task, the error of each that cannot be used."""
+        """Take vectors in. Returns, by task, the error for each vector that cannot be used."""
 
     def rows(self, versions: Versions, new: int) -> Tensor:
         """Inner products by segment, see `CoordinateShard.rows`."""

@@ -1,10 +1,9 @@
 """An online basis in a store: M vectors that follow the tasks, each task vector seen once.
 
-`maths.online_basis` advances the small matrices; the basis vectors S are read and written here,
-block by block, by the shards. After every refit the state is in the store: `online/<name>/` has the
-small matrices, and S in a folder of its own; the last S is `basis/<name>/`. Tasks are taken in the
-order of the experiment, however their fine-tunes end, so the result does not depend on which is
-faster.
+`maths.online_basis` advances the small matrices. The shards read and write the basis vectors S,
+block by block. After every refit the state is stored: `online/<name>/` has the small matrices, and
+S in a subfolder. The last S is `basis/<name>/`. Tasks are taken in the order of the experiment, not
+in the order in which their fine-tunes end, so the result does not depend on which is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class OnlineBasis:
     seen: tuple[VectorVersion, ...]
     """The vectors taken in so far, in that order."""
     folder: str | None
-    """Where S lies; None before the first vector."""
+    """The folder of S in the store; None before the first vector."""
     written: dict[str, FileInfo]
     """The files of S."""
     state: OnlineState
@@ -46,9 +45,9 @@ class OnlineBasis:
     def __init__(
         self, experiment: Experiment, store: Store, shards: Shards, spec: BasisSpec
     ) -> None:
-        """Goes on from what the store has.
+        """Goes on from the state in the store.
 
-        Raises UserError where that is of another experiment.
+        Raises UserError if that state belongs to another experiment.
         """
         self.spec = spec
         self._experiment, self._store, self._shards = experiment, store, shards
@@ -74,8 +73,8 @@ class OnlineBasis:
         self.seen = tuple(VectorVersion(task, record.parents[task]) for task in metrics.tasks)
         self.folder, self.written = metrics.folder, metrics.written
         self._files = record.files
-        # Copies, which begin at multiples of 64 bytes whether the tables were read or just made:
-        # products must not depend on where a table begins.
+        # Products must not depend on the address of a table. The copies begin at multiples of 64
+        # bytes, whether the tables were read or just computed.
         copies = {name: tables[name].contiguous().clone() for name in TABLES}
         self.state = OnlineState(self.spec.method, self.spec.size, **copies)
 
@@ -83,12 +82,12 @@ class OnlineBasis:
         return record.metrics_as(OnlineMetrics, self._store.where(self._prefix))
 
     def follow(self, checksums: Mapping[str, str]) -> None:
-        """Take in the tasks that are there, in the order of the experiment.
+        """Take in the available tasks, in the order of the experiment.
 
-        A vector that was made again after it had been taken in cannot be taken back: it starts the
-        basis anew. So does a basis whose files were deleted.
+        A vector cannot be taken out of the basis again. So the basis starts anew if one of its
+        vectors was made again, or if its files were deleted.
 
-        checksums: of the vectors that are there, by task.
+        checksums: by task, the checksums of the available vectors.
         """
         if self._is_gone() or self._is_outdated(checksums):
             self._store.delete(self._prefix)
@@ -109,7 +108,7 @@ class OnlineBasis:
         return any(checksums.get(v.task, v.checksum) != v.checksum for v in self.seen)
 
     def _next_batch(self, checksums: Mapping[str, str]) -> list[VectorVersion] | None:
-        """The next `basis.buffer` vectors (fewer at the end); None until all of them are there."""
+        """The next `basis.buffer` vectors (fewer at the end); None until all are available."""
         start = len(self.seen)
         tasks = self._experiment.task_names[start : start + self._experiment.basis.buffer]
         if not tasks or not all(task in checksums for task in tasks):
@@ -146,7 +145,7 @@ class OnlineBasis:
             self._store.delete(f"{self._prefix}/{name}")
 
     def _kept_tables(self) -> dict[str, FileInfo]:
-        """The tables after earlier tasks that an evaluation looks at."""
+        """The stored tables of earlier states that an evaluation will read."""
         experiment = self._experiment
         looks = online_basis.arrivals(len(experiment.tasks), experiment.basis.buffer)
         kept = {online_tables(count) for count in looks}

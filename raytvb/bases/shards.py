@@ -1,7 +1,7 @@
-"""A share of the coordinates of an experiment's task vectors: all D-sized work of the basis.
+"""A share of the coordinates of an experiment's task vectors. It does all D-sized work for a basis.
 
-A plain class; `orchestration` makes actors of several. Everything it knows is in the store: one
-that dies is made anew and fetches its share again.
+`CoordinateShard` is a plain class; `orchestration` turns several shards into actors. All data of a
+shard is in the store. So a shard that dies is replaced by a new one, which fetches its share again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ MEMORY_CACHE_BYTES = 2**30  # up to here `resources.cache: auto` keeps the vecto
 
 
 class CoordinateShard:
-    """Share `index` of `of` of the coordinates, in whole segments of 2^20.
+    """Share number `index` out of `of` shares of the coordinates, in whole segments of 2^20.
 
-    Sums are kept by segment; who asks for them adds them up. So they are the same bits however many
-    shares there are. Memory: the cache where it is not on disk, 64 MB of values, and 32 MB for each
-    basis that is written.
+    Sums are kept for each segment, and the caller adds them up. So the total has the same bits for
+    any number of shares. Memory: the cache unless it is on disk, 64 MB of values, and 32 MB for
+    each basis that is written.
     """
 
     def __init__(self, experiment: Experiment, index: int = 0, of: int = 1) -> None:
@@ -59,10 +59,10 @@ class CoordinateShard:
     # Taking vectors in ----------------------------------------------------------------------------
 
     def fetch(self, versions: Versions) -> dict[str, VectorError]:
-        """Take in the vectors that are not here yet, checking their bytes.
+        """Take in the vectors that this shard does not have yet, and check their bytes.
 
-        Returns, by task, the error of each vector that cannot be used. Storage that fails otherwise
-        raises its StoreError.
+        Returns, by task, the error for each vector that cannot be used. Raises StoreError if the
+        storage fails in another way.
         """
         failed: dict[str, VectorError] = {}
         for version in versions:
@@ -83,7 +83,8 @@ class CoordinateShard:
         if file.sha256 != version.checksum or vector.file_size != file.size:
             raise damaged(self._store, vector.key)
         if self._first is None:
-            # Others are compared with its header, also where that lies in another share.
+            # All others are compared with this header, so it is checked even if its bytes lie in
+            # another share.
             check_header(vector, file)
         self._check(vector)
         layout = self._layout or self._layout_of(vector)
@@ -95,7 +96,7 @@ class CoordinateShard:
         self._checksums[task] = version.checksum
 
     def _recorded_file(self, task: str) -> FileInfo:
-        """What the record says of the file now."""
+        """The vector's file as its record describes it now."""
         task_store = self._tasks[task]
         record = task_store.basis_vector()
         if record is None:
@@ -115,7 +116,7 @@ class CoordinateShard:
             check_pair(self._first, vector, compact=not self._dense)
 
     def _base_fingerprint(self) -> str | None:
-        """Fingerprint of the stored pretrained model, read once; None where there is none yet."""
+        """Fingerprint of the stored pretrained model, read once; None if there is no model yet."""
         if self._fingerprint is None:
             record = records.find(self._store, BASE)
             if record is not None:
@@ -142,15 +143,15 @@ class CoordinateShard:
         stop = min(count, segments * (self._index + 1) // self._of * SEGMENT)
         share = self._experiment.talos.density if self._dense else 1.0
         expected_bytes = 4 * len(self._experiment.tasks) * (stop - start) * share
-        wanted = self._experiment.resources.cache
-        on_disk = wanted == "disk" or (wanted == "auto" and expected_bytes > MEMORY_CACHE_BYTES)
+        setting = self._experiment.resources.cache
+        on_disk = setting == "disk" or (setting == "auto" and expected_bytes > MEMORY_CACHE_BYTES)
         folder = tempfile.gettempdir() if on_disk else None
         return BlockCache(start, stop, own_masks=self._dense, folder=folder)
 
     def _ready(self, versions: Versions) -> tuple[BlockCache, Layout]:
-        """Cache and layout once the vectors are here.
+        """Cache and layout, after the vectors have been taken in.
 
-        Raises VectorError that names those which cannot be used.
+        Raises VectorError that names the vectors that cannot be used.
         """
         failed = self.fetch(versions)
         if failed:
@@ -173,9 +174,9 @@ class CoordinateShard:
     def rows(self, versions: Versions, new: int) -> Tensor:
         """Inner products of the last `new` of the T vectors with all: (segments, new, T) float64.
 
-        The two vectors of every pair are multiplied by themselves (float32 over 65,536 coordinates,
-        added pairwise, then in float64). So an entry is the same bits whatever the order in which
-        vectors arrive. Time grows linearly with T.
+        Each pair of vectors is multiplied on its own: in float32 over 65,536 coordinates, added
+        pairwise, and these sums are added in float64. So an entry has the same bits in whatever
+        order the vectors arrive. Time grows linearly with T.
         """
         cache, _ = self._ready(versions)
         names = [version.task for version in versions]
@@ -192,7 +193,8 @@ class CoordinateShard:
     def atoms_gram(self, source: str | None, versions: Versions) -> Tensor:
         """Gram matrix of [S N] by segment: (segments, m + t, m + t) float64.
 
-        S are the m vectors of the basis stored in the folder `source`, N the t given vectors.
+        S are the m vectors of the basis in the folder `source` (None: m = 0), and N are the t given
+        vectors.
         """
         cache, _ = self._ready(versions)
         basis = None if source is None else StoredBasis(self._store, source)
@@ -210,7 +212,7 @@ class CoordinateShard:
     ) -> FilesByFolder:
         """Write this share of the files of [S N] @ weights for each (folder, weights).
 
-        One pass over N (and S). Returns checksums by folder and file.
+        This takes one pass over N (and S). Returns checksums by folder and file.
         """
         cache, layout = self._ready(versions)
         basis = None if source is None else StoredBasis(self._store, source)
@@ -219,21 +221,21 @@ class CoordinateShard:
 
 
 def _segments(cache: BlockCache) -> list[tuple[int, int]]:
-    """(start, stop) of the segments of a share."""
+    """(start, stop) of each segment of a share."""
     return [(a, min(a + SEGMENT, cache.stop)) for a in range(cache.start, cache.stop, SEGMENT)]
 
 
 def _inner_products(
     cache: BlockCache, old: Sequence[str], new: Sequence[str], start: int, stop: int
 ) -> list[list[float]]:
-    """Inner products over coordinates start..stop: for each new vector with all, old ones first.
+    """Inner products over coordinates start..stop of each new vector with all, old ones first.
 
-    Of two new vectors only the pair whose first one came later (or the same one) is filled in.
+    Each pair of new vectors is computed once, in the row of the later vector.
     """
     products = torch.empty(BLOCK)
 
     def inner(left: Tensor, right: Tensor) -> float:
-        # torch.dot is twice as fast, but of bfloat16 values off by 4e-6: torch.sum adds pairwise.
+        # torch.sum adds pairwise. torch.dot is twice as fast, but off by 4e-6 for bfloat16 values.
         return float(torch.mul(left, right, out=products[: len(left)]).sum())
 
     sums = [[0.0] * (len(old) + len(new)) for _ in new]
@@ -260,7 +262,7 @@ def _blocks(
     before = 0 if basis is None else basis.size
     count = before + len(versions)
     step = min(block_columns(count), SEGMENT)
-    # Rows begin at multiples of 64 bytes in every share: sums must not depend on where.
+    # Sums must not depend on the address of a row: rows begin at multiples of 64 bytes everywhere.
     buffer = torch.empty(count, -(-min(step, cache.stop - cache.start) // 16) * 16)
     for first, last in ranges:
         for start in range(first, last, step):
@@ -280,9 +282,10 @@ def write_bases(
     versions: Versions,
     source: str | None = None,
 ) -> FilesByFolder:
-    """Write [S N] @ weights for each folder: weights. All but the records, which come last.
+    """Write the basis [S N] @ weights into each folder of `outputs` (folder to weights).
 
-    The shards write the vectors; the indices are added here.
+    The shards write the vectors, and this function writes the indices. The caller then writes the
+    records. source: the folder of S; None: there is no S. Returns checksums by folder and file.
     """
     files = shards.write(list(outputs.items()), versions, source)
     layout = shards.layout(versions)

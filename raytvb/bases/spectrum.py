@@ -1,4 +1,4 @@
-"""What bases of any size would lose, from the Gram matrix as far as it has grown."""
+"""What bases of any size would lose, computed from the Gram matrix of the vectors so far."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class SpectrumFit(Contract):
     loss: float
     """Relative squared error of all vectors together."""
     floor: float
-    """Least such error of any M vectors."""
+    """Least such error that any M vectors can have."""
     per_task: dict[str, float]
     """Relative squared error of each task's vector."""
     notes: tuple[str, ...]
-    """What the method warned of."""
+    """Warnings of the method."""
 
 
 class Spectrum(Contract):
     """The spectrum of the Gram matrix of the vectors so far."""
 
     tasks: tuple[str, ...]
-    """In the order of their arrival."""
+    """Tasks in the order of their arrival."""
     share: tuple[float, ...]
     """Eigenvalues as shares of their sum, falling."""
     floor: tuple[float, ...]
     """Least relative error of 1, 2, … basis vectors."""
     fit: SpectrumFit | None = None
-    """Where a size was given."""
+    """The fitted basis; None if no size was given."""
 
     def to_json(self) -> JsonObject:
         """Plain values, without `fit` where no size was given."""
@@ -51,13 +51,13 @@ class Spectrum(Contract):
 def spectrum_of(store: Store, method: str = "ae", size: int | None = None) -> Spectrum:
     """The spectrum of the stored Gram matrix, and the fit of a basis of `size` vectors.
 
-    Raises UserError where no vector has been taken in yet.
+    Raises UserError if no vector has been taken in yet, and ValueError as `fit_basis`.
     """
     records.find(store, BASE)  # UserError for a store of a newer raytvb
     state = GramState.read(store)
     if not state.tasks:
         raise UserError(
-            f"{store.url} has no Gram matrix yet: `raytvb run` or `raytvb basis` makes it, vector "
+            f"{store.url} has no Gram matrix yet: `raytvb run` or `raytvb basis` writes it, vector "
             f"by vector"
         )
     values = torch.linalg.eigvalsh(state.gram).flip(0).clamp(min=0)
@@ -86,7 +86,7 @@ def _fit_of(state: GramState, method: str, size: int) -> SpectrumFit:
 
 
 def describe_spectrum(spectrum: Spectrum) -> str:
-    """The fit in lines; without one, the number of vectors."""
+    """The fit as lines of text; if there is no fit, the number of vectors."""
     fit = spectrum.fit
     if fit is None:
         return f"task vectors so far: {len(spectrum.tasks)}"

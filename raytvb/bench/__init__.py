@@ -1,1 +1,1 @@
-"""Benchmarks, each a ratio measured in one process. No other room imports this one."""
+"""Benchmarks. Each compares two algorithms in one process. No other package imports this one."""

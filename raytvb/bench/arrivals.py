@@ -1,4 +1,4 @@
-"""Benchmark of the growing Gram matrix: what one more vector costs when many are there already."""
+"""Benchmark of the growing Gram matrix: what one more vector costs when many have been added."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from raytvb.storage.store import Store
 from raytvb.storage.vectors import vector_bytes, vector_info
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
-"""Shares of all arrivals after which figures are given."""
+"""Shares of all arrivals after which the result gives times and memory."""
 
 
 class MadeAnew(Contract):
-    """What a Gram matrix would cost that is made anew at every arrival, from the time of one for
-    all vectors. To its favour, only reading is counted: n vectors at the n-th arrival.
+    """The cost of making the whole Gram matrix again at every arrival.
+
+    The cost is estimated from the time of one Gram matrix of all T vectors. In favour of this
+    reference, its time grows only as its reads do: n vectors at the n-th arrival.
     """
 
     algorithm: str = "the Gram matrix made anew at every arrival, at the time of reading alone"
@@ -37,21 +39,21 @@ class MadeAnew(Contract):
 
 
 class Grown(Contract):
-    """`BasisBuilder.add`, one call for each vector, its state saved each time."""
+    """`BasisBuilder.add`, called once for each vector. Every call saves the builder's state."""
 
     algorithm: str = "one row an arrival, against a cache of blocks"
     seconds: float
-    """Of all arrivals."""
+    """Seconds of all arrivals together."""
     vectors_read: int
     seconds_an_arrival: dict[int, float]
-    """By the number of vectors that are there."""
+    """Seconds of one arrival, by the number of vectors that have arrived."""
     growth: float
-    """Time of an arrival when all vectors are there, divided by that at half of them; 2: linear."""
+    """Time of an arrival after all vectors, divided by that after half of them; 2 means linear."""
     cache_bytes: int
     memory_bytes: dict[int, int]
-    """Memory above that at the start, by the number of vectors that are there."""
+    """Memory above that at the start, by the number of vectors that have arrived."""
     largest_difference: float
-    """From the Gram matrix of all files, over the mean squared norm."""
+    """Largest difference from the Gram matrix of all files, over the mean squared norm."""
 
 
 class ArrivalsResult(Result):
@@ -81,10 +83,10 @@ def bench_arrivals(
     folder: str | None = None,
     seed: int = 0,
 ) -> ArrivalsResult:
-    """Seconds of each of `tasks` arrivals of vectors with `values` kept entries.
+    """Measure `tasks` arrivals of vectors with `values` kept entries each.
 
-    cache: memory or disk, where the builder keeps the vectors. folder: where the files are made,
-    default: the system's temporary folder.
+    cache: memory or disk, where the builder keeps the vectors. folder: where the vector files are
+    written; default: the system's temporary folder.
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:
@@ -94,7 +96,7 @@ def bench_arrivals(
         measured = _add_all(builder, experiment.task_names)
         gram, whole_s = _gram_of_all(experiment)
         grown = _grown(builder, measured, gram)
-    anew = whole_s * (tasks + 1) / 2  # the n-th of T arrivals takes n / T of the time for all
+    anew = whole_s * (tasks + 1) / 2  # the n-th of T arrivals takes n / T of whole_s
     return ArrivalsResult(
         benchmark="arrivals",
         tasks=tasks,
@@ -122,7 +124,7 @@ def _experiment(folder: str, tasks: int, cache: str) -> Experiment:
 
 
 def _write_vectors(experiment: Experiment, values: int, seed: int) -> None:
-    """A committed random vector for every task."""
+    """Commit a random vector for every task."""
     generator, store = torch.Generator().manual_seed(seed), Store(experiment.store)
     info = vector_info("random")
     for task in experiment.task_names:
@@ -143,7 +145,7 @@ def _add_all(builder: BasisBuilder, tasks: Sequence[str]) -> _Measured:
 
 
 def _gram_of_all(experiment: Experiment) -> tuple[Tensor, float]:
-    """The Gram matrix of all files, and its seconds."""
+    """The Gram matrix of all files, and the seconds to compute it."""
     store = Store(experiment.store)
     paths = [store.path(vector_key(task)) for task in experiment.task_names]
     started = time.perf_counter()
@@ -153,7 +155,7 @@ def _gram_of_all(experiment: Experiment) -> tuple[Tensor, float]:
 
 def _grown(builder: BasisBuilder, measured: _Measured, gram: Tensor) -> Grown:
     tasks = len(measured.seconds)
-    window = max(1, tasks // 20)  # an arrival's time is the median of those before it
+    window = max(1, tasks // 20)  # the time of an arrival is the median of the last few
     seconds, memory = {}, {}
     for mark in MARKS:
         count = max(1, round(tasks * mark))

@@ -1,7 +1,7 @@
-"""Benchmark of `fit_basis`: beside the published fit on the same Gram matrix, in one process.
+"""Benchmark of `fit_basis` and the published fit, on the same Gram matrix in one process.
 
 Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. The vectors are random with D = 20 T.
-Losses are fractions of ‖V‖².
+Losses are fractions of ‖V‖², the sum of the squared norms of the vectors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CurvePoint(Contract):
     """By basis method."""
 
     def to_json(self) -> JsonObject:
-        """The basis methods beside the numbers."""
+        """One flat object, with an entry for each basis method next to the numbers."""
         fields: JsonObject = {"tasks": self.tasks, "size": self.size}
         for method, fit in self.fits.items():
             fields[method] = fit.to_json()
@@ -88,7 +88,7 @@ class BasisResult(Result):
     curve: tuple[CurvePoint, ...] | None = None
 
     def to_json(self) -> JsonObject:
-        """Without a curve where none was asked for."""
+        """The fields, without `curve` if the request had none."""
         return without_nulls(super().to_json(), "curve")
 
 
@@ -105,8 +105,9 @@ def bench_basis(
     threads: int = 1,
     steps: int = 6000,
 ) -> BasisResult:
-    """Seconds and losses of the published fit (once) and of ours (median of `repeats` after one
-    that is not counted).
+    """Time the published fit once, and our fit `repeats` times after a run that is not counted.
+
+    The seconds of our fit are the median.
 
     Args:
         tasks: T, the number of random vectors.
@@ -114,13 +115,13 @@ def bench_basis(
         kind: how the vectors lie, one of KINDS.
         scale: factor on the Gram matrix.
         method: basis method of our fit.
-        curve: numbers of tasks at which our fits of T/4 vectors are timed without the published
-            one.
-        steps: of the published fit.
+        curve: numbers of tasks T at which our fits of T/4 vectors are timed, without the published
+            fit.
+        steps: number of steps of the published fit.
 
     Raises ValueError for an unknown kind or basis method, and for a size that is not below T.
     """
-    BASIS_METHODS.lookup(method)  # an unknown one is told before any work
+    BASIS_METHODS.lookup(method)  # an unknown basis method raises before any work
     size = max(1, tasks // 2) if size is None else size
     if not 1 <= size < tasks:
         raise ValueError(f"basis size must be from 1 to {tasks - 1} for {tasks} tasks, got {size}")
@@ -149,7 +150,7 @@ def bench_basis(
 
 
 def _our_fit(G_TT: Tensor, size: int, method: str, repeats: int) -> tuple[OurFit, float]:
-    """Our fit, and the least loss of any vectors. The first run, which imports, is not counted."""
+    """Our fit, and the floor. The first run is not counted, for it also imports libraries."""
     fits = [fit_basis(G_TT, size, method=method) for _ in range(repeats + 1)][1:]
     ours = OurFit(
         algorithm=method,
@@ -211,8 +212,8 @@ def true_loss(G_TT: Tensor, B_TM: Tensor, W_MT: Tensor) -> float:
 def random_gram(kind: str, tasks: int, seed: int) -> Tensor:
     """G (T, T) float64 of random vectors with D = 20 T entries.
 
-    kind: `orthogonal`: unit noise; `positive`: with a common mean added; `clustered`: half as large
-    around T/5 centres.
+    kind: `orthogonal` is unit noise. `positive` adds a common mean to unit noise. `clustered` is
+    noise half as large around T/5 centres.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of vectors {kind!r}; there are: {', '.join(KINDS)}")
@@ -228,8 +229,10 @@ def random_gram(kind: str, tasks: int, seed: int) -> Tensor:
 
 
 def floor_is_reachable(G_TT: Tensor, size: int) -> bool:
-    """Whether the top eigenspace holds a strictly positive vector U a, which is enough for convex
-    combinations to reach the floor: a linear program, max s with U a ≥ s and sum(U a) = 1.
+    """Whether the top eigenspace of G holds a strictly positive vector U a.
+
+    If it does, convex combinations can reach the floor. Solved as a linear program: maximise s with
+    U a ≥ s and sum(U a) = 1.
     """
     U_TM = np.linalg.eigh((G_TT / G_TT.trace()).double().numpy())[1][:, -size:]
     solution = linprog(

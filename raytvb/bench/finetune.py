@@ -47,7 +47,7 @@ class OurOptimizer(Contract):
     )
     step_s: float
     gather_s: float
-    """Seconds of gathering the kept gradients, which the backward pass does."""
+    """Seconds to gather the kept gradients. In training, the backward pass does that."""
     state_bytes: int
 
 
@@ -58,34 +58,34 @@ class FusedOptimizer(Contract):
     step_s: float
     state_bytes: int
     ours_over_it: float
-    """Our seconds with gathering, divided by its."""
+    """Our seconds, with gathering, divided by those of the fused AdamW."""
 
 
 class StepTime(Contract):
     """Whole training steps."""
 
     seconds: float
-    """Of one step, median."""
+    """Median seconds of one step."""
     images_per_s: float
     memory_bytes: int | None
 
 
 class WholeSteps(Contract):
-    """Forward and backward pass, clipping and update, sparse and dense in turns."""
+    """Forward and backward pass, clipping and update. Sparse and dense steps take turns."""
 
     batch_size: int
     precision: Precision
     sparse_over_dense: float
-    """Median of the ratios of a sparse step to the dense one after it."""
+    """Median ratio of the time of a sparse step to that of the dense step after it."""
     sparse: StepTime
     dense: StepTime
     matmul_peak_flops: float | None = None
-    """Operations a second of a large matrix product; on a GPU only."""
+    """Operations per second of a large matrix product. Measured only on a GPU."""
     share_of_peak: float | None = None
-    """Operations a second of a sparse step, as a share of that."""
+    """Operations per second of a sparse step, as a share of `matmul_peak_flops`."""
 
     def to_json(self) -> JsonObject:
-        """Without the figures of a GPU where there is none."""
+        """The fields, without those that only a GPU has if there is none."""
         return without_nulls(super().to_json(), "matmul_peak_flops", "share_of_peak")
 
 
@@ -95,19 +95,20 @@ class FinetuneResult(Result):
     model: str
     density: float
     kept: int
-    """Parameters that are trained."""
+    """Number of parameters that are trained."""
     parameters: int
     reference: PublishedOptimizer
     ours: OurOptimizer
     ratio_with_gather: float
-    """As `ratio`, with our gathering counted."""
+    """Like `ratio`, but our seconds include gathering."""
     fused_dense: FusedOptimizer
     whole_step: WholeSteps
 
 
 class PublishedMaskedAdamW:
-    """AdamW by the algorithm of the authors' code of TaLoS: moments of all entries, and a dense
-    mask of floats that the update is multiplied by.
+    """AdamW by the algorithm of the authors' code of TaLoS.
+
+    It keeps moments of all entries, and multiplies the update by a dense mask of floats.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class PublishedMaskedAdamW:
 
     @property
     def state_bytes(self) -> int:
-        """Masks and moments."""
+        """Bytes of masks and moments."""
         total = 0
         for _, *state in self._parameters:
             total += sum(4 * tensor.numel() for tensor in state)
@@ -135,7 +136,7 @@ class PublishedMaskedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update from the parameters' gradients."""
+        """Update the parameters once, from their gradients."""
         self._steps += 1
         one, two = self._betas
         for parameter, mask, mean, square in self._parameters:
@@ -151,13 +152,13 @@ class PublishedMaskedAdamW:
 
 @dataclass(frozen=True)
 class _Setup:
-    """The model, its data, and how the benchmark is to run."""
+    """The model, its data, and the settings of the benchmark."""
 
     classifier: nn.Module
     images: Tensor
     labels: Tensor
     gradients: Mapping[str, Tensor]
-    """Of the shapes of the parameters: what the optimizers are timed on."""
+    """Random gradients in the parameters' shapes, for timing the optimizers."""
     mask: Mapping[str, Tensor]
     repeats: int
     precision: Precision
@@ -181,12 +182,12 @@ def bench_finetune(
     device: torch.device | None = None,
     precision: Precision = "fp32",
 ) -> FinetuneResult:
-    """Seconds and bytes of the optimizer step by itself, and seconds of a whole training step,
-    sparse and dense.
+    """Measure the optimizer step by itself, and whole training steps, sparse and dense.
 
-    The mask is that of the lowest sensitivity scores on a batch. Our step finds the kept gradients
-    gathered: the backward pass does that. The gathering is timed by itself, and `ratio_with_gather`
-    and `ours_over_it` count it. The optimizers are timed without clipping; the whole steps have it.
+    The mask keeps the parameters with the lowest sensitivity scores on a batch. In training, the
+    backward pass gathers the kept gradients, so our step does not contain the gathering. It is
+    timed by itself, and `ratio_with_gather` and `ours_over_it` include it. The optimizers are timed
+    without clipping, the whole steps with it.
     """
     torch.set_num_threads(threads)
     place = device or default_device()
@@ -234,14 +235,15 @@ def _make_setup(
 
 
 def _nothing() -> None:
-    """What the optimizers that take whole gradients do as each gradient comes."""
+    """Do nothing with a gradient: most optimizers take no gradient before their step."""
 
 
 def _timed(
     setup: _Setup, step: Callable[[], object], take: Callable[[], object] = _nothing
 ) -> tuple[float, float]:
-    """Median seconds of a step, and of taking each gradient as soon as it is there, as in a
-    backward pass.
+    """Median seconds of a step, and of taking all gradients.
+
+    `take` is called after each gradient is set, as in a backward pass.
     """
     step_s, take_s = [], []
     for _ in range(setup.repeats + 1):
@@ -286,8 +288,9 @@ def _forward_backward(setup: _Setup, model: nn.Module) -> None:
 
 
 def _whole_steps(setup: _Setup, sparse: MaskedAdamW, dense_model: nn.Module) -> WholeSteps:
-    """Steps of the sparsely trained classifier and of its densely trained copy, in turns: the
-    machine is not always equally quiet.
+    """Time steps of the sparsely trained classifier and of its densely trained copy.
+
+    The two take turns, because other work on the machine comes and goes.
     """
     dense = torch.optim.AdamW(
         dense_model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
@@ -334,8 +337,9 @@ def _step_time(setup: _Setup, times: list[float], peak: Peak) -> StepTime:
 
 
 def _share_of_peak(setup: _Setup, seconds: float) -> tuple[float | None, float | None]:
-    """Operations a second of a large matrix product, and the share of them that a sparse step of so
-    many seconds makes; None on a CPU.
+    """The peak operations per second of a large matrix product, and the share that a step reaches.
+
+    seconds: of one sparse step. Both results are None on a CPU.
     """
     if setup.place.type != "cuda":
         return None, None
@@ -345,8 +349,9 @@ def _share_of_peak(setup: _Setup, seconds: float) -> tuple[float | None, float |
 
 
 def matmul_peak(device: torch.device, precision: Precision, side: int = 8192) -> float:
-    """Operations a second of a large square matrix product: what the device reaches, not what its
-    data sheet says.
+    """Operations per second of a large square matrix product.
+
+    This is what the device reaches, which is less than its data sheet says.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

@@ -24,7 +24,7 @@ from raytvb.maths.fisher import fisher_scores
 from raytvb.storage.contract import Contract
 
 REPEATS = 3
-"""How often what is short is timed; the median counts."""
+"""How often short pieces of work are timed. The median counts."""
 
 
 class PublishedScores(Contract):
@@ -53,11 +53,11 @@ class SingleImages(Contract):
     seconds_per_image: float
     images_timed: int
     ratio: float
-    """Its seconds divided by ours."""
+    """Seconds of this loop divided by ours."""
 
 
 class FisherResult(Result):
-    """Seconds of an image's scores."""
+    """Seconds and memory to compute the scores, for each image."""
 
     model: str
     batch_size: int
@@ -71,12 +71,12 @@ class FisherResult(Result):
 def published_scores(
     classifier: nn.Module, images: Tensor, labels: Tensor, scored: int
 ) -> dict[str, Tensor]:
-    """Diagonal Fisher information by the algorithm of the authors' code of TaLoS, summed over the
-    first images.
+    """Diagonal Fisher information by the algorithm of the authors' code of TaLoS.
 
-    One forward pass of the batch; then for each of `scored` images a backward pass through the
-    graph of the whole batch, whose squared gradients are copied to the host and added there.
-    images: (N, 3, H, W); labels: (N,). Returns scores of the parameters' shapes, by name.
+    Makes one forward pass of the batch. Then makes a backward pass through the graph of the whole
+    batch for each of the first `scored` images, copies the squared gradients to the host, and adds
+    them there. images: (N, 3, H, W); labels: (N,). Returns the sum over those images, in the
+    parameters' shapes, by name.
     """
     parameters = dict(classifier.named_parameters())
     scores = {n: torch.zeros(p.shape) for n, p in parameters.items()}
@@ -101,8 +101,10 @@ def bench_fisher(
     device: torch.device | None = None,
     precision: Precision = "fp32",
 ) -> FisherResult:
-    """Seconds an image of `fisher_scores` on `batches` batches, of the published loop on the first
-    `scored` images of one batch, and of that loop on single images.
+    """Measure the seconds per image of three ways to compute the scores.
+
+    `fisher_scores` runs on `batches` batches. The published loop runs on the first `scored` images
+    of one batch, and once more on the same images as batches of one.
     """
     torch.set_num_threads(threads)
     place = device or default_device()
@@ -147,7 +149,7 @@ def _our_scores(
 def _timed_published(
     classifier: nn.Module, images: Tensor, labels: Tensor, scored: int
 ) -> PublishedScores:
-    """The published loop: the forward pass is shared by the whole batch, a backward pass is not."""
+    """The published loop. One forward pass serves the whole batch, a backward pass one image."""
     published = partial(published_scores, classifier, images, labels)
     published(1)  # the first call takes memory from the system
     forward = _median_seconds(partial(published, 0), images.device)
@@ -164,7 +166,7 @@ def _timed_published(
 def _single_images(
     classifier: nn.Module, images: Tensor, labels: Tensor, count: int, ours: float
 ) -> SingleImages:
-    """The published loop on one image at a time. ours: our seconds an image."""
+    """The published loop on one image at a time. ours: our seconds per image."""
 
     def loop() -> None:
         for n in range(count):

@@ -1,5 +1,5 @@
-"""Benchmark of the Gram matrix from files: ours beside loading everything, in one process, on the
-same files.
+"""Benchmark of the Gram matrix from files. Compares our way, which reads blocks, with loading all
+files, on the same files in one process.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from raytvb.storage.vector_set import block_columns
 from raytvb.storage.vectors import vector_bytes, vector_info
 
 TENSOR = 768 * 3072
-"""Values in a tensor of the files; most of a ViT-B lies in tensors of this size."""
+"""Values in each tensor of the files. Most values of a ViT-B lie in tensors of this size."""
 
 PUBLISHED_ROWS = 2_000_000
-"""Coordinates that the authors' code multiplies at a time."""
+"""How many coordinates the authors' code multiplies at a time."""
 
 CURVE = (
     *((tasks, 2**17) for tasks in (8, 20, 50, 200, 500, 1000, 2000)),
     *((20, 2**power) for power in (16, 18, 20, 22, 24)),
 )
-"""Numbers of vectors and of parameters at which ours is timed alone; at most 2 GB of files."""
+"""Numbers of vectors and of parameters at which our way is timed alone; at most 2 GB of files."""
 
 
 class AllLoaded(Contract):
-    """The authors' way."""
+    """The authors' way: load all vectors, then multiply."""
 
     algorithm: str = "all vectors loaded, products of two million coordinates (authors' code)"
     seconds: float
@@ -46,7 +46,7 @@ class AllLoaded(Contract):
 
 
 class InBlocks(Contract):
-    """`gram_matrix`."""
+    """Our way, `gram_matrix`: read and multiply blocks."""
 
     algorithm: str = "range reads of blocks, the next one while one is multiplied"
     seconds: float
@@ -56,18 +56,18 @@ class InBlocks(Contract):
 
 
 class Bare(Contract):
-    """The least that any way takes."""
+    """The least that any way must take."""
 
     products_s: float
-    """Of the products, on a block that is read from nowhere."""
+    """Seconds of the products alone, on a block that is in memory already."""
     reads_s: float
-    """Of reading all bytes into one buffer."""
+    """Seconds of reading all bytes into one buffer."""
     ours_over_it: float
-    """Our seconds divided by the sum of both."""
+    """Our seconds divided by the sum of `products_s` and `reads_s`."""
 
 
 class CurvePoint(Contract):
-    """Ours alone at one number of vectors and of parameters."""
+    """Our way alone, at one number of vectors and one number of parameters."""
 
     tasks: int
     parameters: int
@@ -78,7 +78,7 @@ class CurvePoint(Contract):
 
 
 class GramResult(Result):
-    """Seconds and memory from vector files to their Gram matrix."""
+    """Seconds and memory to compute the Gram matrix of vector files."""
 
     tasks: int
     parameters: int
@@ -86,12 +86,12 @@ class GramResult(Result):
     reference: AllLoaded
     ours: InBlocks
     largest_difference: float
-    """Between both matrices, over the mean squared norm."""
+    """Largest difference between both matrices, over the mean squared norm."""
     bare: Bare
     curve: tuple[CurvePoint, ...] | None = None
 
     def to_json(self) -> JsonObject:
-        """Without a curve where none was asked for."""
+        """The fields, without `curve` if the request had none."""
         return without_nulls(super().to_json(), "curve")
 
 
@@ -106,12 +106,11 @@ def bench_gram(
     curve: bool = False,
     seed: int = 0,
 ) -> GramResult:
-    """Seconds from files on a warm local disk to G, ours and the published way, and of bare
-    products and bare reads.
+    """Time our way and the published way from files in the disk's cache to G.
 
-    The files take tasks * parameters * 4 bytes (2 for bf16) in a temporary folder below `folder`.
-    The published way holds them in memory twice. curve: also time ours alone, at the numbers of
-    CURVE.
+    Also times the products and the reads alone. The files take tasks * parameters * 4 bytes (2 for
+    bf16) in a temporary folder below `folder`. The published way holds them in memory twice. curve:
+    also time our way alone, at the numbers of CURVE.
     """
     torch.set_num_threads(threads)
     values = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -141,7 +140,7 @@ def bench_gram(
 def write_vectors(
     folder: Path, tasks: int, parameters: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[str]:
-    """Random vector files with a common part; their paths."""
+    """Write files of random vectors that have a common mean. Returns their paths."""
     generator, info = torch.Generator().manual_seed(seed), vector_info("random")
     sizes = [TENSOR] * (parameters // TENSOR)
     if parameters % TENSOR:
@@ -160,12 +159,14 @@ def write_vectors(
 
 
 def published_gram(paths: Sequence[str]) -> Tensor:
-    """G (T, T) float32 by the algorithm of the authors' code: every vector in memory, then products
-    of chunks of at most two million coordinates that are stacked to (rows, T).
+    """G (T, T) float32 by the algorithm of the authors' code.
+
+    Loads every vector into memory. Then stacks chunks of at most two million coordinates to
+    (rows, T), and multiplies them.
     """
     vectors = []
     for path in paths:
-        # Copies, as that code's loading leaves them in memory: safetensors only maps the files.
+        # The authors' code loads copies into memory. safetensors alone would only map the files.
         vectors.append({name: tensor.clone() for name, tensor in load_file(path).items()})
     gram = torch.zeros(len(paths), len(paths))
     for name, first in vectors[0].items():
@@ -177,7 +178,7 @@ def published_gram(paths: Sequence[str]) -> Tensor:
 
 
 def bare_products(tasks: int, parameters: int) -> float:
-    """Seconds of the products alone, on one block that is read from nowhere."""
+    """Seconds of the products alone, on one block that is in memory already."""
     step = block_columns(tasks)
     rows = torch.randn(tasks, min(step, parameters))
     gram = torch.zeros(tasks, tasks, dtype=torch.float64)
@@ -216,8 +217,10 @@ print(json.dumps(None if before is None else peak() - before))
 
 
 def _peak(paths: Sequence[str]) -> int | None:
-    """The most memory that ours takes above an interpreter with torch loaded, in bytes: in a
-    process that did nothing else. None where the system (another than Linux) does not tell.
+    """The peak memory of our way, in bytes above an interpreter that has loaded torch.
+
+    Measured in a process that does nothing else. None on systems other than Linux, which do not
+    tell their peak.
     """
     run = subprocess.run(
         [sys.executable, "-c", _CHILD],
@@ -231,7 +234,7 @@ def _peak(paths: Sequence[str]) -> int | None:
 
 
 def _timed(paths: Sequence[str], repeats: int) -> tuple[Tensor, float]:
-    """Ours: G, median seconds."""
+    """G by our way, and the median seconds."""
     times, gram = [], torch.zeros(0)
     for _ in range(repeats):
         started = time.perf_counter()
@@ -267,7 +270,7 @@ def _bare(paths: Sequence[str], parameters: int, repeats: int, ours_s: float) ->
 
 
 def _curve(dtype: torch.dtype, folder: str | None, repeats: int) -> tuple[CurvePoint, ...]:
-    """Ours for growing T at one length, and for growing D at T = 20."""
+    """Our way for growing T at D = 2^17, and for growing D at T = 20."""
     points = []
     for tasks, parameters in CURVE:
         with tempfile.TemporaryDirectory(prefix="raytvb-bench-", dir=folder) as place:

@@ -1,11 +1,11 @@
 """What all benchmarks share: results, the machine, seconds, memory and models with random weights.
 
-A benchmark runs our implementation and a plainly written reference of a published algorithm, on
-the same input in the same process. Each file holds one: `fisher` (sensitivity scores), `finetune`
+A benchmark runs our implementation and a plain version of a published algorithm, on the same input
+in the same process. Each file holds one benchmark: `fisher` (sensitivity scores), `finetune`
 (sparse training), `basis` (the fit), `gram` (the Gram matrix from files), `arrivals` (the Gram
 matrix as it grows) and `search` with `search_experiment`, `published_search` and `our_search`.
 
-Weights are random: the time does not depend on them.
+Weights are random, because the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
 class Machine(Contract):
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
 
     cpu: str
     """Name of the processor."""
     cores: int | None
     threads: int
-    """CPU threads that both sides could use."""
+    """CPU threads that each side could use."""
     system: str
     device: str
     """cpu or cuda."""
     gpu: str | None = None
-    """Name of the GPU, where there is one."""
+    """Name of the GPU, if there is one."""
 
     @classmethod
     def this(cls, device: torch.device, threads: int) -> Machine:
@@ -63,23 +63,23 @@ class Machine(Contract):
         )
 
     def to_json(self) -> JsonObject:
-        """Without a GPU where there is none."""
+        """The fields, without `gpu` if there is none."""
         return without_nulls(super().to_json(), "gpu")
 
 
 class Result(Contract):
-    """What every benchmark prints beside its own figures."""
+    """What every benchmark prints in addition to its own figures."""
 
     benchmark: str
-    """Its name."""
+    """Name of the benchmark."""
     ratio: float
     """The published algorithm's seconds divided by ours."""
     machine: Machine
     versions: dict[str, str]
-    """Versions of what does the arithmetic."""
+    """Versions of the packages that do the arithmetic."""
 
     def to_json(self) -> JsonObject:
-        """All fields, in the order in which the classes list them; what all have comes last."""
+        """All fields in the order of the class. The fields that all results share come last."""
         fields: JsonObject = {"benchmark": self.benchmark}
         for name, value in self:
             if name not in Result.model_fields:
@@ -91,7 +91,7 @@ class Result(Contract):
 
 
 def _plain(value: object) -> JsonValue:
-    """A field for JSON; a contract within it prints itself."""
+    """The value of a field as JSON. A contract inside it is converted by its own `to_json`."""
     match value:
         case Contract():
             return value.to_json()
@@ -101,11 +101,11 @@ def _plain(value: object) -> JsonValue:
             return [_plain(inner) for inner in value]
         case None | str() | int() | float():
             return value
-    raise TypeError(f"{type(value).__name__} is no value of JSON")
+    raise TypeError(f"JSON has no value for a {type(value).__name__}")
 
 
 def without_nulls(fields: JsonObject, *names: str) -> JsonObject:
-    """The fields without those of the names that are null: for what does not apply."""
+    """The fields, without those among `names` that are null because they do not apply."""
     kept: JsonObject = {}
     for name, value in fields.items():
         if value is not None or name not in names:
@@ -114,7 +114,7 @@ def without_nulls(fields: JsonObject, *names: str) -> JsonObject:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what does the arithmetic."""
+    """Versions of the packages that do the arithmetic."""
     packages = {"python": platform.python_version()}
     for name in ("raytvb", "torch", "open_clip_torch"):
         packages[name] = version(name)
@@ -129,7 +129,7 @@ def _processor() -> str:
 
 
 def _lines(path: str) -> list[str]:
-    """Lines of a file of Linux's /proc; none on another system."""
+    """Lines of a file in Linux's /proc. Empty on other systems."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -137,25 +137,26 @@ def _lines(path: str) -> list[str]:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds; 0 where that is not known."""
+    """Memory that this process holds, in bytes; 0 on systems that do not tell."""
     fields = _lines("/proc/self/statm")
     return int(fields[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
 
 class Peak:
-    """The most memory that a block takes above what was held at its start.
+    """The peak memory of a block of code, above the memory that was held at its start.
 
-    Of the GPU where the device is one, else of the process, looked at 20 times a second.
+    On a GPU, this is the GPU memory. On a CPU, it is the memory of the process, sampled 20 times a
+    second.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.bytes: int | None = None
-        """None where it was not measured."""
+        """The peak; None until it is measured."""
         self._device = device
 
     @contextmanager
     def watch(self) -> Iterator[Peak]:
-        """Measure the block."""
+        """Measure a block."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
@@ -179,7 +180,7 @@ class Peak:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """A block in which torch uses so many CPU threads."""
+    """Let torch use `count` CPU threads in a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -189,7 +190,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of some work, with everything that it started on a GPU."""
+    """Seconds of a piece of work, including all kernels that it started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -200,12 +201,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_classifier(model: str, device: torch.device) -> tuple[ImageClassifier, int]:
-    """A tower with random weights (the embedded model has its own) and a random head.
+    """An image tower with random weights (the embedded model keeps its own) and a random head.
 
     model: an open_clip architecture, or the embedded model. Returns the classifier and the side of
     its images in pixels.

@@ -1,4 +1,4 @@
-"""Our search as a run does it, without Ray: the trials one after the other, and the choice."""
+"""Our search as in a run, but without Ray: runs the trials one after the other, then chooses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Rounds = Mapping[str, Sequence[Measured]]
 
 
 def our_search(experiment: Experiment, subsets: Subsets) -> SearchOutcome:
-    """Every candidate goes through all rounds; then the search's own choice among them.
+    """Take every candidate through all rounds, then choose among them as the search does.
 
-    The pretrained model is a candidate: a basis that is not better than it is not chosen.
+    The pretrained model is a candidate too: a basis is chosen only if it is better than that.
     """
     load_base.cache_clear()
     mirror.cache_clear()
@@ -38,18 +38,18 @@ def our_search(experiment: Experiment, subsets: Subsets) -> SearchOutcome:
     seconds = time.process_time() - started
     last = rounds[chosen.name][-1]
     tested = _tested(experiment, chosen, last, subsets)
-    looked_at, evaluations, images = 0, 0, 0
-    for own in rounds.values():
-        looked_at += own[0].evaluations  # later rounds look at the best of the first
-        evaluations += sum(measured.evaluations for measured in own)
-        images += sum(measured.images for measured in own)
+    coefficients, evaluations, images = 0, 0, 0
+    for results in rounds.values():
+        coefficients += results[0].evaluations  # later rounds repeat the best of the first
+        evaluations += sum(measured.evaluations for measured in results)
+        images += sum(measured.images for measured in results)
     return SearchOutcome(
         algorithm="coefficients searched on a part of the images, the best measured on all; "
         "everything is loaded once",
         size=chosen.size if chosen.is_basis else None,
         coefficient=last.coefficient,
         validation_accuracy=last.objective,
-        candidates=looked_at,
+        candidates=coefficients,
         evaluations=evaluations,
         images=images,
         seconds=seconds,
@@ -60,7 +60,7 @@ def our_search(experiment: Experiment, subsets: Subsets) -> SearchOutcome:
 
 
 def _measured(experiment: Experiment, subsets: Subsets) -> dict[str, list[Measured]]:
-    """All rounds of every candidate, on validation images."""
+    """Measure all rounds of every candidate, on validation images."""
     validation, rounds = split_evaluator(experiment, "val"), dict[str, list[Measured]]()
     for candidate in (ZERO_SHOT, *basis_candidates(experiment)):
         search = CandidateSearch(experiment, candidate, validation, sizes=set(subsets))
@@ -81,7 +81,7 @@ def split_evaluator(experiment: Experiment, split: str) -> Evaluator:
 
 
 def choice(experiment: Experiment, rounds: Rounds) -> Candidate:
-    """The basis that the search would choose, or the pretrained model where none is better."""
+    """The basis that the search would choose, or the pretrained model if no basis is better."""
     candidates, options = {}, []
     for candidate in basis_candidates(experiment):
         candidates[candidate.name] = candidate

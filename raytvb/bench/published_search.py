@@ -1,5 +1,5 @@
-"""The search of the authors' code: every coefficient of every basis on all validation images. The
-model, the heads and the images are loaded for each.
+"""The search of the authors' code. It measures every coefficient of every basis on all validation
+images, and loads the model, the heads and the images again for each measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raytvb.storage.mirror import Mirror
 from raytvb.storage.store import Store
 
 COEFFICIENTS = tuple(even_grid(0.0, 1.0, 21))
-"""The published ones, for sums of vectors."""
+"""The coefficients that the published search tries, for sums of vectors."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Tuned:
 
 
 class _Published:
-    """The authors' procedure on one experiment. Nothing is kept from one call to the next."""
+    """The authors' procedure on one experiment. It keeps nothing from one call to the next."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -50,16 +50,16 @@ class _Published:
         self._base = fetched_base(self._copies, experiment)
 
     def tuned(self, candidate: Candidate, subsets: Subsets) -> _Tuned:
-        """The best coefficient for each number of tasks; of equals, the first."""
+        """The best coefficient for each number of tasks. Of equally good ones, the first."""
         coefficient, accuracy, images = dict[int, float](), list[float](), 0
         for size, group in subsets.items():
             counts = self._grid(candidate, group)
-            accuracies = {alpha: accuracy_of(found) for alpha, found in counts.items()}
+            accuracies = {alpha: accuracy_of(answers) for alpha, answers in counts.items()}
             best = max(accuracies, key=lambda alpha: accuracies[alpha])
             coefficient[size] = best
             accuracy.append(accuracies[best])
-            for found in counts.values():
-                images += sum(count.total for count in found)
+            for answers in counts.values():
+                images += sum(count.total for count in answers)
         return _Tuned(candidate, coefficient, mean(accuracy), images)
 
     def _grid(
@@ -119,7 +119,7 @@ class _Published:
 
 
 def published_search(experiment: Experiment, subsets: Subsets) -> SearchOutcome:
-    """The best coefficients of the best basis. Of equals the smaller basis is chosen."""
+    """The best coefficients of the best basis. Of equally good bases, the smallest is chosen."""
     started = time.process_time()
     published, all_tuned = _Published(experiment), list[_Tuned]()
     for candidate in basis_candidates(experiment):

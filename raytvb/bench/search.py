@@ -1,10 +1,10 @@
-"""Benchmark of the search over basis sizes and coefficients: ours beside the published procedure,
-on the same bases.
+"""Benchmark of the search over basis sizes and coefficients. Compares our search with the published
+one on the same bases.
 
-Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. Both choose on the validation split
-by the mean accuracy over tasks, and then read the test split once for what they chose, in one
-process without Ray. An evaluation is the accuracy of one coefficient for additions of one number of
-tasks.
+Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015. Both searches run in one process
+without Ray. Both choose by the mean accuracy over tasks on the validation split, and then measure
+their choice once on the test split. One evaluation measures the accuracy of one coefficient for
+additions of one number of tasks.
 """
 
 from __future__ import annotations
@@ -73,18 +73,19 @@ def bench_search(
     """Seconds, images and accuracy of both searches over bases of one basis method.
 
     Args:
-        tasks: how many of the embedded suite (default: 16); they are fine-tuned on a Ray on this
-            machine, in a temporary folder, and that is not timed.
-        sizes: numbers of basis vectors; default T/8, T/4, 3T/8, T/2 and 3T/4.
+        tasks: how many tasks of the embedded suite to use (default: 16). A Ray on this machine
+            fine-tunes them in a temporary folder, which is not timed.
+        sizes: numbers of basis vectors; default: T/8, T/4, 3T/8, T/2 and 3T/4.
         method: basis method.
-        objective: the addition of `all` tasks, or the mean over `subsets` of them (see
-            `task_subsets`), with a coefficient for each number of tasks.
+        objective: `all` is the accuracy after all tasks are added; `subsets` is the mean over
+            subsets of tasks (see `task_subsets`), with a coefficient for each number of tasks.
         density: share of the parameters that is fine-tuned (default: 0.1).
-        store: of an experiment whose bases are compared; then neither `tasks` nor `density`.
+        store: store of an experiment whose bases are searched. `tasks` and `density` must then be
+            None, for they are those of the store.
 
-    Raises UserError where the store lacks something.
+    Raises UserError if the store lacks something.
     """
-    BASIS_METHODS.lookup(method)  # an unknown one is told before any work
+    BASIS_METHODS.lookup(method)  # an unknown basis method raises before any work
     if store is not None:
         if tasks is not None or density is not None:
             raise UserError(
@@ -105,7 +106,7 @@ def bench_search(
 
 
 def _compared(experiment: Experiment, threads: int) -> SearchResult:
-    """Both searches, one after the other."""
+    """Run both searches, one after the other."""
     count, objective = len(experiment.tasks), experiment.search.objective
     subsets = task_subsets(count, experiment.seed)
     if objective == "all":
@@ -133,8 +134,9 @@ def _compared(experiment: Experiment, threads: int) -> SearchResult:
 
 @torch.inference_mode()
 def _warm_up(experiment: Experiment) -> None:
-    """Do what only the first use pays for: the suite is drawn, libraries are imported, and all
-    files come into the disk's cache.
+    """Do what costs time only once, so that neither search pays for it.
+
+    Draws the images of the suite, imports libraries, and brings all files into the disk's cache.
     """
     copies = Mirror(Store(experiment.store))
     encoder = load_folder(fetched_base(copies, experiment))

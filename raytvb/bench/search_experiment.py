@@ -1,4 +1,4 @@
-"""The experiment whose bases the benchmark of the search compares, and its files."""
+"""The experiment whose bases the search benchmark uses, and its files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Subsets: TypeAlias = Mapping[int, Sequence[tuple[int, ...]]]
 
 
 def basis_sizes(count: int, sizes: Sequence[int] = ()) -> list[int]:
-    """The sizes, rising; default: T/8, T/4, 3T/8, T/2 and 3T/4, rounded.
+    """The sizes in rising order; default: T/8, T/4, 3T/8, T/2 and 3T/4, rounded.
 
     Raises ValueError for a size that is not below the number of tasks.
     """
@@ -69,7 +69,7 @@ def suite_experiment(
 def stored_experiment(
     store: Store, method: str, sizes: Sequence[int], objective: Objective
 ) -> Experiment:
-    """The experiment of a store, with another search.
+    """The experiment of a store, with the search of the benchmark.
 
     Raises UserError that names everything that the search needs and the store lacks.
     """
@@ -95,7 +95,7 @@ def stored_experiment(
 
 
 def _missing(store: Store, experiment: Experiment) -> list[str]:
-    """Things without a record that the search needs."""
+    """What the search needs and the store has no record of."""
     needed = [BASE]
     for task in experiment.task_names:
         needed.append(vector_prefix(task))
@@ -112,8 +112,8 @@ run(load_experiment(sys.argv[1]), ("finetune", "basis"))
 
 
 def make_bases(experiment: Experiment, folder: Path) -> None:
-    """Make the vectors and bases in a process of its own: its Ray is gone when the searches are
-    timed. All that it says goes to standard error.
+    """Make the vectors and bases in a separate process, so that no Ray runs while the searches are
+    timed. The output of that process goes to standard error.
     """
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(experiment.model_dump(mode="json")), encoding="utf-8")
@@ -125,7 +125,7 @@ def make_bases(experiment: Experiment, folder: Path) -> None:
 
 
 def basis_candidates(experiment: Experiment) -> list[Candidate]:
-    """The bases to choose among; unlike in a run, T/2 is not among the sizes by itself."""
+    """The bases to choose among. Unlike a run, the benchmark does not add the size T/2 itself."""
     (method,) = experiment.basis.method
     candidates = []
     for size in experiment.search.sizes:
@@ -134,14 +134,14 @@ def basis_candidates(experiment: Experiment) -> list[Candidate]:
 
 
 def record_of(experiment: Experiment, prefix: str) -> Record:
-    """A record that is known to be there."""
+    """A record that the store is known to have."""
     record = records.find(Store(experiment.store), prefix)
     assert record is not None
     return record
 
 
 def fetched_base(copies: Mirror, experiment: Experiment) -> str:
-    """Folder of the pretrained model on this machine."""
+    """The folder of the pretrained model, copied to this machine."""
     for name in record_of(experiment, BASE).files:
         copies.fetch(f"{BASE}/{name}")
     return copies.local.path(BASE)

@@ -1,4 +1,4 @@
-"""What a search chose, and what that took."""
+"""What a search chose, and what the search cost."""
 
 from __future__ import annotations
 
@@ -9,31 +9,29 @@ from raytvb.storage.contract import Contract, JsonObject
 
 
 class SearchOutcome(Contract):
-    """One search of the benchmark."""
+    """The choice and the cost of one search of the benchmark."""
 
     algorithm: str
     size: int | None
-    """Number of vectors of the chosen basis; None where no basis is better than the pretrained
-    model.
-    """
+    """Size of the chosen basis; None if no basis is better than the pretrained model."""
     coefficient: dict[int, float]
     """The chosen coefficient, by number of tasks added."""
     validation_accuracy: float
     candidates: int
-    """Coefficients that were looked at."""
+    """How many coefficients the search tried."""
     evaluations: int
     images: int
-    """Validation images that went through the tower."""
+    """How many validation images went through the image tower."""
     seconds: float
-    """Of the processor, until the choice is made: other work on the machine would not change wall
-    time in equal parts.
+    """Processor seconds until the choice is made. Other work on the machine would change the wall
+    time of the two searches by unequal amounts.
     """
     test_accuracy: float
     test_images: int
     test_seconds: float
 
     def to_json(self) -> JsonObject:
-        """With the choice as one object; one number where there is one coefficient only."""
+        """The fields, with the choice as one object. A single coefficient is a plain number."""
         fields = super().to_json()
         coefficient, size = fields.pop("coefficient"), fields.pop("size")
         if len(self.coefficient) == 1:
@@ -53,7 +51,7 @@ def accuracy_of(counts: Sequence[Count]) -> float:
 
 
 def total_images(counts: Mapping[int, Sequence[Count]]) -> int:
-    """The number of images that were counted."""
+    """The total number of images."""
     total = 0
     for group in counts.values():
         total += sum(count.total for count in group)

@@ -1,4 +1,4 @@
-"""`raytvb bench`: our implementations beside plainly written references of published algorithms."""
+"""`raytvb bench`: times our implementations beside plain versions of published algorithms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _number(name: str, default: int, text: str, least: int = 1) -> Callable[[Command], Command]:
-    """An option that is a whole number."""
+    """An option that takes a whole number."""
     number = click.IntRange(least)
     return click.option(name, type=number, default=default, show_default=True, help=text)
 
@@ -24,7 +24,7 @@ THREADS_OPTION = _number("--threads", 1, "CPU threads that both sides may use.")
 FOLDER_OPTION = click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False),
-    help="Folder in which the vector files are made and removed again. Default: the system's "
+    help="Folder for the vector files, which are removed at the end. Default: the system's "
     "temporary folder.",
 )
 DENSITY = click.FloatRange(0, 1, min_open=True)
@@ -35,17 +35,16 @@ CURVE_TASKS = (8, 20, 50, 100, 200, 500, 1000, 2000)
 def bench() -> None:
     """Time our implementations beside published algorithms.
 
-    The published ones are written down plainly, and both sides get the same input in the same
-    process. In what is printed, `ratio` is the time of
-    the published algorithm divided by ours.
+    raytvb has a plain version of every published algorithm. Both sides get the same input in the
+    same process. In the output, `ratio` is the time of the published algorithm divided by ours.
 
     \b
     raytvb bench fisher               sensitivity scores of all parameters
     raytvb bench finetune --json      the optimizer, and whole training steps
     raytvb bench basis --tasks 50     the fit of a basis to the Gram matrix
-    raytvb bench gram                 the Gram matrix from vector files (7 GB of them)
-    raytvb bench arrivals             the Gram matrix while 1,000 vectors come one by one
-    raytvb bench search               the choice of basis size and coefficients (minutes)
+    raytvb bench gram                 the Gram matrix from vector files (7 GB of files)
+    raytvb bench arrivals             the Gram matrix while 1,000 vectors arrive one by one
+    raytvb bench search               the choice of basis size and coefficients (takes minutes)
     """
 
 
@@ -79,8 +78,8 @@ def _model_options(command: Command) -> Command:
 @_number(
     "--scored",
     4,
-    "Number of images that the published algorithm is timed on. Every image takes it the "
-    "same time, and minutes for a whole batch.",
+    "Number of images that the published algorithm is timed on. It takes the same time for every "
+    "image, and minutes for a whole batch.",
 )
 @_model_options
 def fisher(
@@ -94,9 +93,9 @@ def fisher(
 ) -> None:
     """Sensitivity scores: seconds and memory for each image.
 
-    The scores are the diagonal Fisher information of all parameters. We need one backward pass for
-    a batch; the published code of TaLoS makes one for each image, through the graph of the whole
-    batch.
+    The scores are the diagonal Fisher information of all parameters. We make one backward pass for
+    a batch. The published code of TaLoS makes one backward pass for each image, through the graph
+    of the whole batch.
 
     \b
     raytvb bench fisher
@@ -120,7 +119,7 @@ def fisher(
 @_number(
     "--batch-size",
     8,
-    "Images in a batch of the whole training steps. The optimizer alone sees no images.",
+    "Images in a batch of the whole training steps. The optimizer alone needs no images.",
 )
 @click.option(
     "--density",
@@ -142,8 +141,8 @@ def finetune(
 ) -> None:
     """Sparse training: the optimizer's step, and whole training steps.
 
-    Our optimizer keeps the moments of the trained entries alone. It is compared with the masked
-    AdamW of the published code of TaLoS, which keeps those of all, and with torch's fused AdamW on
+    Our optimizer keeps moments only of the trained entries. It is compared with the masked AdamW of
+    the published code of TaLoS, which keeps moments of all entries, and with torch's fused AdamW on
     all parameters.
 
     \b
@@ -181,14 +180,14 @@ def finetune(
     default="clustered",
     show_default=True,
     help="How the random task vectors lie. clustered: around T/5 centres. positive: around one "
-    "common mean. orthogonal: noise alone.",
+    "common mean. orthogonal: independent noise.",
 )
 @click.option(
     "--scale",
     type=float,
     default=1.0,
     show_default=True,
-    help="Factor on the Gram matrix. A good fit does not depend on it.",
+    help="Factor on the Gram matrix. The quality of a good fit does not depend on it.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the random task vectors."
@@ -210,8 +209,8 @@ def finetune(
 def basis(as_json: bool, curve: bool, **options: Any) -> None:
     """The fit of M basis vectors to T task vectors.
 
-    Seconds, and the share of the task vectors that the basis loses. Both sides start from the same
-    Gram matrix. The published fit makes 6,000 steps of Adam.
+    Measures seconds and the share of the task vectors that the basis loses. Both sides start from
+    the same Gram matrix. The published fit makes 6,000 steps of Adam.
 
     \b
     raytvb bench basis --tasks 50 --size 25
@@ -228,7 +227,7 @@ def basis(as_json: bool, curve: bool, **options: Any) -> None:
     "--parameters",
     type=click.IntRange(8),
     default=87_849_216,
-    show_default="those of ViT-B/32",
+    show_default="as many as ViT-B/32 has",
     help="Number of values in each vector.",
 )
 @click.option(
@@ -239,12 +238,14 @@ def basis(as_json: bool, curve: bool, **options: Any) -> None:
     help="Number format of the vector files.",
 )
 @_number(
-    "--repeats", 3, "How often ours is timed; the median is printed. The published way runs once."
+    "--repeats",
+    3,
+    "How often our way is timed; the median is printed. The published way runs once.",
 )
 @click.option(
     "--curve",
     is_flag=True,
-    help="Also time ours alone, for 8 to 2,000 vectors and for 2^16 to 2^24 parameters.",
+    help="Also time our way alone, for 8 to 2,000 vectors and for 2^16 to 2^24 parameters.",
 )
 @FOLDER_OPTION
 @THREADS_OPTION
@@ -252,9 +253,9 @@ def basis(as_json: bool, curve: bool, **options: Any) -> None:
 def gram(as_json: bool, **options: Any) -> None:
     """The Gram matrix of vector files on a local disk.
 
-    Seconds and memory, with the files in the disk's cache. We read blocks of all files; the
-    published way loads all of them first. Writes tasks x parameters x 4 bytes of files, and the
-    published way holds twice as much in memory.
+    Measures seconds and memory, with the files in the disk's cache. We read blocks of all files.
+    The published way loads all files first. The command writes tasks x parameters x 4 bytes of
+    files (2 bytes for bf16), and the published way holds twice as much in memory.
 
     \b
     raytvb bench gram --folder /mnt/nvme
@@ -283,7 +284,8 @@ def gram(as_json: bool, **options: Any) -> None:
     type=click.Choice(["memory", "disk"]),
     default="memory",
     show_default=True,
-    help="Where the values of earlier vectors are kept, as `resources.cache` in an experiment.",
+    help="Where the values of earlier vectors are kept. The same as `resources.cache` in an "
+    "experiment.",
 )
 @FOLDER_OPTION
 @THREADS_OPTION
@@ -291,8 +293,8 @@ def gram(as_json: bool, **options: Any) -> None:
 def arrivals(as_json: bool, **options: Any) -> None:
     """The Gram matrix while task vectors arrive one by one.
 
-    Seconds and memory of each arrival. We add one row for an arrival; the reference makes the whole
-    matrix anew.
+    Measures seconds and memory of each arrival. We add one row to the matrix for each arrival. The
+    reference computes the whole matrix again.
 
     \b
     raytvb bench arrivals
@@ -308,7 +310,7 @@ def arrivals(as_json: bool, **options: Any) -> None:
     "--tasks",
     type=SUITE_COUNT,
     show_default="16",
-    help="How many tasks of the embedded suite.",
+    help="How many tasks of the embedded suite to use.",
 )
 @click.option(
     "--size",
@@ -316,7 +318,7 @@ def arrivals(as_json: bool, **options: Any) -> None:
     type=click.IntRange(1),
     multiple=True,
     show_default="T/8, T/4, 3T/8, T/2 and 3T/4",
-    help="Number of basis vectors of a basis to choose among; repeatable.",
+    help="A number of basis vectors that the search may choose; repeatable.",
 )
 @click.option(
     "--method",
@@ -330,8 +332,9 @@ def arrivals(as_json: bool, **options: Any) -> None:
     type=click.Choice(["all", "subsets"]),
     default="all",
     show_default=True,
-    help="What is maximised on validation images. all: the accuracy of the addition of all tasks, "
-    "as in the published code. subsets: the mean over additions of 1, T/4, T/2 and T tasks.",
+    help="What the search maximises on validation images. all: the accuracy after all tasks are "
+    "added, as in the published code. subsets: the mean accuracy after 1, T/4, T/2 and T tasks are "
+    "added.",
 )
 @click.option(
     "--density",
@@ -341,17 +344,17 @@ def arrivals(as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--store",
-    help="Store of an experiment whose bases are compared. Default: task vectors and bases are "
-    "made first, on a Ray on this machine, which is not timed.",
+    help="Store of an experiment whose bases are searched. Default: first make task vectors and "
+    "bases with a Ray on this machine, which is not timed.",
 )
 @THREADS_OPTION
 @AS_JSON_OPTION
 def search(as_json: bool, sizes: Sequence[int], **options: Any) -> None:
     """The choice of a basis size and its coefficients.
 
-    Processor seconds, images and accuracy. Both sides choose on validation images and then read the
-    test images once. The published search measures 21 coefficients for every size, and loads the
-    model and the images for each.
+    Measures processor seconds, images and accuracy. Both sides choose on validation images and then
+    read the test images once. The published search measures 21 coefficients for every size, and
+    loads the model and the images again for each of them.
 
     \b
     raytvb bench search
@@ -370,7 +373,7 @@ def _quiet() -> None:
 
 
 def _print(result: Result, as_json: bool) -> None:
-    """A result as one JSON object or as a table of all its fields."""
+    """Print a result as one JSON object, or as a table of all its fields."""
     fields = result.to_json()
     if as_json:
         print(json.dumps(fields, indent=1))

@@ -1,13 +1,13 @@
 """The command line. `raytvb = raytvb.cli.main:main` is its entry point.
 
-One file holds one group of commands: `run` (an experiment and its stages), `quickstart` (the
-embedded suite), `merge`, `store_commands` (looking into one), `methods` and `bench`. `options` is
-what they share, `printing` what they print. A command imports what it needs when it is called, so
-that `--help` and a mistake in an experiment file are answered at once: torch alone takes seconds to
-import.
+Each file holds one group of commands: `run` (an experiment and its stages), `quickstart` (the
+embedded suite), `merge`, `store_commands` (a look into a store), `methods` and `bench`. `options`
+has the options that several commands share, and `printing` has the tables that they print. A
+command imports what it needs when it is called, because torch alone takes seconds to import. So
+`--help`, or the error for a mistake in an experiment file, appears at once.
 
-An error is one message on standard error, and exit code 1 (2 for wrong options); `--debug` shows
-the traceback.
+An error prints one message on standard error, and the exit code is 1 (2 for wrong options).
+`--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from raytvb.cli.store_commands import list_store, spectrum, verify
 from raytvb.errors import UserError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of a shell."""
+"""Exit code after Ctrl-C, the same as in a shell."""
 
 
 class _Group(click.Group):
@@ -46,9 +46,9 @@ def cli(debug: bool) -> None:
     basis, on Ray.
 
     \b
-    raytvb quickstart             the whole system on real images, on this machine, in minutes
-    raytvb plan experiment.yaml   what would be done, and what is done already
-    raytvb run experiment.yaml    all of it; run it again to go on after a stop
+    raytvb quickstart             run the whole system on real images, on this machine, in minutes
+    raytvb plan experiment.yaml   show what a run would do, and what is done already
+    raytvb run experiment.yaml    run all stages; after a stop, run it again to go on
     raytvb submit experiment.yaml --address http://127.0.0.1:8265
     raytvb merge STORE --add glyphs/greek-blur --negate glyphs/latin-fog --out merged/
     """
@@ -73,11 +73,11 @@ for _command in (
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command; returns the exit code, which is 0 only if all that was asked for is done."""
+    """Run a command. Returns the exit code, which is 0 only if the command did all of its work."""
     arguments = sys.argv[1:] if args is None else args
     try:
-        # Commands return nothing; click gives the code of an Exit (of --help, or a job's) as the
-        # result.
+        # Commands return None. Where one raises click's Exit (--help does, and `submit` for a job
+        # that failed), click returns the exit code.
         return int(cli.main(arguments, prog_name="raytvb", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """An error as users see it: one that we did not foresee has its type, and how to see more."""
+    """The text of an error for users. For an unforeseen error: its type, and how to see more."""
     if isinstance(error, UserError | ValueError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (raytvb --debug … shows where)"

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from raytvb.merging.merge import Merged
 
 Weighted = list[tuple[str, float]]
-"""Names with their weights, in the order of the command line; a name may come more than once."""
+"""Names with their weights, in the order of the command line. A name may appear more than once."""
 
 
 def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Weighted:
-    """`NAME` and `NAME=WEIGHT` as given to an option; without a weight it is 1."""
+    """The values of an option, `NAME` or `NAME=WEIGHT`, as pairs. Without a weight it is 1."""
     parsed = []
     for value in values:
         name, _, weight = value.partition("=")
@@ -51,7 +51,9 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     callback=_weights,
     help="Subtract a task's vector, so that the model forgets the task; repeatable.",
 )
-@click.option("--analogy", nargs=3, metavar="A B C", help="Add the vectors A - B + C of tasks.")
+@click.option(
+    "--analogy", nargs=3, metavar="A B C", help="Add the task vectors A - B + C of three tasks."
+)
 @click.option(
     "--basis",
     help="Basis to decode the vectors from, as `raytvb ls` lists it (ae-m4), or `full` for the "
@@ -63,15 +65,16 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     type=click.Choice(["decoded", "sum"]),
     default="decoded",
     show_default=True,
-    help="decoded: the tasks that are named, decoded from the basis. sum: the plain sum of the "
-    "basis vectors, which adds all tasks; only for bases whose vectors are convex combinations.",
+    help="decoded: decode the vectors of the named tasks from the basis, and merge those. sum: the "
+    "plain sum of the basis vectors, which adds all tasks; only for bases whose vectors are convex "
+    "combinations of task vectors.",
 )
 @click.option(
     "--method",
     type=MERGE_METHOD,
     default="sum",
     show_default=True,
-    help="Merge method: how the vectors of the tasks become one, with its paper's settings.",
+    help="Merge method, with the settings of its paper: how the task vectors become one vector.",
 )
 @click.option(
     "--vector",
@@ -79,20 +82,21 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     multiple=True,
     metavar="NUMBER[=WEIGHT]",
     callback=_weights,
-    help="Add a vector of the basis itself, numbered from 1, instead of tasks; repeatable.",
+    help="Add a basis vector, numbered from 1, instead of a task; repeatable.",
 )
 @click.option(
     "--coefficient",
     type=float,
-    help="Factor of the whole merge. Default: what validation data chose for adding that many "
-    "tasks, and 1 with --vector. The report shows what was chosen for forgetting each task.",
+    help="Factor on the whole merge. Default: the value that the search chose on validation images "
+    "for that many tasks; 1 with --vector. For --negate, the report lists the coefficient that was "
+    "chosen for each task.",
 )
 @click.option(
     "--lengths",
     type=click.Choice(["projected", "own"]),
     help="Lengths of the vectors that are decoded from a basis. projected: as they are decoded. "
-    "own: stretched to the lengths of the task vectors. Default: what validation data chose with "
-    "the coefficient; projected with --coefficient.",
+    "own: stretched to the lengths of the task vectors. Default: what the search chose together "
+    "with the coefficient on validation images; projected if --coefficient is given.",
 )
 @click.option(
     "--out",
@@ -151,7 +155,7 @@ def merge(
 def _mix_of_tasks(
     add: Weighted, negate: Weighted, analogy: tuple[str, str, str] | None
 ) -> dict[str, float]:
-    """The weight of each task that is named; a task that is named twice has the sum of both."""
+    """The weight of each named task. A task that is named twice gets the sum of both weights."""
     terms = [*add, *((name, -weight) for name, weight in negate)]
     if analogy:
         plus, minus, target = analogy
@@ -160,10 +164,10 @@ def _mix_of_tasks(
 
 
 def _numbered(vectors: Weighted) -> dict[int, float]:
-    """The weight of each basis vector that is named, by its number from 1."""
+    """The weight of each named basis vector, by its number from 1."""
     for number, _ in vectors:
         if not number.isdecimal():
-            raise UserError(f"--vector {number}: use a number from 1 on")
+            raise UserError(f"--vector {number}: use a whole number, 1 or more")
     return {int(number): weight for number, weight in _summed(vectors).items()}
 
 
@@ -177,7 +181,7 @@ def _summed(terms: Weighted) -> dict[str, float]:
 def _check_request(
     tasks: Mapping[str, float], numbers: Mapping[int, float], kind: str, method: str
 ) -> None:
-    """Raise UserError unless exactly one thing is to be merged, and that is not nothing."""
+    """Raise UserError unless the request names exactly one kind of sum, and it is not empty."""
     requests = sum((bool(tasks), bool(numbers), kind == "sum"))
     if requests > 1:
         raise UserError(
@@ -186,8 +190,8 @@ def _check_request(
         )
     if not requests:
         raise UserError(
-            "name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or, "
-            "without those, add all with `--merge sum`, or vectors of the basis with --vector"
+            "name tasks with --add, --negate or --analogy (`raytvb ls STORE` lists them); or name "
+            "no tasks, and add all with `--merge sum` or basis vectors with --vector"
         )
     if tasks and not any(tasks.values()):
         raise UserError("the weights of the tasks cancel out: nothing would be merged")
@@ -203,7 +207,7 @@ def _addends(
     method: str,
     lengths: Literal["projected", "own"] | None,
 ) -> Addends:
-    """What a request that has been checked asks for."""
+    """What the merge adds, for a request that has been checked."""
     from raytvb.merging.addends import BasisSum, BasisVectors, Tasks
 
     if tasks:
@@ -218,7 +222,7 @@ def _description(
     method: str,
     out: Path,
 ) -> str:
-    """What was merged, from what, how, and where it is, in one line."""
+    """One line that says what was merged, from which vectors, how, and where the result is."""
     terms = []
     for task, weight in tasks.items():
         terms.append(_term(task, weight))

@@ -1,4 +1,4 @@
-"""`raytvb methods`: the basis and merge methods there are."""
+"""`raytvb methods`: lists the basis methods and the merge methods."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from raytvb.maths.merge_registry import MERGE_METHODS, MergeMethod
 def list_methods() -> None:
     """List the basis methods and the merge methods.
 
-    An experiment names them in `basis: {method: …}` and `search: {merges: …}`. Methods of your own,
-    from the modules that RAYTVB_PLUGINS names, are listed too.
+    An experiment names them in `basis: {method: …}` and `search: {merges: …}`. The list includes
+    your own methods, from the modules that RAYTVB_PLUGINS names.
 
     \b
     raytvb methods
@@ -37,4 +37,4 @@ def _basis_notes(method: BasisMethod) -> str:
 
 
 def _merge_notes(method: MergeMethod) -> str:
-    return " [in Python only: a store has no Fishers]" if "fishers" in method.needs else ""
+    return " [in Python only: stores keep no Fishers]" if "fishers" in method.needs else ""

@@ -1,7 +1,7 @@
 """Options and arguments that several commands share.
 
-Everything here is light: it is imported for every `--help`. The names of methods and of the
-embedded tasks come from modules that hold nothing else.
+This module must be quick to import, for every `--help` imports it. It takes the names of methods
+and of the embedded tasks from modules that import no torch.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class MethodName(click.ParamType):
-    """The name of a registered method, looked up when it is needed: a user's plugins are imported
-    only then.
+    """The name of a registered method.
+
+    The names are looked up only when they are needed, because that imports the user's plugins.
     """
 
     name = "method"
 
     def __init__(self, names: Callable[[], Iterable[str]]) -> None:
-        """names: gives the names that are allowed."""
+        """names: returns the names that are allowed."""
         self._names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name itself; click's error, which lists the names, for another."""
+        """The name itself. For an unknown name, raises click's error, which lists all names."""
         return click.Choice(list(self._names())).convert(value, param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """The names, as `--help` shows the values of an option."""
+        """The names, in the form in which `--help` shows the values of an option."""
         return f"[{'|'.join(self._names())}]"
 
 
 BASIS_METHOD = MethodName(lambda: BASIS_METHODS)
 MERGE_METHOD = MethodName(stored_merges)
 SUITE_COUNT = click.IntRange(2, len(task_names()))
-"""How many tasks of the embedded suite: for a mean over tasks there must be two."""
+"""How many tasks of the embedded suite to use: at least 2, because results are means over tasks."""
 
 EXPERIMENT_FILE = click.argument(
     "file", type=click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -64,20 +65,24 @@ def local_cluster_options(command: Command) -> Command:
     gpus = click.option(
         "--num-gpus",
         type=click.IntRange(0),
-        help="GPUs of the Ray that is started on this machine, where RAY_ADDRESS is not set. "
-        "Default: all that are found.",
+        help="GPUs of the Ray that is started on this machine if RAY_ADDRESS is not set. "
+        "Default: all that Ray detects.",
     )
     cpus = click.option(
         "--num-cpus",
         type=click.IntRange(1),
-        help="CPUs of the Ray that is started on this machine, where RAY_ADDRESS is not set. "
+        help="CPUs of the Ray that is started on this machine if RAY_ADDRESS is not set. "
         "Default: all.",
     )
     return cpus(gpus(command))
 
 
 def read_experiment(file: Path, store: str | None) -> Experiment:
-    """The checked experiment of a file, with another store where one is given."""
+    """The checked experiment of a file. store: replaces the store that the file names."""
     from raytvb.experiment.parsing import load_experiment
 
-    return load_experiment(file, {"store": store} if store else None)
+    experiment = load_experiment(file, {"store": store} if store else None)
+    from raytvb.storage.store import Store
+
+    Store(experiment.store)  # reports a wrong URL before anything heavy is imported
+    return experiment

@@ -1,4 +1,4 @@
-"""Tables on standard output."""
+"""Prints tables on standard output."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def wide_console(least: int) -> Console:
-    """Standard output that is at least so many columns wide: a log has no terminal whose width
-    would be known.
+    """A console on standard output that is at least `least` columns wide.
+
+    A log is no terminal, so its width is not known, and rich would assume a narrow one.
     """
     from rich.console import Console
 
@@ -23,14 +24,14 @@ def wide_console(least: int) -> Console:
 
 
 def print_results(store: Store) -> None:
-    """The results in a store's summary as a table."""
+    """Print the results in a store's summary as a table."""
     from raytvb.report.summary_contracts import read_summary
 
     print_summary(read_summary(store))
 
 
 def print_summary(summary: Summary) -> None:
-    """The results as a table on standard output."""
+    """Print the results as a table."""
     from rich.table import Table
 
     from raytvb.report.numbers import subset_sizes
@@ -73,7 +74,7 @@ def _cells(summary: Summary, name: str, sizes: Sequence[int]) -> list[str]:
 
 
 def print_fields(fields: JsonObject) -> None:
-    """A JSON object as a table of dotted names and values."""
+    """Print a JSON object as a table of dotted names and values."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
@@ -83,7 +84,7 @@ def print_fields(fields: JsonObject) -> None:
 
 
 def _flattened(name: str, value: object) -> list[tuple[str, str]]:
-    """Dotted names and printed values of everything in a JSON value."""
+    """The dotted name and the printed value of every leaf of a JSON value."""
     match value:
         case dict():
             items = list(value.items())

@@ -1,4 +1,4 @@
-"""Commands about the embedded suite: `quickstart` runs the whole system on it, `tasks` lists it."""
+"""Commands on the embedded suite: `quickstart` runs the whole system on it, `tasks` lists it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
 
 UNSEEN = ("glyphs/greek-fog", "glyphs/dingbats-photo")
-"""Tasks without a vector, unless `--tasks` is so large that they have one."""
+"""Tasks that are evaluated without a vector, unless `--tasks` is large enough to include them."""
 
 
 def quickstart_experiment(count: int, store: str) -> Experiment:
@@ -42,19 +42,19 @@ def quickstart_experiment(count: int, store: str) -> Experiment:
     type=SUITE_COUNT,
     default=8,
     show_default=True,
-    help="How many tasks of the embedded suite.",
+    help="How many tasks of the embedded suite to use.",
 )
 @click.option(
     "--store",
     default="raytvb-quickstart",
     show_default=True,
-    help="Local folder or s3://bucket/prefix for everything that is made.",
+    help="Local folder or s3://bucket/prefix for everything that the run makes.",
 )
 @local_cluster_options
 def quickstart(count: int, store: str, num_cpus: int | None, num_gpus: int | None) -> None:
     """Run the whole system on the embedded suite of images.
 
-    Needs no network, no GPU and no data. At the end every stored file is compared with its
+    Needs no network, no GPU and no data. At the end, it compares every stored file with its
     checksum.
 
     \b
@@ -71,7 +71,7 @@ def quickstart(count: int, store: str, num_cpus: int | None, num_gpus: int | Non
 def list_tasks() -> None:
     """List the tasks of the embedded suite.
 
-    An experiment may name them without any `data:`.
+    An experiment may use these tasks by name, without `data:`.
 
     \b
     raytvb tasks

@@ -1,4 +1,4 @@
-"""Commands that run an experiment: `plan`, `run`, its stages one by one, and `submit`."""
+"""Commands on an experiment file: `plan`, `run`, one command for each stage, and `submit`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start_pipeline(
     from raytvb.storage.store import Store
 
     store, reporter = Store(experiment.store), Reporter()
-    store.check_writable()  # before Ray takes its seconds to start
+    store.check_writable()  # before Ray, which takes seconds to start
     address = os.environ.get("RAY_ADDRESS")
     where = f"joining Ray at {address}" if address else "starting Ray"
     reporter.say(
@@ -56,7 +56,7 @@ def run_everything(pipeline: Pipeline, verify: bool) -> None:
 
 
 def print_report_place(store: Store) -> None:
-    """Where the report of a store is."""
+    """Print where the report of a store is."""
     from raytvb.experiment.layout import REPORT
 
     print(f"Report: {store.where(REPORT)}")
@@ -68,8 +68,8 @@ def print_report_place(store: Store) -> None:
 def plan(file: Path, store: str | None) -> None:
     """Check an experiment without running it.
 
-    Prints all settings with their defaults, what is in the store already, and an estimate of what
-    will be stored. Changes nothing.
+    Prints all settings with their defaults, what the store has already, and an estimate of the
+    bytes that a run will store. Changes nothing.
 
     \b
     raytvb plan experiment.yaml
@@ -97,8 +97,8 @@ def run(
 ) -> None:
     """Run all stages of an experiment.
 
-    They are fine-tune, basis, search, evaluate and report. Run it again after a stop: what is in
-    the store already is not made again.
+    The stages are finetune, basis, search, evaluate and report. After a stop, run the command
+    again: what is in the store already is not made again.
 
     \b
     raytvb run experiment.yaml
@@ -122,11 +122,11 @@ def _stage_command(stage: str, text: str) -> click.Command:
 
 
 STAGE_COMMANDS: Sequence[click.Command] = (
-    _stage_command("finetune", "One stage: make the masks and task vectors that are missing."),
+    _stage_command("finetune", "One stage: make the missing masks and task vectors."),
     _stage_command("basis", "One stage: build the bases from the stored task vectors."),
     _stage_command(
         "search",
-        "One stage: choose a basis and its coefficients.\n\nUses the validation images alone.",
+        "One stage: choose a basis and its coefficients.\n\nUses only the validation images.",
     ),
     _stage_command("evaluate", "One stage: measure the choice on the test images."),
 )
@@ -136,21 +136,21 @@ STAGE_COMMANDS: Sequence[click.Command] = (
 @EXPERIMENT_FILE
 @STORE_OPTION
 def report(file: Path, store: str | None) -> None:
-    """One stage: write the report, and print the table.
+    """One stage: write the report, and print its table of results.
 
-    Reads the stored results; needs no Ray.
+    Reads the stored results. Needs no Ray.
 
     \b
     raytvb report experiment.yaml
     """
     experiment = read_experiment(file, store)
     from raytvb.cli.printing import print_results
-    from raytvb.experiment.freezing import freeze
+    from raytvb.experiment.freezing import check_frozen
     from raytvb.report.page import write_report
     from raytvb.storage.store import Store
 
     target = Store(experiment.store)
-    freeze(target, experiment)
+    check_frozen(target, experiment)
     write_report(target, experiment)
     print_results(target)
     print_report_place(target)
@@ -162,7 +162,9 @@ def report(file: Path, store: str | None) -> None:
     "--address", required=True, help="URL of the dashboard of the Ray head, http://HOST:8265."
 )
 @click.option(
-    "--no-wait", is_flag=True, help="Return when the job is submitted instead of following it."
+    "--no-wait",
+    is_flag=True,
+    help="Return once the job is submitted, instead of following its log.",
 )
 @click.option(
     "--no-code",
@@ -172,14 +174,14 @@ def report(file: Path, store: str | None) -> None:
 def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
     """Run an experiment as a Ray job on a cluster, and show its log.
 
-    Ctrl-C stops the log, not the job.
+    Ctrl-C stops the log. The job goes on.
 
     \b
     raytvb submit experiment.yaml --address http://127.0.0.1:8265
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token \\
         raytvb submit experiment.yaml --address http://HEAD:8265
     """
-    read_experiment(file, None)  # a wrong file is told before anything else is imported
+    read_experiment(file, None)  # reports a wrong file before Ray is imported
     from raytvb.orchestration.submit import submit as submit_job
 
     code = submit_job(file, address, follow=not no_wait, with_code=not no_code)

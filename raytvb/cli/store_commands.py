@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raytvb.storage.records import Record
 
 LISTED = ("base", "masks", "overlap", "vectors", "basis")
-"""Folders of a store whose things `ls` lists."""
+"""Folders of a store whose contents `ls` lists."""
 
 
 @click.command(name="ls")
@@ -58,7 +58,7 @@ def _details(record: Record) -> str:
 def verify(store: str) -> None:
     """Compare every file of a store with its checksum.
 
-    Reads the whole store. Every file that is damaged or missing is named.
+    Reads the whole store. Names every file that is damaged or missing.
 
     \b
     raytvb verify raytvb-quickstart
@@ -84,19 +84,19 @@ def verify(store: str) -> None:
     type=BASIS_METHOD,
     default="ae",
     show_default=True,
-    help="Basis method that is fitted with --size.",
+    help="Basis method of the fit that --size asks for.",
 )
 @click.option(
     "--size",
     type=click.IntRange(1),
-    help="Number of basis vectors M: fits a basis, and shows the error of every task.",
+    help="Number of basis vectors M. If given, also fit a basis and show the error of every task.",
 )
 @AS_JSON_OPTION
 def spectrum(store: str, method: str, size: int | None, as_json: bool) -> None:
-    """Show what bases of any size would lose.
+    """Show what bases of each size would lose.
 
     Also works while vectors are still being made. Prints the eigenvalues of the Gram matrix of the
-    task vectors so far, and the least relative error of any M vectors.
+    task vectors so far, and for each M the least relative error that M basis vectors can have.
 
     \b
     raytvb spectrum raytvb-quickstart

@@ -29,9 +29,9 @@ class Unreadable:
 def decoded_rows(
     rows: Iterator[Row], preprocess: Preprocess, threads: int
 ) -> Iterator[tuple[Row, np.ndarray | Unreadable]]:
-    """Rows with their decoded images (3, S, S) uint8, in their order.
+    """The rows in their order, each with its decoded image (3, S, S) uint8.
 
-    Pillow lets `threads` decode side by side.
+    threads: number of images that are decoded at the same time.
     """
     decode = partial(_decode, preprocess=preprocess)
     if threads <= 1:
@@ -52,15 +52,16 @@ def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | Unreadable:
                 image = step(image)
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
     except UnidentifiedImageError:
-        return Unreadable("no format that is known")
-    # What Pillow raises.
+        return Unreadable("the image format is not known")
+    # Pillow raises these for images that it cannot read.
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         return Unreadable(str(error) or type(error).__name__)
 
 
 def _opened(row: Row) -> Image.Image:
-    """The row's image, not decoded yet. Raises ValueError where there is none, and what Pillow
-    raises.
+    """The row's image, not decoded yet.
+
+    Raises ValueError if the row has no image, and the errors of Pillow.
     """
     match row.image:
         case Image.Image():
@@ -77,8 +78,9 @@ def _opened(row: Row) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey images of 16 bits scaled to 8, where Pillow would cut off at 255. ValueError for wider
-    ones.
+    """The image; a grey image of 16 bits is scaled to 8 bits, since Pillow would clip it at 255.
+
+    Raises ValueError for wider pixels, whose range is not known.
     """
     is_png_grey = image.mode == "I" and image.format == "PNG"  # PNG has 16 bits at most
     if image.mode.startswith("I;16") or is_png_grey:
@@ -97,7 +99,7 @@ def _geometry(config: str) -> list[Step]:
     """The geometric steps of open_clip's evaluation transform (resize, crop, RGB), from its
     `preprocess_cfg` as a JSON document.
     """
-    # Takes seconds to import; images of the right size do without.
+    # This import takes seconds, and images of the right size do not need it.
     import open_clip.transform as clip_transform
 
     settings = clip_transform.PreprocessCfg(**json.loads(config))

@@ -1,4 +1,4 @@
-"""Labelled images in a folder per class."""
+"""Labelled images in folders, one folder for each class."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 
 class FolderSource:
-    """Images in a folder per class: CLASS/image.jpg, or SPLIT/CLASS/image.jpg.
+    """Images in one folder for each class: CLASS/image.jpg, or SPLIT/CLASS/image.jpg.
 
     Classes are numbered in the order of their folders' names, over all splits.
     """
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
-        """`keys` are the image files of the store.
+        """keys: the image files of the store.
 
-        Raises UserError where an image is in no folder, where the folders look like splits of
-        unknown names, and where there is one class only.
+        Raises UserError if an image is not in a class folder, if the folders look like splits with
+        unknown names, and if there is only one class.
         """
         self.where = store.url
         self._task = task
@@ -38,8 +38,8 @@ class FolderSource:
         if len(self._folders) == 1:
             raise UserError(
                 f"task {task.name}: all images under {store.url} are in one class, "
-                f"{self._folders[0]}; `data:` is the folder above those of the classes, or of the "
-                f"splits"
+                f"{self._folders[0]}; `data:` must be the folder above the class folders, or above "
+                f"the split folders"
             )
 
     def _class_folder(self, key: str) -> str:
@@ -49,20 +49,21 @@ class FolderSource:
         for key in keys:
             if key.count("/") <= self._depth:
                 raise UserError(
-                    f"task {self._task.name}: {self._store.where(key)} is in no folder of a class "
+                    f"task {self._task.name}: {self._store.where(key)} is not in a class folder "
                     f"(a folder tree is CLASS/image.jpg or SPLIT/CLASS/image.jpg; splits are "
                     f"train, val and test)"
                 )
 
     def _check_folders_are_no_splits(self, keys: Sequence[str]) -> None:
-        """Refuse folders that all have the same two or more folders in them: it is likely that
-        these are the classes, and the upper ones splits.
+        """Raise UserError if all folders contain the same two or more folders.
+
+        Then the inner folders are probably the classes, and the upper folders the splits.
         """
         inner: dict[str, set[str]] = {}
         for key in keys:
             upper, *rest = key.split("/")
             if len(rest) < 2:
-                return  # images lie in the upper folder itself
+                return  # images lie directly in the upper folder
             inner.setdefault(upper, set()).add(rest[0])
         classes = inner[self._folders[0]]
         if len(inner) == 1 or len(classes) == 1 or any(c != classes for c in inner.values()):
@@ -76,12 +77,15 @@ class FolderSource:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """The upper folders, where one of them has the name of a split."""
+        """The upper folders if one of them has the name of a split, else ''."""
         return tuple(self._keys)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The folders' names; or the names that the task gives, one for each folder in order."""
+        """The folders' names, or the names that the task gives, one for each folder in order.
+
+        Raises UserError if the task gives another number of names.
+        """
         given = self._task.classes
         if given is None:
             return tuple(self._folders)
@@ -93,11 +97,11 @@ class FolderSource:
         return given
 
     def count(self, pool: str) -> int:
-        """Files with the ending of an image."""
+        """Number of files in a pool that have the ending of an image."""
         return len(self._keys[pool])
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
-        """Files in the order of their names, a few requests at a time."""
+        """The files at these positions, in the order of their names, read a few at a time."""
         labels = {folder: label for label, folder in enumerate(self._folders)}
         keys = iter([self._keys[pool][position] for position in positions])
         while batch := list(islice(keys, ROWS_AT_ONCE)):

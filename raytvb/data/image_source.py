@@ -1,10 +1,10 @@
 """What every kind of data has in common: labelled images in one or several pools.
 
-Images come from Parquet files, folders with a folder per class, or torchvision's data sets. The
-first two may lie under any fsspec URL (s3://, hf://datasets/OWNER/NAME). A *pool* is a part of the
-data that has a name (train, validation, test...), or '' for all of it where there are no names;
-`splits` decides which pools, or shares of one, are train, val and test. A pool is read in one pass
-with a bounded part in memory.
+Images come from Parquet files, class folders, or torchvision's data sets. The first two may lie
+under any fsspec URL (s3://, hf://datasets/OWNER/NAME). A *pool* is a named part of the data (train,
+validation, test...). Data without such names are one pool, named ''. The module `splits` decides
+which pools, or which shares of a pool, are train, val and test. A pool is read in one pass with a
+bounded part in memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ALIASES = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-"""Names of pools that are taken for a split, the first one that there is."""
+"""For each split, the pool names that mean it. The first name that the data have is used."""
 
 USUAL_POOLS = frozenset(chain.from_iterable(ALIASES.values()))
 
 ROWS_AT_ONCE = 64
-"""Encoded images in memory: what one read asks for."""
+"""Number of encoded images that one read brings into memory."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Row:
     """One image with its label."""
 
     name: str
-    """Where it is, for messages."""
+    """Where the image is, for messages."""
     image: object
     """Encoded bytes, an opened `PIL.Image`, or the exception that opening it raised. None or any
-    other type, as a Parquet column may hold it, is no readable image."""
+    other type, which a Parquet column may hold, is not a readable image."""
     label: object
-    """Number or name of the class, if the data are sound."""
+    """Number or name of the class; anything else is an error in the data."""
 
 
 class Source(Protocol):
@@ -58,22 +58,22 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, in the order of the labels. Raises UserError where there are none."""
+        """Class names, in the order of the labels. Raises UserError if there are none."""
 
     def count(self, pool: str) -> int:
-        """Number of images of a pool, readable or not."""
+        """Number of images in a pool, readable or not."""
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
-        """The images at these positions of a pool, which must rise; little else is read."""
+        """The images at these positions of a pool. Positions must rise. Little else is read."""
 
 
 def keys_by_pool(
     task: TaskConfig, keys: Sequence[str], pool_of: Callable[[str], str]
 ) -> dict[str, list[str]]:
-    """Keys by the name of their pool, as `pool_of` reads it from a key; usual names in lower case.
+    """Keys by the name of their pool, which `pool_of` derives from a key.
 
-    Where no pool has a usual name or one that the task's `splits` give, all keys are in one pool,
-    ''.
+    Usual names become lower case. If no pool has a usual name or a name from the task's `splits`,
+    all keys are in one pool, ''.
     """
     pools: dict[str, list[str]] = {}
     for key in keys:
@@ -81,7 +81,7 @@ def keys_by_pool(
         if name.lower() in USUAL_POOLS:
             name = name.lower()
         pools.setdefault(name, []).append(key)
-    given = {task.splits.train, task.splits.val, task.splits.test}
-    if pools.keys() & (USUAL_POOLS | given):
+    named = {task.splits.train, task.splits.val, task.splits.test}
+    if pools.keys() & (USUAL_POOLS | named):
         return pools
     return {"": list(keys)}

@@ -1,7 +1,7 @@
-"""A split read, decoded and resized.
+"""Reads, decodes and resizes a split.
 
-Decoded images lie in a temporary file that is mapped into memory, so the system drops and rereads
-them as it needs to.
+Decoded images lie in a temporary file that is mapped into memory, so the operating system can drop
+them from memory and read them again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ def load_split(
     sample: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Split:
-    """Read, decode and resize a split; or `sample` images of it that `generator` draws, in the
-    order of the draw.
+    """Read, decode and resize a split, or a random sample of it.
 
     The images lie in an unnamed temporary file ($TMPDIR) of N * 3 * S * S bytes, mapped into
-    memory. Images that cannot be read are counted and left out; so N may be less than `sample`.
+    memory. Images that cannot be read are counted and left out, so N may be less than `sample`.
 
-    Raises UserError for a split that is not there or empty, a label outside the classes, and more
-    unreadable images than the task's `max_corrupt`.
+    Args:
+        threads: number of images that are decoded at the same time.
+        sample: number of images to draw, which come in the order of the draw; None: all images.
+        generator: draws the sample; None: torch's global generator.
+
+    Raises UserError for a split that is missing or empty, for a label outside the classes, and for
+    more unreadable images than the task's `max_corrupt`.
     """
     source = task_source(task)
     parts = split_parts(task, source)
@@ -68,9 +72,7 @@ class _Reader:
         self._classes = source.classes
 
     def read(self, part: Part, positions: np.ndarray) -> tuple[Split, list[int]]:
-        """The images at rising positions of the part's pool that can be read, and the positions of
-        these.
-        """
+        """The readable images at rising positions of the part's pool, and their positions."""
         labels, readable, unreadable = list[int](), list[int](), list[str]()
         rows = self._source.rows(part.pool, positions.tolist())
         decoded = decoded_rows(rows, self._preprocess, self._threads)
@@ -95,7 +97,7 @@ class _Reader:
         return split, readable
 
     def _mapped(self, file: BinaryIO, count: int) -> Tensor:
-        """The file's images (N, 3, S, S) uint8; they stay when it is closed."""
+        """The file's images (N, 3, S, S) uint8. They stay valid when the file is closed."""
         file.flush()
         side = self._preprocess.size
         shape = (count, 3, side, side)
@@ -111,7 +113,7 @@ class _Reader:
         )
 
     def _label(self, row: Row) -> int:
-        """Number of the row's class, in range(len(classes))."""
+        """Number of the row's class, in range(len(classes)). Raises UserError for other labels."""
         if isinstance(row.label, str) and row.label in self._classes:
             return self._classes.index(row.label)
         if not isinstance(row.label, int):
@@ -128,8 +130,9 @@ class _Reader:
 
 
 def _in_order(images: Split, positions: list[int], drawn: np.ndarray) -> Split:
-    """Images at `positions` in the order in which these were drawn; the drawn positions that are
-    not among them could not be read.
+    """The images, which come in the order of `positions`, in the order of `drawn`.
+
+    Drawn positions that are not in `positions` could not be read.
     """
     index_of = {position: index for index, position in enumerate(positions)}
     order = torch.tensor([index_of[int(p)] for p in drawn if int(p) in index_of])

@@ -1,4 +1,4 @@
-"""Which kind of data a URL holds."""
+"""Finds out which kind of data a URL holds, and opens it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from raytvb.storage.store import Store
 
 
 def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
-    """The source under a URL; `cache` is where torchvision's data sets go that have no `root`.
+    """The source under a URL.
 
-    Hidden files and folders are left out. Raises UserError where there are no images, StoreError
-    where the URL cannot be read.
+    cache: the folder for torchvision's data sets if the task has no `root`. Hidden files and
+    folders are left out. Raises UserError if there are no images, and StoreError if the URL cannot
+    be read.
     """
     if url.startswith(TORCHVISION):
         return TorchvisionSource(task, Path(task.root) if task.root else cache / "torchvision")
@@ -38,14 +39,14 @@ def _is_hidden(key: str) -> bool:
 
 
 def _refuse(task: TaskConfig, store: Store, keys: list[str]) -> NoReturn:
-    """Say what is there instead of images."""
+    """Raise UserError that says what the URL has instead of images."""
     if store.is_file():
         raise UserError(
-            f"task {task.name}: {store.url} is a file; `data:` is the folder that it is in"
+            f"task {task.name}: {store.url} is a file; `data:` must be the folder that it is in"
         )
     if not keys:
         raise UserError(f"task {task.name}: there is nothing under {store.url}")
     raise UserError(
         f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of "
-        f"images under {store.url}; `data:` is the folder above them"
+        f"images under {store.url}; `data:` must be the folder above them"
     )

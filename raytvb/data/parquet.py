@@ -1,7 +1,7 @@
 """Labelled images in Parquet files, as the CLIP task collections on the Hugging Face hub have them.
 
-The image column holds `{bytes, path}` structs or bytes, the label column integers. Class names are
-in the `huggingface` entry of the Arrow schema's metadata.
+The image column holds `{bytes, path}` structs or bytes. The label column holds integers. Class
+names are in the `huggingface` entry of the Arrow schema's metadata.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from raytvb.errors import UserError
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
 
-# What is read of a Parquet column at a time. Without it a row group is held whole, and many files
-# are one row group.
+# Number of bytes of a Parquet column that are read at a time. By default a whole row group would be
+# in memory, and many files are one row group.
 _STREAM_BYTES = 2**20
 
 _SHARD = re.compile(r"[-_.]?(\d+(-of-\d+)?(-[0-9a-f]{8,})?)?$")
 
 
 class ParquetSource:
-    """Parquet files named after their split (`train-00000-of-00002.parquet`) or in a folder of its
-    name.
+    """Parquet files named after their split (`train-00000-of-00002.parquet`), or in a folder that
+    is named after it.
     """
 
     def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
-        """`keys` are the Parquet files of the store.
+        """keys: the Parquet files of the store.
 
-        Raises UserError where the files of a split lie in several folders.
+        Raises UserError if the files of a split lie in several folders.
         """
         self.where = store.url
         self._task = task
@@ -53,13 +53,13 @@ class ParquetSource:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """Names of the files before their shard numbers, or of their folders."""
+        """The names of the files without their shard numbers, or the names of their folders."""
         return tuple(self._keys)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names that the task gives; else those in the Hugging Face metadata of the first
-        pool that has some.
+        pool that has class names. Raises UserError if there are none.
         """
         if self._task.classes is not None:
             return self._task.classes
@@ -78,10 +78,10 @@ class ParquetSource:
 
     @contextmanager
     def _open(self, key: str) -> Iterator[pq.ParquetFile]:
-        """An open Parquet file. Raises UserError, naming task and file, for anything else.
+        """An open Parquet file. Raises UserError that names task and file for any other file.
 
-        An OSError stays one, with the place: damaged pages, or a network that may recover, which is
-        worth another try.
+        An OSError is raised again with task and file. It means damaged pages, or a network that may
+        recover, so it is worth another try.
         """
         place = f"task {self._task.name}: {self._store.where(key)}"
         with self._store.fs.open(self._store.path(key), "rb") as file:
@@ -101,8 +101,9 @@ class ParquetSource:
         return total
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
-        """Rows in the order of the files' names; a few at a time are in memory, never a row
-        group.
+        """The rows at these positions, in the order of the files' names.
+
+        Only a few rows are in memory at a time, never a whole row group.
         """
         wanted = set(positions)
         first = 0  # position in the pool of the file's first row
@@ -124,8 +125,9 @@ class ParquetSource:
     def _file_rows(
         self, key: str, parquet: pq.ParquetFile, first: int, wanted: set[int]
     ) -> Iterator[Row]:
-        """The rows of a file whose positions in the pool are wanted; `first` is that of row 0. Row
-        groups without such a row are not read.
+        """The rows of a file whose positions in the pool are in `wanted`.
+
+        first: the position of the file's row 0. Row groups without a wanted row are not read.
         """
         columns = [self._task.image_column, self._task.label_column]
         number = 0
@@ -145,7 +147,9 @@ class ParquetSource:
 
 
 def _pool_of(key: str) -> str:
-    """train for `train-00000-of-00002.parquet`, `train.parquet` and `train/0000.parquet`."""
+    """The pool of a file: train for `train-00000-of-00002.parquet`, `train.parquet` and
+    `train/0000.parquet`.
+    """
     folder, name = posixpath.split(key)
     stem = _SHARD.sub("", name.removesuffix(".parquet"))
     first_word = re.split(r"[-_.]", stem)[0]
@@ -155,8 +159,8 @@ def _pool_of(key: str) -> str:
 
 
 def _folder_above(key: str, pool: str) -> str:
-    """The folder that a configuration of the data set lies in: the one above the pool's own, if
-    that has a folder.
+    """The folder of a configuration of the data set: the folder above the pool's own folder, or the
+    file's folder if the pool has none.
     """
     folder = posixpath.dirname(key)
     return posixpath.dirname(folder) if posixpath.basename(folder).lower() == pool else folder

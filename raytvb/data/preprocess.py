@@ -1,4 +1,4 @@
-"""How pixels become a tower's input."""
+"""How pixels become the input of an image tower."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Preprocess:
     size: int
     """Side of the square image in pixels: S."""
     mean: tuple[float, ...]
-    """Of each channel, for pixels from 0 to 1."""
+    """Mean of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...]
     """Standard deviation of each channel, for pixels from 0 to 1."""
     config: Mapping[str, object]
-    """open_clip's `preprocess_cfg`, as its `image_transform_v2` takes it; plain JSON values."""
+    """open_clip's `preprocess_cfg`, the input of its `image_transform_v2`; plain JSON values."""
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to normalised float32 of the same shape."""
@@ -32,7 +32,7 @@ class Preprocess:
         return (images.float() / 255.0 - mean) / std
 
     def to_json(self) -> JsonObject:
-        """`config` as JSON has it: lists for tuples."""
+        """`config` as JSON values, with lists instead of tuples."""
         return json.loads(self.config_text)
 
     @property

@@ -1,10 +1,10 @@
-"""Validation and test images of an experiment, decoded once and kept in its store: evaluations need
-no data set.
+"""Validation and test images of an experiment, decoded once and kept in its store. So evaluations
+do not need the data set.
 
     splits/<split>/<task>/{images-*.safetensors, labels.safetensors, record.json}
 
-Images are uint8 at the model's resolution, in files of at most 64 MB. It is a cache: what is
-damaged, or was made from other data, is made again.
+Images are uint8 at the model's resolution, in files of at most 64 MB. This is a cache: a split that
+is damaged, or was made from other data, is decoded again.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _FILE_BYTES = 64 * 2**20
 
 
 class SplitMetrics(Contract):
-    """What the record of a decoded split says of it."""
+    """Metrics in the record of a decoded split."""
 
     images: int
-    """Images that could be read: N."""
+    """Number N of images that could be read."""
     skipped: int
-    """Images that could not be read."""
+    """Number of images that could not be read."""
     classes: tuple[str, ...]
     """Class names, in the order of the labels."""
 
 
 class _DamagedError(ValueError):
-    """The files of a stored split are not what its record says."""
+    """The files of a stored split do not match its record."""
 
 
 def split_prefix(task: str, split: str) -> str:
-    """Folder of a task's images."""
+    """Folder in the store for a split of a task."""
     return f"{PREFIX}/{split}/{task}"
 
 
 def cached_split(
     store: Store, task: TaskConfig, split: str, preprocess: Preprocess, threads: int = 1
 ) -> Split:
-    """A split from the store; where it is not there, decoded and kept there.
+    """A split from the store. If the store does not have it, it is decoded and stored.
 
-    `threads` decode at a time. Raises as `load_split`.
+    threads: number of images that are decoded at the same time. Raises as `load_split`.
     """
     prefix = split_prefix(task.name, split)
     identity = _identity(task, split, preprocess)
@@ -82,8 +82,9 @@ def _identity(task: TaskConfig, split: str, preprocess: Preprocess) -> JsonObjec
 
 
 def _write(store: Store, prefix: str, identity: JsonObject, split: Split) -> None:
-    """Write the images file by file, so that a second copy of one file at most is in memory; then
-    the labels and the record.
+    """Write the images, then the labels and the record.
+
+    Images are written file by file, so memory holds a second copy of at most one file.
     """
     bytes_per_image = split.images[0].numel()
     parts = split.images.split(max(1, _FILE_BYTES // bytes_per_image))
@@ -104,7 +105,7 @@ def _write(store: Store, prefix: str, identity: JsonObject, split: Split) -> Non
 
 
 def _stored_split(store: Store, prefix: str, identity: JsonObject) -> Split | None:
-    """The split in the store; None where there is none, or it is damaged or of another identity."""
+    """The split in the store; None if it is missing, damaged or of another identity."""
     try:
         record = records.find(store, prefix)
         if record is None or not record.is_of(identity):
@@ -115,7 +116,7 @@ def _stored_split(store: Store, prefix: str, identity: JsonObject) -> Split | No
 
 
 def _read(store: Store, prefix: str, record: Record) -> Split:
-    """The split that a record describes. Raises _DamagedError where the files are others."""
+    """The split that a record describes. Raises _DamagedError if the files do not match it."""
     metrics = record.metrics_as(SplitMetrics, store.where(prefix))
     labels: Tensor | None = None
     images: np.ndarray | None = None

@@ -17,10 +17,10 @@ from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.suite.task_names import class_names
 
 VAL_SHARE = 0.1
-"""Share of the training images that are val, where a task has no validation images."""
+"""Share of the training images that become val, if a task has no validation images."""
 
 TEST_SHARE = 0.2
-"""Share of all images that are test, where the data have no named splits."""
+"""Share of all images that become test, if the data have no named splits."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Split:
     """Images (N, 3, S, S) uint8 at the model's resolution and labels (N,) int64 in
     range(len(classes)).
 
-    `skipped` images of the split could not be read and are not among them.
+    `skipped` is the number of images that could not be read; `images` does not contain them.
     """
 
     images: Tensor
@@ -42,8 +42,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Part:
-    """A split as a part of a pool: what lies between two shares of its seeded permutation. From 0
-    to 1 it is the whole pool.
+    """A split as a part of a pool: the images between two shares of the pool's seeded permutation.
+
+    From share 0 to share 1 it is the whole pool.
     """
 
     pool: str
@@ -51,8 +52,9 @@ class Part:
     stop: float = 1.0
 
     def members(self, source: Source, seed: int) -> np.ndarray:
-        """Positions in the pool, rising (N,). Every part of a pool that is not empty gets at least
-        one image.
+        """Positions (N,) in the pool, rising.
+
+        In a pool that is not empty, every part gets at least one image.
         """
         count = source.count(self.pool)
         if (self.start, self.stop) == (0.0, 1.0):
@@ -64,27 +66,27 @@ class Part:
 
 
 def _edge(count: int, share: float) -> int:
-    """How many of `count` images a share is; at least one, but for the shares 0 and 1."""
+    """Number of images in a share of `count` images: at least 1 for shares other than 0 and 1."""
     images = round(count * share)
     return images if share in (0.0, 1.0) else max(1, images)
 
 
 def task_source(task: TaskConfig) -> Source:
-    """The data of a task; those of the embedded suite are drawn first. Raises as `open_source`."""
+    """The data of a task. Those of the embedded suite are drawn first. Raises as `open_source`."""
     return open_source(task, task_url(task), cache_folder())
 
 
 def task_classes(task: TaskConfig) -> tuple[str, ...]:
-    """Class names of a task. Raises UserError where there are none, or no images."""
+    """Class names of a task. Raises UserError if there are no class names or no images."""
     if task.data is None:
         return task.classes or class_names(task.name)
     return task_source(task).classes
 
 
 def check_task(task: TaskConfig, splits: Sequence[str]) -> tuple[str, ...]:
-    """Class names of a task whose data has the splits.
+    """Class names of a task, after a check that its data have the splits. No image is read.
 
-    Raises UserError where a split is missing. No image is read.
+    Raises UserError if a split is missing.
     """
     if task.data is not None:
         source = task_source(task)
@@ -95,15 +97,13 @@ def check_task(task: TaskConfig, splits: Sequence[str]) -> tuple[str, ...]:
 
 
 def require_split(task: TaskConfig, source: Source, parts: Mapping[str, Part], split: str) -> None:
-    """Raise UserError where a split is missing; it says what there is instead, and how to name
-    one.
-    """
+    """Raise UserError if a split is missing. The message lists the pools and says what to do."""
     if split in parts:
         return
     pools = []
     for pool in filter(None, source.pools):
         used_for = _split_of(pool, parts)
-        pools.append(f"{pool} (taken for {used_for})" if used_for else pool)
+        pools.append(f"{pool} (used for {used_for})" if used_for else pool)
     is_share_possible = split != "train" and "train" in parts
     allowed = "NAME or a share of train, such as 0.1" if is_share_possible else "NAME"
     raise UserError(
@@ -121,11 +121,11 @@ def _split_of(pool: str, parts: Mapping[str, Part]) -> str | None:
 
 
 def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
-    """What is train, val and test: what the task's `splits` say, else the pools of the usual names.
+    """The parts that are train, val and test.
 
-    A missing val is a tenth of train's pool; data without any named splits gives a fifth to test as
-    well. A split that is not there is left out. Raises UserError for a name that the data does not
-    have.
+    The task's `splits` decide; else the pools with the usual names are taken. If val is missing, it
+    becomes a tenth of train's pool. If the data have no named splits, test becomes a fifth of them.
+    Other missing splits are left out. Raises UserError for a name that the data do not have.
     """
     pools = _split_pools(task, source)
     parts = {split: Part(pool) for split, pool in pools.items() if split != "train"}
@@ -146,16 +146,16 @@ def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
 
 
 def _split_pools(task: TaskConfig, source: Source) -> dict[str, str]:
-    """The pools that are splits by their names; splits that have none, or are shares, are left
-    out.
+    """The pool of each split that is a whole pool. Other splits are left out: those without a pool,
+    and those that are shares.
     """
-    given = _given_pools(task, source)
-    pools = dict(given)
+    named = _given_pools(task, source)
+    pools = dict(named)
     for split in SPLITS:
         if getattr(task.splits, split) is not None:
             continue
         for alias in ALIASES[split]:
-            if alias in source.pools and alias not in given.values():
+            if alias in source.pools and alias not in named.values():
                 pools[split] = alias
                 break
     if source.pools == ("",):
@@ -164,8 +164,11 @@ def _split_pools(task: TaskConfig, source: Source) -> dict[str, str]:
 
 
 def _given_pools(task: TaskConfig, source: Source) -> dict[str, str]:
-    """The pools that the task names for its splits. The usual names are found in any case."""
-    given: dict[str, str] = {}
+    """The pools that the task names for its splits. Upper case in usual names does not matter.
+
+    Raises UserError for a name that the data do not have.
+    """
+    named: dict[str, str] = {}
     unknown = []
     for split in SPLITS:
         pool = getattr(task.splits, split)
@@ -174,7 +177,7 @@ def _given_pools(task: TaskConfig, source: Source) -> dict[str, str]:
         if pool not in source.pools:
             pool = pool.lower()
         if pool in source.pools:
-            given[split] = pool
+            named[split] = pool
         else:
             unknown.append(f"splits.{split}: {getattr(task.splits, split)}")
     if unknown:
@@ -183,4 +186,4 @@ def _given_pools(task: TaskConfig, source: Source) -> dict[str, str]:
             f"task {task.name}: {', '.join(unknown)}: {source.where} has {pools} (a share of train "
             f"is a number, such as 0.1)"
         )
-    return given
+    return named

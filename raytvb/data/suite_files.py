@@ -1,5 +1,5 @@
-"""The embedded suite as Parquet files in a cache folder, so that it goes through the same reader as
-other data.
+"""The embedded suite as Parquet files in a cache folder, so that the same code reads it as other
+data.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from raytvb.suite.glyphs import render
 from raytvb.suite.task_names import class_names
 
 FORMAT = 2
-"""Of the cached suite; raise it when the drawings change."""
+"""Version of the cached suite. Increase it when the drawings change."""
 
 
 def cache_folder() -> Path:
     """The cache of this machine: $RAYTVB_CACHE, else $XDG_CACHE_HOME/raytvb, else ~/.cache/raytvb.
 
-    Where there is no home, or no folder can be made in it, the cache is in the temporary folder.
+    If there is no home, or no folder can be created in it, the cache is in the temporary folder.
     """
-    given = os.environ.get("RAYTVB_CACHE")
-    if given:
-        return Path(given)
+    configured = os.environ.get("RAYTVB_CACHE")
+    if configured:
+        return Path(configured)
     base = os.environ.get("XDG_CACHE_HOME")
     if not base and os.environ.get("HOME"):
         base = os.path.expanduser("~/.cache")
@@ -44,8 +44,9 @@ def cache_folder() -> Path:
 
 
 def suite_table(task: str, split: str) -> pa.Table:
-    """A split of a task of the embedded suite as an Arrow table of PNG images and labels, with its
-    class names in the metadata as the Hugging Face hub has them.
+    """A split of a task of the embedded suite, as an Arrow table of PNG images and labels.
+
+    The metadata have the class names in the form that the Hugging Face hub uses.
     """
     rendered = render(task, split)
     rows = []
@@ -68,8 +69,9 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def write_suite_task(task: str, folder: Path) -> None:
-    """Write `train`, `val` and `test` Parquet files of a task of the suite, but for those that are
-    there and empty splits. Each file appears whole or not at all.
+    """Write `train`, `val` and `test` Parquet files of a task of the suite.
+
+    Files that exist and empty splits are left out. Each file appears whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
@@ -84,7 +86,7 @@ def write_suite_task(task: str, folder: Path) -> None:
 
 
 def task_url(task: TaskConfig) -> str:
-    """Where a task's images are; a task of the embedded suite is drawn into the cache first."""
+    """The URL of a task's images. A task of the embedded suite is first drawn into the cache."""
     if task.data is not None:
         return task.data
     folder = cache_folder() / f"suite-{FORMAT}" / task.name

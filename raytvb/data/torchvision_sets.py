@@ -1,4 +1,4 @@
-"""Labelled images of torchvision's data sets."""
+"""Labelled images from torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def _data_sets() -> dict[str, DataSetClass]:
 
 
 DATA_SETS = _data_sets()
-"""Data sets by the name after `torchvision:`."""
+"""Data sets by the name that follows `torchvision:`."""
 
 
 class _ImageDataSet(Protocol):
-    """What torchvision's data sets are used for."""
+    """The methods of torchvision's data sets that are used here."""
 
     def __len__(self) -> int: ...
 
@@ -70,7 +70,7 @@ class _ImageDataSet(Protocol):
 
 
 class TorchvisionSource:
-    """A data set of torchvision by name, downloaded into its root unless it is there."""
+    """A data set of torchvision. It is downloaded into its root unless it is there."""
 
     def __init__(self, task: TaskConfig, root: Path) -> None:
         """Downloads nothing yet. Raises UserError for a name that is not in DATA_SETS."""
@@ -88,22 +88,24 @@ class TorchvisionSource:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """torchvision's own names of the splits."""
+        """torchvision's own names for the splits."""
         return tuple(DATA_SETS[self._name].pools)
 
     def _data_set(self, pool: str) -> _ImageDataSet:
-        """The data set of a pool, downloaded and opened at first use."""
+        """The data set of a pool, downloaded and opened at first use. Raises UserError if that
+        fails.
+        """
         if pool not in self._opened:
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
-                # Other workers of this machine wait.
+                # The lock makes other workers of this machine wait.
                 with FileLock(str(self._root / f".{self._name}.lock")):
                     self._opened[pool] = self._open(pool)
-            # Of the network, of a server, of an archive: torchvision has no common class.
+            # Network, server and archive errors: torchvision has no common class for them.
             except Exception as error:
                 raise UserError(
                     f"task {self._task.name}: torchvision cannot get {self._name}: {error}. Put "
-                    f"its files under {self._root} yourself, or give `root:`, where they are"
+                    f"its files under {self._root} yourself, or set `root:` to their folder"
                 ) from error
         return self._opened[pool]
 
@@ -121,7 +123,9 @@ class TorchvisionSource:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names that the task gives; else torchvision's, where it has them."""
+        """The class names that the task gives, else torchvision's. Raises UserError if both are
+        missing.
+        """
         if self._task.classes is not None:
             return self._task.classes
         names = getattr(self._data_set(self.pools[0]), "classes", None)
@@ -134,11 +138,11 @@ class TorchvisionSource:
         return tuple(name if isinstance(name, str) else name[0] for name in names)
 
     def count(self, pool: str) -> int:
-        """Number of images of a pool."""
+        """Number of images in a pool."""
         return len(self._data_set(pool))
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
-        """Images in torchvision's order, opened one by one."""
+        """The images at these positions, in torchvision's order, opened one by one."""
         data_set = self._data_set(pool)
         for position in positions:
             name = f"{self._name} {pool} image {position}".replace("  ", " ")

@@ -1,5 +1,5 @@
-"""Accuracy of additions: those of the seeded subsets that the search saw, and those that the
-experiment lists.
+"""Measures the accuracy of additions: those of the seeded subsets that the search used, and those
+that the experiment lists.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from raytvb.storage.contract import JsonObject
 
 @dataclass(frozen=True)
 class SubsetAdditions(Evaluation):
-    """Test accuracy of a candidate with what validation chose for each number of tasks.
+    """Test accuracy of a candidate, with the settings that the search chose.
 
-    Rows of the model with the candidate's name; also `per-task` or `per-basis` for the addition of
-    all tasks with tuned weights, if there are any.
+    The `model` of the rows is the candidate's name. If there are tuned weights, the addition of all
+    tasks with these has rows of the model `per-task` or `per-basis`.
     """
 
     candidate: Candidate
@@ -78,10 +78,10 @@ def _weighted_rows(additions: Additions, vector: TunedWeights) -> list[Row]:
 
 @dataclass(frozen=True)
 class NamedAdditions(Evaluation):
-    """Test accuracy of the additions that the experiment lists, each with a setting of its own that
-    is chosen on validation images.
+    """Test accuracy of the additions that the experiment lists.
 
-    Rows of the model with the candidate's name; `subset` is the position in the list.
+    The setting of each addition is chosen on validation images. The `model` of the rows is the
+    candidate's name, and `subset` is the position of the addition in the list.
     """
 
     candidate: Candidate

@@ -1,4 +1,4 @@
-"""Accuracy after each arrival of a task at an online basis."""
+"""Measures the accuracy of an online basis after each arrival of a task."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ class _Decoded:
 
     model: str
     outcome: Outcome
-    """What the search chose for it, with all tasks present."""
+    """What the search chose for this source, with all tasks present."""
     vectors: VectorSet
-    """Those of all T tasks."""
+    """The vectors of all T tasks."""
     table: Tensor
     """(n, n) float64: column t represents task t."""
     ratios: Tensor
-    """(n,) float64: length of each task vector over that of its decoded one."""
+    """(n,) float64: length of each task vector divided by that of its decoded vector."""
 
     def weights(self, total: int, tasks: Sequence[int]) -> Tensor:
-        """Weights (T, len(tasks) + 1) of the T = `total` vectors: each task by itself, then all
+        """The weights (T, len(tasks) + 1) of the T = `total` vectors.
+
+        There is one column for each of `tasks` by itself. The last column is the addition of all
         tasks that have arrived.
         """
         arrived = len(self.table)
@@ -57,13 +59,13 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class OnlineArrivals(Evaluation):
-    """Test accuracy after each arrival from three sources: the online basis, a basis that is fitted
-    to all vectors so far, and these vectors themselves.
+    """Test accuracy after each arrival of a task, from three sources of vectors.
 
-    The addition of n of T tasks has the coefficient for all tasks times T/n. At most 16 arrivals
-    are measured, on at most 16 tasks (see `maths.online_basis.watched`).
-    Rows of the models `online`, `offline` and `full`; `size` is 1 for a task by itself and 0 for
-    the addition of all tasks so far; `subset` is the number of tasks so far.
+    The sources are the online basis (`online`), a basis that is fitted to all vectors so far
+    (`offline`), and these vectors themselves (`full`). The addition of n of T tasks has the
+    coefficient for all tasks, times T/n. At most 16 arrivals are measured, on at most 16 tasks (see
+    `maths.online_basis.watched`). In the rows, `model` is the source, `size` is 1 for a task by
+    itself and 0 for the addition of all tasks so far, and `subset` is the number of tasks so far.
     """
 
     candidate: Candidate
@@ -78,7 +80,7 @@ class OnlineArrivals(Evaluation):
 
     @property
     def choices(self) -> JsonObject:
-        """The settings of all three."""
+        """The settings of all three sources."""
         return {
             "online": chosen_settings(self.online),
             "offline": chosen_settings(self.offline),
@@ -115,7 +117,7 @@ class OnlineArrivals(Evaluation):
     def _fitted(self, experiment: Experiment, gram: Tensor) -> Tensor:
         """The coefficient table (n, n) of a basis that is fitted to the vectors so far."""
         with warnings.catch_warnings():
-            # A warning of as many basis vectors as tasks, or more than their rank.
+            # fit_basis warns of a basis with as many vectors as tasks, or more than their rank.
             warnings.simplefilter("ignore", UserWarning)
             fit = fit_basis(
                 gram,
@@ -129,7 +131,7 @@ class OnlineArrivals(Evaluation):
 def _rows(
     experiment: Experiment, test: Evaluator, decoded: _Decoded, tasks: Sequence[int]
 ) -> list[Row]:
-    """Each of the tasks by itself, then all of them on the model with everything added so far."""
+    """Rows of each task by itself, then of all tasks on the model with all arrived tasks added."""
     total, arrived = len(experiment.tasks), len(decoded.table)
     single = decoded.outcome.coefficient[1]
     together = decoded.outcome.coefficient[total] * total / arrived

@@ -1,4 +1,4 @@
-"""Weight disentanglement of pairs of tasks."""
+"""Measures the weight disentanglement of pairs of tasks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from raytvb.storage.contract import JsonObject
 class Disentanglement(Evaluation):
     """Weight disentanglement error of two tasks over a grid of their coefficients.
 
-    error(a, b) = sum over both tasks of the share of its images that theta_0 + a tau_1 + b tau_2
-    answers differently from the model with that task's part alone (0 to 2; Ortiz-Jimenez et al.,
-    NeurIPS 2023, arXiv 2305.12827, eq. 4).
+    error(a, b), from 0 to 2, is a sum over both tasks. The term of a task is the share of its
+    images on which theta_0 + a tau_1 + b tau_2 gives another answer than the model with only that
+    task's part added (Ortiz-Jimenez et al., NeurIPS 2023, arXiv 2305.12827, eq. 4).
     """
 
     candidate: Candidate
@@ -41,7 +41,7 @@ class Disentanglement(Evaluation):
         return {"grid": self.grid.model_dump(mode="json", exclude={"pairs"})}
 
     def run(self, context: Context) -> None:
-        """Measure, and write the rows: a row for each point of the grid."""
+        """Measure, and write one row for each point of the grid."""
         test = context.evaluator("test")
         tasks = context.experiment.task_names
         additions = Additions(context.experiment, self.candidate, test)
@@ -62,7 +62,7 @@ class Disentanglement(Evaluation):
     def _row(
         self, test: Evaluator, alpha: float, beta: float, first_alone: Tensor, second_alone: Tensor
     ) -> PairRow:
-        """Compare the present model with the answers (n,) of each task's part alone."""
+        """Compare the current model with the answers (n,) that each task's part alone gives."""
         disagree, total, error = 0, 0, 0.0
         for task, alone in zip(self.pair, (first_alone, second_alone), strict=True):
             differing = int((test.answers(task)[0] != alone).sum())
@@ -85,7 +85,7 @@ class Disentanglement(Evaluation):
 def _answers_alone(
     test: Evaluator, task: str, direction: Tensor, coefficients: list[float]
 ) -> list[Tensor]:
-    """Answers (n,) on the task's images with its direction alone, by coefficient."""
+    """The answers (n,) on the task's images with only its direction added, for each coefficient."""
     answers: list[Tensor] = []
     for coefficient in coefficients:
         test.merge(direction, coefficient)

@@ -1,9 +1,9 @@
 """What all evaluations have in common.
 
-An evaluation is a frozen value: what it measures and with which choices. Its `run` measures and, as
-its last act, writes rows to the store. Whoever runs it gives it a `Context`, so that an evaluation
-itself is small and can be sent to a worker. To add one: subclass `Evaluation` in a file of its own,
-and list it in `plan`.
+An evaluation is a frozen value that says what is measured, and with which choices. Its `run`
+measures, and finally writes rows to the store. The caller of `run` passes a `Context`, so the
+evaluation itself is small and can be sent to a worker. To add an evaluation, subclass `Evaluation`
+in a file of its own and list it in `plan`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluation is run with."""
+    """What an evaluation needs to run."""
 
     experiment: Experiment
     fingerprint: str
-    """Of the pretrained model."""
+    """Checksum of the pretrained model."""
     evaluator: Callable[[str], Evaluator]
     """The evaluator of a split, `val` or `test`."""
 
@@ -38,27 +38,27 @@ class Context:
 
 @dataclass(frozen=True)
 class Evaluation(ABC):
-    """One evaluation, which gives one file of rows."""
+    """One evaluation, which writes one file of rows."""
 
     precision: str
-    """Of the forward passes: fp32 or bf16."""
+    """Number format of the forward passes: fp32 or bf16."""
 
     splits: ClassVar[tuple[str, ...]] = ("test",)
-    """Splits whose evaluators `run` asks for."""
+    """The splits whose evaluators `run` uses."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name in the store, see `store_names`."""
+        """Name of the evaluation in the store (see `store_names`)."""
 
     @property
     def choices(self) -> JsonObject:
-        """What the rows depend on beside the frozen part of the experiment and the precision."""
+        """What the rows depend on, beside the precision and the frozen part of the experiment."""
         return {}
 
     @property
     def identity(self) -> JsonObject:
-        """Stored with the rows: an evaluation with another identity is made again."""
+        """Identity that is stored with the rows. If it changes, the evaluation is made again."""
         return {**self.choices, "precision": self.precision}
 
     @abstractmethod
@@ -67,6 +67,6 @@ class Evaluation(ABC):
 
 
 def chosen_settings(outcome: Outcome) -> JsonObject:
-    """The settings of an outcome as a part of an identity: keys are strings, as in the store."""
+    """The settings of an outcome as part of an identity. Keys are strings, as in the store."""
     fields = outcome.to_json()
     return {"coefficient": fields["coefficient"], "own_lengths": fields["own_lengths"]}

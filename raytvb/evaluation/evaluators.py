@@ -1,4 +1,4 @@
-"""The images that evaluations need, and evaluators over them."""
+"""Loads the images that evaluations need, and makes evaluators over them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class SplitArrays:
-    """The images of a split as plain arrays: the workers of a node share these in Ray's object
+    """The images of a split as plain arrays, which the workers of a node can share in Ray's object
     store.
     """
 
@@ -43,8 +43,9 @@ class SplitArrays:
         return cls(split.images.numpy(), split.labels.numpy(), tuple(split.classes))
 
     def split(self) -> Split:
-        """The split over these arrays, without a copy. It must not be written to: arrays from Ray's
-        object store are read-only.
+        """The split over these arrays, without a copy.
+
+        Do not write to it, for arrays from Ray's object store are read-only.
         """
         return Split(_tensor(self.images), _tensor(self.labels), self.classes)
 
@@ -52,9 +53,9 @@ class SplitArrays:
 def evaluation_split(
     experiment: Experiment, fingerprint: str, task: TaskConfig, split: str
 ) -> tuple[int, SplitArrays]:
-    """How many images of a split cannot be read, and the rest.
+    """The number of images of a split that cannot be read, and the images that can.
 
-    Images are decoded once and then come from the store.
+    Images are decoded once. Afterwards they come from the store.
     """
     worker_setup()
     preprocess = load_base(experiment.store, fingerprint).preprocess
@@ -72,10 +73,10 @@ def make_evaluator(
 ) -> Evaluator:
     """An evaluator over one split of several tasks.
 
-    Its directions have the coordinates of the experiment's vectors.
+    It takes directions in the coordinates of the experiment's vectors.
 
     Args:
-        fingerprint: of the pretrained model.
+        fingerprint: checksum of the pretrained model.
         arrays: images by task.
         precision: of the forward pass, fp32 or bf16.
     """
@@ -86,7 +87,7 @@ def make_evaluator(
         if task.name in arrays:
             heads[task.name] = load_head(TaskStore(experiment, task), encoder).weights
             splits[task.name] = arrays[task.name].split()
-    mask = common_mask(experiment.store, experiment.task_names)
+    mask = common_mask(experiment)
     return Evaluator(
         encoder.fresh_tower(),
         heads,
@@ -100,7 +101,7 @@ def make_evaluator(
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
     """A tensor over an array, without a copy."""
-    # torch warns that a tensor over a read-only array might be written to.
+    # torch warns that code might write to a tensor over a read-only array.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

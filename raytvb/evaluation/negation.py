@@ -1,4 +1,4 @@
-"""Forgetting one task."""
+"""Measures how well one task can be forgotten."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ NEGATION_LADDER = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5,
 
 @dataclass(frozen=True)
 class Negation(Evaluation):
-    """Forget one task: subtract its vector as far as the control keeps its share of accuracy.
+    """Forget one task: subtract its vector with the largest coefficient that spares the control.
 
-    The largest such coefficient of the ladder is found on validation images by bisection, as the
-    control's accuracy falls while the coefficient grows. If it does not lower the target's accuracy
-    there, nothing is subtracted. The test split is read for the chosen coefficient alone.
-    Rows of the models `before` and `after`, of the control also on the split `val`.
+    The control task must keep the share `keep` of its accuracy. Its accuracy falls as the
+    coefficient grows, so bisection on validation images finds the largest such coefficient of
+    NEGATION_LADDER. If this coefficient does not lower the accuracy of the task to forget on those
+    images, nothing is subtracted. The test split is read only for the chosen coefficient. The
+    `model` of the rows is `before` or `after`; the control also has rows of the split `val`.
     """
 
     candidate: Candidate
@@ -46,7 +47,7 @@ class Negation(Evaluation):
 
     @property
     def choices(self) -> JsonObject:
-        """The control and its share."""
+        """The control, and the share that it must keep."""
         return {"control": self.control.model_dump(mode="json"), "keep": self.keep}
 
     def run(self, context: Context) -> None:
@@ -72,7 +73,7 @@ class Negation(Evaluation):
     def _strongest(
         self, validation: Evaluator, direction: Tensor | None, control_before: Count
     ) -> tuple[float, Count]:
-        """The coefficient to subtract with, and the control's correct answers with it."""
+        """The coefficient to subtract with, and the control's correct answers after that."""
         target_before = validation.zero_shot(self.task)
         floor = self.keep * control_before.accuracy
         chosen, control_after = 0.0, control_before

@@ -1,9 +1,9 @@
 """Which evaluations an experiment has, given what its search chose.
 
-This room measures each result once, after the choice. `plan` lists the evaluations, one class each,
-in the files that it imports from; `base` says what they have in common; `rows` is what they write,
-under the names of `store_names`. `evaluators` gives them images and evaluators, and `precision`
-decides whether these may compute in bf16.
+This folder measures each result once, after the choice. `plan` lists the evaluations. Each is a
+class in one of the files that `plan` imports from, and `evaluation` has what they share. They write
+the rows of `rows` under the names of `store_names`. `evaluators` gives them images and evaluators,
+and `precision` decides whether evaluators may compute in bf16.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from raytvb.search.results import Choice, Outcome
 
 
 def is_tested(experiment: Experiment, candidate: Candidate, outcome: Outcome) -> bool:
-    """Whether the test split is read for a candidate: it went through all rounds of the search, or
-    its size is M = T/2, at which every method is reported.
+    """Whether the test split is read for a candidate.
+
+    It is read if the candidate went through all rounds of the search. It is also read if the
+    candidate has the size M = T/2, for the report shows every method at that size.
     """
     if outcome.invalid is not None or candidate.kind == "zero-shot":
         return False
@@ -37,7 +39,7 @@ def chosen_basis(candidates: Sequence[Candidate], choice: Choice) -> Candidate |
 
 
 def subjects(candidates: Sequence[Candidate], choice: Choice) -> list[Candidate]:
-    """What operations are measured on: the full vectors, and the chosen basis if there is one."""
+    """The candidates that operations are measured on: `full`, and the chosen basis if any."""
     basis = chosen_basis(candidates, choice)
     return [FULL] if basis is None else [FULL, basis]
 
@@ -49,7 +51,7 @@ def evaluations(
     choice: Choice,
     precision: str,
 ) -> list[Evaluation]:
-    """All evaluations of the experiment, made or not. outcomes: by candidate."""
+    """All evaluations of the experiment, whether made already or not. outcomes: by candidate."""
     planned: list[Evaluation] = [SingleModels(precision)]
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
     for candidate in tested:
@@ -69,7 +71,7 @@ def evaluations(
 def _arrivals(
     candidate: Candidate, outcomes: Mapping[str, Outcome], precision: str
 ) -> list[Evaluation]:
-    """The arrivals of an online basis, unless something that it is compared with is invalid."""
+    """The arrivals of an online basis, unless a source that it is compared with is invalid."""
     online = outcomes[candidate.name]
     offline = outcomes[candidate.offline.name]
     full = outcomes[FULL.name]
@@ -79,7 +81,7 @@ def _arrivals(
 
 
 def _operations(experiment: Experiment, candidate: Candidate, precision: str) -> list[Evaluation]:
-    """What is measured on one of the `subjects`: negations, named additions, disentanglement."""
+    """The operations on one of the `subjects`: negations, named additions, disentanglement."""
     planned: list[Evaluation] = []
     evaluate, search = experiment.evaluate, experiment.search
     if experiment.control is not None:

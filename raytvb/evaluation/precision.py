@@ -1,4 +1,4 @@
-"""Whether evaluations may run in bf16."""
+"""Measures whether evaluations may run in bf16."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from raytvb.models.evaluator import Evaluator
 from raytvb.models.worker_process import device
 
 KEPT_ANSWERS = 0.995
-"""Share of the answers of fp32 that bf16 must keep."""
+"""The share of the answers of fp32 that bf16 must keep."""
 
 
 def compare_precisions(
     experiment: Experiment, fingerprint: str, arrays: Mapping[str, SplitArrays]
 ) -> PrecisionMetrics:
-    """Whether evaluations compute in bf16: it must keep KEPT_ANSWERS of the answers of fp32.
+    """Measure whether evaluations may compute in bf16: it must keep KEPT_ANSWERS of fp32's answers.
 
-    Two models are compared on validation images: the pretrained one, and that with the mean task
-    vector added. The worse one counts. On a CPU, most of which compute bf16 slower, it is tried
-    only for `precision: bf16`.
+    The answers of two models are compared on validation images: those of the pretrained model, and
+    those of the model with the mean task vector added. The model with the lower share of equal
+    answers counts. Most CPUs are slower in bf16, so bf16 is tried on a CPU only with
+    `precision: bf16`.
 
-    arrays: validation images by task.
+    arrays: validation images, by task.
     """
     place = device()
     setting = experiment.evaluate.precision
@@ -60,9 +61,9 @@ class _EqualAnswers:
     """How often two precisions give the same answer for one model."""
 
     share: float
-    """Of all images, 0 to 1."""
+    """Share of all images with equal answers, 0 to 1."""
     worst_task: float
-    """Of the images of the task where it is lowest."""
+    """The same share for the task with the lowest one."""
     images: int
 
 

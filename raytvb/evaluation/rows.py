@@ -1,9 +1,9 @@
 """The results of evaluations in a store: one Parquet file for each evaluation.
 
-Most evaluations count correct answers (`Row`); disentanglement compares pairs of tasks
-(`PairRow`). A file is written as one object, so it is either whole or absent. Its metadata hold the
-identity: everything the rows depend on beside the frozen part of the experiment, such as
-coefficients or the control. If that changes, the evaluation is made again.
+Most evaluations count correct answers (`Row`). Disentanglement compares pairs of tasks (`PairRow`).
+A file is written as one object, so it is either whole or absent. Its metadata hold the identity of
+the evaluation: everything that the rows depend on, such as coefficients or the control, apart from
+the frozen part of the experiment. If the identity changes, the evaluation is made again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Row:
     """What was measured: a candidate's name, `zero-shot`, `before`, `after` and so on."""
     split: str
     size: int
-    """Number of tasks added (an unseen task: number of coefficients learned)."""
+    """Number of tasks added. For an unseen task: number of coefficients learned. For an online
+    basis: 1 for a task by itself, 0 for all tasks so far."""
     subset: int
-    """Number of the subset among those of its size (online: tasks that had arrived; an unseen task:
-    training images)."""
+    """Number of the subset among those of its size. For an online basis: number of tasks that have
+    arrived. For an unseen task: number of training images."""
     task: str
     coefficient: float | None
     """None if the model has no single coefficient."""
@@ -55,7 +56,7 @@ class Row:
         coefficient: float | None,
         count: Count,
     ) -> Row:
-        """The row of a count; its expected correct answers are not kept."""
+        """The row of a count. The expected correct answers of the count are not kept."""
         return cls(model, split, size, subset, task, coefficient, count.correct, count.total)
 
     @property
@@ -71,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PairRow:
-    """Answers of one model with two tasks added that differ from the answers with one of them."""
+    """How many answers of a model with two tasks added differ from those with one task added."""
 
     model: str
     split: str
@@ -152,7 +153,7 @@ def _identity_bytes(identity: JsonObject) -> bytes:
 
 
 def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> bool:
-    """Whether the evaluation has been made, and with this identity if one is given."""
+    """Whether the evaluation has been made; with this identity, if one is given."""
     if identity is None:
         return store.exists(key(name))
     data = store.find(key(name))
@@ -168,13 +169,13 @@ def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> boo
 def read_rows(store: Store, name: str) -> list[Row]:
     """The rows of an evaluation.
 
-    Raises StoreKeyError if it has not been made, UserError that names the file if it is damaged.
+    Raises StoreKeyError if it has not been made, and UserError if its file is damaged.
     """
     return _read(store, name, Row, SCHEMA)
 
 
 def read_pair_rows(store: Store, name: str) -> list[PairRow]:
-    """The rows of a disentanglement evaluation; raises as `read_rows`."""
+    """The rows of a disentanglement evaluation. Raises the same errors as `read_rows`."""
     return _read(store, name, PairRow, PAIR_SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of single models: the pretrained one, and each fine-tuned one."""
+"""Measures the accuracy of single models: the pretrained model, and each fine-tuned model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raytvb.experiment.stored import vector_set
 
 @dataclass(frozen=True)
 class SingleModels(Evaluation):
-    """Test accuracy of the pretrained model on every task, and of each fine-tuned model on its own.
+    """Test accuracy of the pretrained model on every task, and of fine-tuned models on their tasks.
 
-    Rows of the models `zero-shot` and `fine-tuned`.
+    The `model` of the rows is `zero-shot` or `fine-tuned`.
     """
 
     @property

@@ -1,5 +1,5 @@
-"""Names of evaluations in the store, below `evals/`. Additions of the seeded subsets have the name
-of their candidate.
+"""Names of evaluations in the store, below `evals/`. The additions of the seeded subsets have the
+name of their candidate.
 """
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ SINGLE_MODELS = "models"
 
 
 def additions_name(candidate: str) -> str:
-    """Name of the additions that the experiment lists, from one candidate."""
+    """Name of the evaluation of one candidate on the additions that the experiment lists."""
     return f"additions/{candidate}"
 
 
 def negation_name(candidate: str, task: str) -> str:
-    """Name of forgetting one task."""
+    """Name of the evaluation that forgets one task."""
     return f"negation-{candidate}/{task}"
 
 
 def online_name(candidate: str) -> str:
-    """Name of the arrivals of an online basis."""
+    """Name of the evaluation of an online basis after each arrival."""
     return f"online/{candidate}"
 
 
 def unseen_name(task: str) -> str:
-    """Name of learning a task without a vector."""
+    """Name of the evaluation that learns a task without a vector."""
     return f"unseen/{task}"
 
 

@@ -1,4 +1,4 @@
-"""Tasks without a vector: coefficients of stored vectors, learned on a few training images."""
+"""Tasks without a vector: learns coefficients of stored vectors on a few training images."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class _FewImages:
-    """What coefficients are learned on."""
+    """The images that coefficients are learned on."""
 
     split: Split
     """All training images of the task."""
     sample: Tensor
-    """(n,) positions of the few in it."""
+    """(n,) positions of the few images in `split`."""
     seed: int
 
 
 @dataclass(frozen=True)
 class UnseenTask(Evaluation):
-    """Test accuracy on a task without a vector, zero-shot and with coefficients learned on a few
-    training images: one for each vector of a basis, and one for each of the T task vectors.
+    """Test accuracy on a task without a vector, zero-shot and with learned coefficients.
 
-    Rows of the models `zero-shot`, `basis` and `full`; `size` is the number of coefficients,
-    `subset` that of the training images.
+    Coefficients are learned on a few training images, once for the vectors of a basis and once for
+    the T task vectors. The `model` of the rows is `zero-shot`, `basis` or `full`, `size` is the
+    number of coefficients, and `subset` is the number of training images.
     """
 
     basis: Candidate
@@ -87,7 +87,7 @@ class UnseenTask(Evaluation):
     def _learned(
         self, context: Context, candidate: Candidate, few: _FewImages
     ) -> tuple[int, Tensor]:
-        """The number of coefficients, and the direction that they give."""
+        """The number of learned coefficients, and the direction that they give."""
         experiment, place = context.experiment, device()
         task_store = TaskStore(experiment, self.task)
         pretrained = PretrainedTask.load(task_store, context.fingerprint)
@@ -109,8 +109,9 @@ class UnseenTask(Evaluation):
 
 
 def _scales(experiment: Experiment, candidate: Candidate) -> Tensor:
-    """Factors (F,) float64 that give each stored vector the mean length of the task vectors; 0 for
-    a vector without length.
+    """Factors (F,) float64 that give each stored vector the mean length of the task vectors.
+
+    The factor is 0 for a vector of length 0.
     """
     store = Store(experiment.store)
     gram = GramState.read(store).ordered(experiment.task_names)

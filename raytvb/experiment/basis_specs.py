@@ -1,4 +1,4 @@
-"""Which bases an experiment has."""
+"""Lists the bases of an experiment."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ class BasisSpec:
     method: str
     size: int
     online: bool = False
-    """True if it followed the tasks one by one, each task vector seen once."""
+    """Whether the basis takes in the task vectors one by one, and sees each of them once."""
 
     @property
     def name(self) -> str:
-        """Its name in the store and in every report, such as `ae-m4` or `ae-m4-online`."""
+        """Name of the basis in the store and in every report, such as `ae-m4` or `ae-m4-online`."""
         return f"{self.method}-m{self.size}{'-online' if self.online else ''}"
 
 
 def sizes_of(experiment: Experiment) -> list[int]:
-    """Basis sizes M that are built, rising: those that the search compares, and T/2.
+    """The basis sizes M that are built, in rising order.
 
-    At T/2 every method is reported.
+    They are the sizes that the search compares, and T/2, at which every method is reported.
     """
     return sorted({*experiment.search.sizes, half(len(experiment.tasks))})
 
 
 def basis_specs(experiment: Experiment) -> list[BasisSpec]:
-    """Every method at every size; then the online bases, where the experiment wants them.
+    """All bases of the experiment: every method at every size, then the online bases.
 
-    Only some methods have an online form.
+    There are online bases only if the experiment asks for them, and only some methods have an
+    online form.
     """
     offline: list[BasisSpec] = []
     online: list[BasisSpec] = []

@@ -1,8 +1,8 @@
-"""The experiment file as frozen, validated objects, every default resolved.
+"""The experiment file as frozen, validated objects, with all defaults filled in.
 
-Fields are identity or execution. Identity (model, tasks, seeds, hyperparameters) says what is
-computed and is frozen in the store at the first run; execution (`store`, `resources`) says where
-and how, and changes no result.
+A field belongs to the identity or to the execution of an experiment. Identity (model, tasks, seed,
+hyperparameters) says what is computed, and is frozen in the store at the first run. Execution
+(`store`, `resources`) says where and how it is computed, and changes no result.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class Experiment(Frozen):
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of all random numbers.")
     model: ModelConfig = Field(ModelConfig(), description="The pretrained model.")
-    tasks: Tasks = Field(description="The tasks to make task vectors of, or the name of a preset.")
+    tasks: Tasks = Field(description="The tasks to make vectors for, or the name of a preset.")
     talos: TalosConfig = Field(TalosConfig(), description="Which parameters are trained.")
-    finetune: FinetuneConfig = Field(FinetuneConfig(), description="How they are trained.")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="How the tasks are fine-tuned.")
     basis: BasisConfig = Field(BasisConfig(), description="Which bases are built.")
     search: SearchConfig = Field(SearchConfig(), description="How a basis is chosen.")
     evaluate: EvaluateConfig = Field(
         EvaluateConfig(), description="What is measured on the test split."
     )
-    resources: ResourceConfig = Field(ResourceConfig(), description="What Ray gives to each task.")
+    resources: ResourceConfig = Field(
+        ResourceConfig(), description="The resources that Ray gives to each task."
+    )
 
     @model_validator(mode="after")
     def _different_names(self) -> Experiment:
@@ -77,7 +79,7 @@ class Experiment(Frozen):
         for group in groups:
             others = [name for name in group if name not in names]
             if others or not group or _repeated(group):
-                reason = f"; {', '.join(others)} is none" if others else ""
+                reason = f"; unknown: {', '.join(others)}" if others else ""
                 raise ValueError(
                     f"{field}: [{', '.join(group)}]: give different tasks of the experiment{reason}"
                 )
@@ -94,16 +96,17 @@ class Experiment(Frozen):
         seen = sorted(set(names) & set(self.task_names))
         if seen:
             raise ValueError(
-                f"evaluate.unseen.tasks: {', '.join(seen)}: these have task vectors; name others"
+                f"evaluate.unseen.tasks: {', '.join(seen)}: these tasks have vectors; name others"
             )
         if _repeated(names):
-            raise ValueError("evaluate.unseen.tasks: a name is given twice")
+            raise ValueError("evaluate.unseen.tasks: the same name is given twice")
         return self
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Names of the tasks in order; position t is row t of every Gram matrix and coefficient
-        table.
+        """Names of the tasks in order.
+
+        The task at position t has row t of every Gram matrix and coefficient table.
         """
         return tuple(task.name for task in self.tasks)
 
@@ -114,13 +117,14 @@ class Experiment(Frozen):
 
     @property
     def control(self) -> TaskConfig | None:
-        """The control of negation; None where nothing is negated."""
+        """The control task of negation; None if nothing is negated."""
         return self.evaluate.control if self.evaluate.negation else None
 
     def tasks_with(self, split: str) -> tuple[TaskConfig, ...]:
-        """The tasks whose images of a split are needed, each name once.
+        """The tasks whose images of a split are needed. Each name appears once.
 
-        Tasks with a vector need all splits. The control needs no train, unseen tasks need no val.
+        Tasks with a vector need all splits. The control needs val and test. Unseen tasks need train
+        and test.
         """
         needed = list(self.tasks)
         if self.control is not None and split != "train":
@@ -134,18 +138,19 @@ class Experiment(Frozen):
 
     @property
     def every_task(self) -> tuple[TaskConfig, ...]:
-        """The tasks with a vector, the control and the unseen tasks, each name once."""
+        """The tasks with a vector, the control and the unseen tasks. Each name appears once."""
         return self.tasks_with("test")
 
     @property
     def unseen(self) -> tuple[TaskConfig, ...]:
-        """Tasks without a task vector, that coefficients are learned for."""
+        """The tasks without a vector. Coefficients of other vectors are learned for them."""
         return () if self.evaluate.unseen is None else self.evaluate.unseen.tasks
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of tasks whose weight disentanglement is measured: those given, else the first
-        two.
+        """The pairs of tasks whose weight disentanglement is measured.
+
+        Default: the first two tasks.
         """
         section = self.evaluate.disentanglement
         if section is None or len(self.tasks) < 2:
@@ -158,7 +163,7 @@ class Experiment(Frozen):
 
 
 def _folders_above(name: str) -> list[str]:
-    """`a` and `a/b` for the task `a/b/c`."""
+    """The folders above a task's name: `a` and `a/b` for `a/b/c`."""
     parts = name.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -168,10 +173,10 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 
 def half(count: int) -> int:
-    """Basis size M = T/2 that every method is reported at: max(1, round(T/2))."""
+    """The basis size M = T/2 at which every method is reported: max(1, round(T/2))."""
     return max(1, round(count / 2))
 
 
 def quarter(count: int) -> int:
-    """Basis size M = T/4: max(1, round(T/4))."""
+    """The basis size M = T/4: max(1, round(T/4))."""
     return max(1, round(count / 4))

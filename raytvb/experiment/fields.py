@@ -10,7 +10,7 @@ TINY_MODEL = "glyphs-tiny"
 """Name of the embedded suite's model."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
-"""Prompts of tasks that are not of the embedded suite and give none."""
+"""Prompts of tasks that give none and do not belong to the embedded suite."""
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -28,7 +28,7 @@ class Frozen(BaseModel):
 
 
 def one_or_many(value: object) -> object:
-    """What a file gives, a list where it is one value: `sizes: 4` means `sizes: [4]`."""
+    """The value of a field that is a list. A single value is a list of one: `sizes: 4` is `[4]`."""
     return (value,) if isinstance(value, str | int | float | dict) else value
 
 

@@ -1,7 +1,7 @@
-"""The experiment that a store was made for.
+"""Records which experiment a store was made for.
 
-A store keeps what was asked in `experiment.yaml`, written at the first run. Later runs may ask for
-other basis methods, another search or other evaluations, but not for other task vectors.
+The first run writes the experiment to `experiment.yaml` in the store. Later runs may ask for other
+basis methods, another search or other evaluations, but not for other task vectors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
 
 CHANGEABLE = ("search", "evaluate")
-"""Sections that may change while a store lives: what depends on them has an identity of its own."""
+"""Sections that may change while a store lives. What depends on them has its own identity."""
 
 MADE_WITH_BASE = (BASE, "vectors", "splits")
-"""What is deleted where a store is given to another experiment: before the first vector, `vectors`
-has no more than heads, and `splits` no more than decoded images."""
+"""Folders that are deleted when another experiment takes over a store that has no vector yet.
+Before the first vector, `vectors` holds only heads, and `splits` holds only decoded images."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,26 @@ class _Freeze:
 
     requested: JsonObject
     stored: JsonObject | None
-    """The experiment of the store; None where there is none."""
+    """The experiment that the store holds; None if it holds none."""
     starts_over: bool
-    """The store is of another experiment, but nothing but its base was made."""
+    """Whether the store holds another experiment, of which only the base was made."""
 
 
 def check_frozen(store: Store, experiment: Experiment) -> None:
-    """Check that a store can be used for an experiment. Nothing is written or deleted.
+    """Check that an experiment can use a store. Nothing is written or deleted.
 
-    A store without an experiment can be, and one in which nothing but the pretrained model and
-    images were stored. Raises UserError for a store of another experiment; the message shows the
-    fields that differ.
+    It can use a store without an experiment, or with the same one. It can also use a store of
+    another experiment that holds only the pretrained model and images. For any other store, raises
+    UserError that shows the fields that differ.
     """
     _planned_freeze(store, experiment)
 
 
 def freeze(store: Store, experiment: Experiment) -> None:
-    """Make the store one of this experiment: write what is asked.
+    """Write the experiment to the store, which then belongs to it.
 
-    A store of another experiment in which nothing but the pretrained model and images were stored
-    is emptied first. Raises UserError as `check_frozen`.
+    If the store holds another experiment, of which only the pretrained model and images were made,
+    these are deleted first. Raises UserError as `check_frozen` does.
     """
     change = _planned_freeze(store, experiment)
     if change.starts_over:
@@ -66,8 +66,8 @@ def _planned_freeze(store: Store, experiment: Experiment) -> _Freeze:
     data = store.find(EXPERIMENT)
     if data is None:
         return _Freeze(requested, None, starts_over=False)
-    records.find(store, BASE)  # UserError for a store of a newer raytvb
-    stored = yaml.safe_load(data)
+    records.find(store, BASE)  # raises UserError for a store of a newer raytvb
+    stored = _stored_identity(store, data)
     differing = records.differences(_of_vectors(stored), _of_vectors(requested))
     if differing and _has_more_than_base(store):
         raise UserError(
@@ -76,6 +76,20 @@ def _planned_freeze(store: Store, experiment: Experiment) -> _Freeze:
             + "\nUse another store, or the experiment file that it was made with."
         )
     return _Freeze(requested, stored, starts_over=bool(differing))
+
+
+def _stored_identity(store: Store, data: bytes) -> JsonObject:
+    """The experiment in a store's file. Raises UserError if the file is damaged."""
+    try:
+        stored = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(
+            f"{store.where(EXPERIMENT)} is damaged: it is not an experiment. Delete this file and "
+            f"run again with the experiment file that the store was made with"
+        )
+    return stored
 
 
 def _has_more_than_base(store: Store) -> bool:
@@ -89,7 +103,7 @@ def _has_more_than_base(store: Store) -> bool:
 def _of_vectors(identity: JsonObject) -> JsonObject:
     """The fields that a store's vectors and bases depend on, which may not change."""
     fields = {k: v for k, v in identity.items() if k not in CHANGEABLE}
-    basis: JsonObject = {"prepare": "none"}  # experiments of before there was a choice
+    basis: JsonObject = {"prepare": "none"}  # older experiments have no such field
     stored_basis = identity.get("basis")
     if isinstance(stored_basis, dict):
         basis |= stored_basis

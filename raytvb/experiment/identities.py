@@ -1,6 +1,6 @@
-"""The identity of each stored thing: all that it depends on, as plain JSON values.
+"""The identity of each stored thing: everything that it depends on, as plain JSON values.
 
-A stored thing is used again only while its identity is what its record says.
+A stored thing is used again only if its identity is still the one in its record.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ def base_identity(experiment: Experiment) -> JsonObject:
 
 
 def vector_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
-    """Identity of a task vector. With a mask of its own, or none, it depends on no other task; with
-    the shared mask on all that were scored for it.
+    """Identity of a task vector.
+
+    With the shared mask, a vector depends on all tasks that were scored for the mask. With a mask
+    of its own, or without a mask, it depends on no other task.
     """
     identity = _sections(experiment, "model", "seed", "talos", "finetune")
     identity["task"] = task.model_dump(mode="json")
@@ -30,7 +32,7 @@ def vector_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
 
 
 def twin_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
-    """Identity of a vector's prepared twin, which bases are made of instead of the vector."""
+    """Identity of a vector's prepared twin, from which bases are made instead of the vector."""
     return {**vector_identity(experiment, task), "prepare": experiment.basis.prepare}
 
 
@@ -42,7 +44,7 @@ def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> JsonOb
 
 
 def basis_identity(experiment: Experiment, spec: BasisSpec) -> JsonObject:
-    """Identity of a basis: that of all vectors, and how it was made."""
+    """Identity of a basis: what all its vectors depend on, and how the basis was made."""
     identity = _sections(experiment, "model", "seed", "talos", "finetune", "tasks")
     identity["method"] = spec.method
     identity["size"] = spec.size

@@ -1,4 +1,4 @@
-"""What lies where in a store: the keys of everything an experiment keeps; see the README."""
+"""The keys of everything that an experiment keeps in its store. The README lists them, too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from raytvb.experiment.sections.tasks import TaskConfig
 EXPERIMENT = "experiment.yaml"
 BASE = "base"
 SHARED_MASK = "shared"
-GRAM = "gram"
 OVERLAP = "overlap"
 PRECISION = "precision"
 SEARCH = "search"
@@ -17,7 +16,7 @@ REPORT = "report/index.html"
 TIMINGS = "report/timings.json"
 
 VECTOR = "vector.safetensors"
-"""Name of the vector file in a task's folder, and in that of its twin."""
+"""Name of the vector file in the folder of a task, and in the folder of its twin."""
 
 HEAD = "head.safetensors"
 """Name of the zero-shot head in a task's folder."""
@@ -35,7 +34,7 @@ def vector_prefix(task: str) -> str:
 
 
 def vector_key(task: str) -> str:
-    """A task's vector file."""
+    """Key of a task's vector file."""
     return f"{vector_prefix(task)}/{VECTOR}"
 
 
@@ -45,20 +44,20 @@ def checkpoint_prefix(task: str) -> str:
 
 
 def basis_vector_prefix(experiment: Experiment, task: str) -> str:
-    """Folder of what bases are made of for a task: its vector, or the vector's prepared twin."""
+    """Folder of the vector that bases use for a task: its own vector, or the prepared twin."""
     return vector_prefix(task) if experiment.basis.prepare == "none" else f"prepared/{task}"
 
 
 def basis_vector_key(experiment: Experiment, task: str) -> str:
-    """The vector file that bases are made of for a task."""
+    """Key of the vector file that bases use for a task."""
     return f"{basis_vector_prefix(experiment, task)}/{VECTOR}"
 
 
 def head_key(experiment: Experiment, task: TaskConfig) -> str:
-    """Zero-shot head of a task.
+    """Key of the zero-shot head of a task.
 
-    Heads of tasks lie with their vectors; those of the control and of unseen tasks with the
-    pretrained model.
+    Heads of tasks with a vector are next to their vectors. Heads of the control and of unseen tasks
+    are with the pretrained model.
     """
     if task.name in experiment.task_names:
         return f"{vector_prefix(task.name)}/{HEAD}"
@@ -71,7 +70,7 @@ def mask_prefix(mask_id: str) -> str:
 
 
 def mask_key(mask_id: str) -> str:
-    """The mask file."""
+    """Key of the mask file."""
     return f"{mask_prefix(mask_id)}/{MASK}"
 
 

@@ -1,7 +1,7 @@
-"""What the record of each kind of stored thing measures.
+"""The metrics in the record of each kind of stored thing.
 
-A record keeps its metrics as JSON. Whoever commits a thing builds the class of its kind here;
-readers get it back with `record.metrics_as(BasisMetrics, where)`.
+A record keeps its metrics as JSON. The code that commits a thing builds an object of the class for
+its kind; readers get the object back with, for example, `record.metrics_as(BasisMetrics, where)`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from raytvb.storage.records import FileInfo
 
 
 class BaseMetrics(Contract):
-    """Of the pretrained model."""
+    """Metrics of the pretrained model."""
 
     parameters: int
-    """Of the image tower: D."""
+    """Number of parameters of the image tower: D."""
 
 
 class MaskMetrics(Contract):
-    """Of a mask; it is also what its commit returns."""
+    """Metrics of a mask. The function that commits a mask also returns them."""
 
     kept: int
-    """Trainable entries."""
+    """Number of trainable entries."""
     total: int
-    """All entries: D."""
+    """Number of all entries: D."""
 
 
 class OverlapMetrics(Contract):
-    """How far the tasks' own masks overlap: shares of the entries of one that another has too."""
+    """How far the tasks' own masks overlap: Jaccard indices, over all pairs of masks."""
 
     mean: float
     min: float
@@ -39,7 +39,7 @@ class OverlapMetrics(Contract):
 
 
 class VectorMetrics(Contract):
-    """Of a task vector and the fine-tune that made it."""
+    """Metrics of a task vector and of the fine-tune that made it."""
 
     steps: int
     final_loss: float
@@ -53,61 +53,61 @@ class VectorMetrics(Contract):
 
 
 class CheckpointMetrics(Contract):
-    """Of a fine-tune that has not ended."""
+    """Metrics of a fine-tune that has not ended."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     loss: float
-    """Of the last of those steps."""
+    """Loss of the last of those steps."""
     seconds: float
-    """Time spent on them, in all attempts together."""
+    """Time of those steps, summed over all attempts."""
 
 
 class TwinMetrics(Contract):
-    """Of the prepared twin of a task vector."""
+    """Metrics of the prepared twin of a task vector."""
 
     norm: float
     """Euclidean norm."""
     nonzero: int
-    """Stored values that are not zero."""
+    """Number of stored values that are not zero."""
 
 
 class OnlineMetrics(Contract):
-    """Of an online basis while it follows the tasks."""
+    """State of an online basis while it takes in the tasks."""
 
     tasks: tuple[str, ...] = ()
-    """The tasks taken in so far, in that order."""
+    """The tasks taken in so far, in the order in which they were taken in."""
     folder: str | None = None
     """Folder of the M basis vectors; null before the first task."""
     written: dict[str, FileInfo] = Field(default_factory=dict)
     """The files in that folder."""
 
     def to_json(self) -> JsonObject:
-        """For the record, files as every record lists them."""
+        """The fields for a record, with the files in the form of every record."""
         written: JsonObject = {name: info.to_json() for name, info in self.written.items()}
         return {**super().to_json(), "written": written}
 
 
 class BasisMetrics(Contract):
-    """Of a basis."""
+    """Metrics of a basis."""
 
     tasks: tuple[str, ...]
-    """The tasks it was made of, in the order of the columns of W."""
+    """The tasks that the basis was made of, in the order of the columns of W."""
     vectors: int
     """M, the number of stored vectors."""
     convex: bool
-    """Every basis vector is a convex combination of task vectors."""
+    """Whether every basis vector is a convex combination of task vectors."""
     relative_error: float
-    """Share of the squared norm of all task vectors that reconstructions miss."""
+    """Share of the squared norm of all task vectors that the reconstructions lose."""
     floor: float
-    """Least relative error of any M vectors."""
+    """The least relative error that any M vectors can have."""
     condition: float | None = None
-    """Condition number of the normalised basis; null where it is infinite or not computed."""
+    """Condition number of the normalised basis; null if it is infinite or not computed."""
     error_bounds: dict[str, float] | None = None
-    """Of an online basis, by task: an upper bound of the relative error (a norm, not squared)."""
+    """For an online basis: an upper bound of each task's relative error (a norm, not squared)."""
 
     def to_json(self) -> JsonObject:
-        """For the record: only an online basis has bounds, and JSON has no infinity."""
+        """The fields for a record. Only an online basis has bounds, and JSON has no infinity."""
         fields = super().to_json()
         if self.error_bounds is None:
             del fields["error_bounds"]
@@ -117,12 +117,12 @@ class BasisMetrics(Contract):
 
 
 class PrecisionMetrics(Contract):
-    """What evaluations compute in, and how well bf16 agreed with fp32 where that was measured."""
+    """The number format of evaluations, and how well bf16 agreed with fp32 if that was measured."""
 
     use: str = Field("fp32", pattern="^(fp32|bf16)$")
     device: str = "cpu"
     agreement: float | None = None
-    """Share of equal answers, of the worse of two models; null where bf16 was not tried."""
+    """Share of equal answers, for the worse of two models; null if bf16 was not tried."""
     worst_task: float | None = None
-    """Share of equal answers on the task where it is lowest."""
+    """Share of equal answers on the task where this share is lowest."""
     images: int | None = None

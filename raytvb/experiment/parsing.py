@@ -1,4 +1,4 @@
-"""From YAML to an `Experiment`, with an error for each wrong field."""
+"""Reads YAML into an `Experiment`, with an error for each wrong field."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.suite.task_names import CONTROL
 
 Location = Sequence[int | str]
-"""Names of fields and positions in lists, from the top of the file."""
+"""Where a field is: names of fields and positions in lists, from the top of the file."""
 
 
 def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = None) -> Experiment:
-    """Read an experiment file; `overrides` replace top-level fields. Raises UserError for anything
-    wrong with it.
+    """Read an experiment file. overrides: replace fields at the top of the file.
+
+    Raises UserError if the file cannot be read or is wrong.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -41,8 +42,8 @@ def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = N
 def parse_experiment(values: object, origin: str = "experiment") -> Experiment:
     """Validate plain values and fill in all defaults.
 
-    Raises UserError that lists each wrong field, its value and what is allowed; `origin` names the
-    file.
+    origin: names the file in errors. Raises UserError that lists each wrong field, its value and
+    what is allowed.
     """
     if not isinstance(values, dict):
         raise UserError(
@@ -64,8 +65,10 @@ def parse_experiment(values: object, origin: str = "experiment") -> Experiment:
 
 
 def _resolved_finetune(experiment: Experiment) -> FinetuneConfig:
-    """With a learning rate: CLIP's 1e-5, or those tuned on the embedded model. Few trained entries
-    need a higher one.
+    """The section with its learning rate filled in.
+
+    The default is CLIP's 1e-5. The embedded model has tuned values, which are higher for sparse
+    training.
     """
     if experiment.finetune.lr is not None:
         return experiment.finetune
@@ -81,7 +84,7 @@ def _resolved_finetune(experiment: Experiment) -> FinetuneConfig:
 
 
 def _resolved_search(experiment: Experiment) -> SearchConfig:
-    """With sizes, rising. More vectors than tasks are those of the tasks."""
+    """The section with its sizes filled in, in rising order. A size above T becomes T."""
     count = len(experiment.tasks)
     sizes = experiment.search.sizes or (quarter(count), half(count))
     at_most_all = {min(size, count) for size in sizes}
@@ -89,7 +92,7 @@ def _resolved_search(experiment: Experiment) -> SearchConfig:
 
 
 def _resolved_evaluate(experiment: Experiment) -> EvaluateConfig:
-    """With the suite's control on the embedded model."""
+    """The section with its control filled in, which only the embedded model has by default."""
     evaluate = experiment.evaluate
     if evaluate.control is not None or not evaluate.negation or experiment.model.name != TINY_MODEL:
         return evaluate
@@ -109,7 +112,7 @@ def _explain(error: ValidationError, origin: str) -> UserError:
 
 
 def _is_consequence(problem: ErrorDetails, problems: Sequence[ErrorDetails]) -> bool:
-    """Whether a list is called too short only because its members are wrong."""
+    """Whether the problem is that a list is too short only because its members are wrong."""
     location = problem["loc"]
     if problem["type"] != "too_short":
         return False
@@ -149,11 +152,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "unseen": UnseenConfig,
     "disentanglement": DisentanglementConfig,
 }
-"""Sections by the fields whose annotation is not the section itself."""
+"""The sections of those fields whose annotation is not the section's class itself."""
 
 
 def _allowed_fields(location: Location) -> list[str]:
-    """Names of the fields that exist where an unknown one was given."""
+    """The names of the fields that are allowed at the location of an unknown field."""
     model: type[BaseModel] = Experiment
     for part in location[:-1]:
         if isinstance(part, str) and part in model.model_fields:

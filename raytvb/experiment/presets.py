@@ -1,5 +1,5 @@
-"""The 8, 14 and 20 image classification tasks on which task arithmetic with CLIP is measured in the
-literature.
+"""The 8, 14 and 20 image classification tasks on which the literature measures task arithmetic with
+CLIP.
 
 Epochs: Ilharco et al. (ICLR 2023) for the first eight, Wang et al. (TALL masks, ICML 2024) for the
 others. Prompts are CLIP's. The data are Parquet collections on the Hugging Face hub; class names
@@ -85,7 +85,7 @@ _TRAFFIC_SIGNS = (
 
 @dataclass(frozen=True)
 class PresetTask:
-    """A task of a preset; the fields are those of a task in an experiment file."""
+    """A task of a preset, with the fields of a task in an experiment file."""
 
     data: str
     templates: tuple[str, ...]
@@ -246,7 +246,7 @@ CLIP_TASKS = {
         classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     ),
 }
-"""The tasks of the presets in their order, so that the smaller presets are the first of them."""
+"""The tasks of the presets in order. The smaller presets are the first 8 and 14 of them."""
 
 IMAGENET = PresetTask(
     data="torchvision:ImageNet",
@@ -261,9 +261,9 @@ IMAGENET = PresetTask(
         "a photo of the small {}.",
     ),
 )
-"""As a control: a fifth of the 50,000 validation images chooses, seven tenths are the test split.
-Prompts are those that do best together of CLIP's eighty. The archives are not free to download:
-`root:` says where they are."""
+"""ImageNet as the control of negation. A fifth of its 50,000 validation images is the split val,
+and seven tenths are the split test. The prompts are the subset of CLIP's eighty that works best.
+The archives are not free to download: `root:` says where they are."""
 
 TASKS = {**CLIP_TASKS, "ImageNet": IMAGENET}
 
@@ -279,11 +279,10 @@ PRESETS = {
 def preset_tasks(
     preset: str, data: str | None, fields: Mapping[str, object]
 ) -> list[dict[str, object]]:
-    """The tasks of a preset as an experiment file would give them; `fields` replace those of every
-    task.
+    """The tasks of a preset, with the fields that an experiment file would give.
 
-    `data` is a copy of the collections, with a folder for each task (DATA/Cars, DATA/DTD...).
-    Raises KeyError for an unknown preset.
+    data: URL of a copy of the data sets, with a folder for each task (DATA/Cars, DATA/DTD...).
+    fields: replace the fields of every task. Raises KeyError for an unknown preset.
     """
     tasks = []
     for name in PRESETS[preset]:

@@ -1,4 +1,4 @@
-"""Task vectors, bases and their tables, as a store of an experiment has them."""
+"""Opens the task vectors, bases and tables in the store of an experiment."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
     return VectorSet([copies.vector(vector_key(task)) for task in tasks])
 
 
-def common_mask(url: str, tasks: Sequence[str]) -> MaskFile | None:
-    """The mask whose kept entries are the coordinates of the tasks' vectors; None where all are.
+def common_mask(experiment: Experiment) -> MaskFile | None:
+    """The mask whose kept entries are the coordinates of the experiment's vectors.
 
-    Reads headers only, where `vector_set` would fetch every vector of a remote store.
+    None if all entries are coordinates.
+
+    Reads only headers. `vector_set` would copy every vector from a remote store. If all tasks share
+    a mask, one vector tells which.
     """
-    return VectorSet.open(Store(url), [vector_key(task) for task in tasks]).mask
+    tasks = experiment.task_names if experiment.own_masks else experiment.task_names[:1]
+    return VectorSet.open(Store(experiment.store), [vector_key(task) for task in tasks]).mask
 
 
 def basis_vector_set(experiment: Experiment) -> VectorSet:
@@ -57,7 +61,7 @@ def stored_basis(url: str, name: str) -> StoredBasis:
 
 def write_coefficients(B: Tensor, W: Tensor) -> bytes:
     """The coefficient file of a basis: B (T, M) and W (M, T), float64."""
-    # Copies: W may be a view of B, and safetensors refuses tensors that share memory.
+    # clone: W may be a view of B, and safetensors refuses tensors that share memory.
     return save({"B": B.contiguous().clone(), "W": W.contiguous().clone()})
 
 
@@ -80,7 +84,7 @@ def stored_bytes(store: Store, experiment: Experiment, parameters: int) -> dict[
 
 
 def _total(sizes: Mapping[str, int], prefix: str, ending: str) -> int:
-    """Bytes of the keys that begin and end like this."""
+    """Bytes of all keys with this beginning and this ending."""
     total = 0
     for key, size in sizes.items():
         if key.startswith(prefix) and key.endswith(ending):
@@ -91,7 +95,7 @@ def _total(sizes: Mapping[str, int], prefix: str, ending: str) -> int:
 def load_gram(store: Store, experiment: Experiment) -> Tensor | None:
     """The stored Gram matrix (T, T) float64 in the order of the experiment's tasks.
 
-    None where the row of a task is missing.
+    None if the row of a task is missing.
     """
     state = GramState.read(store)
     if not set(experiment.task_names) <= state.checksums.keys():

@@ -1,7 +1,7 @@
-"""One task of an experiment in its store: made once, then carried from room to room.
+"""One task of an experiment in its store. Callers make the object once and pass it along.
 
-A fine-tune, its checkpoint, its mask, the vector's twin and the basis all need the same identity,
-keys and records of one task. They are worked out here, each once, when they are first asked for.
+A fine-tune, its checkpoint, its mask, the vector's twin and the basis all need the same identities,
+keys and records of one task. This class computes each of them once, when it is first needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raytvb.storage.store import Store
 class TaskStore:
     """Keys, identities and records of one task.
 
-    The methods ask the store anew each time they are called; all else touches no storage.
+    The methods read the store each time they are called. The properties do not touch it.
     """
 
     experiment: Experiment
@@ -64,12 +64,12 @@ class TaskStore:
 
     @property
     def vector_key(self) -> str:
-        """The task vector."""
+        """Key of the task vector."""
         return f"{self.prefix}/{VECTOR}"
 
     @property
     def head_key(self) -> str:
-        """The zero-shot head; that of a control or unseen task lies with the pretrained model."""
+        """Key of the zero-shot head (see `layout.head_key`)."""
         return head_key(self.experiment, self.task)
 
     @property
@@ -79,7 +79,7 @@ class TaskStore:
 
     @property
     def mask_id(self) -> str | None:
-        """Which mask the fine-tune uses: the shared one, the task's own, or None for no mask."""
+        """Id of the mask that the fine-tune uses, shared or the task's own; None for no mask."""
         talos = self.experiment.talos
         if talos.density == 1.0:
             return None
@@ -92,28 +92,28 @@ class TaskStore:
 
     @property
     def has_twin(self) -> bool:
-        """Whether bases are made of a prepared twin of the vector instead of the vector itself."""
+        """Whether bases use a prepared twin of the vector instead of the vector itself."""
         return self.experiment.basis.prepare != "none"
 
     @property
     def basis_vector_prefix(self) -> str:
-        """Folder of the vector that bases are made of: the task vector, or its prepared twin."""
+        """Folder of the vector that bases use: the task vector, or its prepared twin."""
         return basis_vector_prefix(self.experiment, self.task.name)
 
     @property
     def basis_vector_key(self) -> str:
-        """The vector that bases are made of."""
+        """Key of the vector that bases use."""
         return f"{self.basis_vector_prefix}/{VECTOR}"
 
     def record(self) -> Record | None:
-        """Record of the task vector; None where it has not been committed.
+        """Record of the task vector; None if the vector has not been committed.
 
-        Raises UserError where it was made with other settings.
+        Raises UserError if the vector was made with other settings.
         """
         return records.find(self.store, self.prefix, self.identity)
 
     def basis_vector(self) -> Record | None:
-        """Record of the vector that bases are made of; None where it has not been committed.
+        """Record of the vector that bases use; None if it has not been committed.
 
         A twin of another version of the task vector counts as not committed.
         """
@@ -123,7 +123,7 @@ class TaskStore:
         return self.twin_of(record)
 
     def twin_of(self, vector: Record) -> Record | None:
-        """Record of the prepared twin; None where there is none of this version of the vector."""
+        """Record of the prepared twin; None if this version of the vector has no twin."""
         twin = records.find(self.store, self.basis_vector_prefix)
         if twin is None or twin.parents["vector"] != vector.files[VECTOR].sha256:
             return None
@@ -131,5 +131,5 @@ class TaskStore:
 
 
 def task_stores(experiment: Experiment) -> dict[str, TaskStore]:
-    """One for each task of the experiment, by its name."""
+    """A `TaskStore` for each task of the experiment, by the task's name."""
     return {task.name: TaskStore(experiment, task) for task in experiment.tasks}

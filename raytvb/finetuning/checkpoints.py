@@ -15,7 +15,7 @@ class CheckpointFolder:
     """Where one fine-tune keeps its latest checkpoint."""
 
     latest: int | None = None
-    """Steps done in the checkpoint that was last loaded or saved; None before."""
+    """Number of steps in the checkpoint that was last loaded or saved; None before that."""
 
     def __init__(self, task_store: TaskStore) -> None:
         """Touches no storage."""
@@ -28,9 +28,9 @@ class CheckpointFolder:
         return self._store.where(self._prefix)
 
     def load(self) -> Checkpoint | None:
-        """The checkpoint to go on from; None where there is none that is whole.
+        """The checkpoint to go on from; None if there is no whole one.
 
-        Raises UserError for one of a fine-tune with other settings.
+        Raises UserError for a checkpoint of a fine-tune with other settings.
         """
         record = records.find(self._store, self._prefix, self._task_store.identity)
         if record is None:
@@ -47,7 +47,7 @@ class CheckpointFolder:
         return Checkpoint(metrics.step, metrics.loss, metrics.seconds, load(data))
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint; the one before goes when this one is whole."""
+        """Store a checkpoint. The one before is deleted when this one is whole."""
         name = f"step-{checkpoint.step:07d}.safetensors"
         records.commit(
             self._store,
@@ -65,5 +65,5 @@ class CheckpointFolder:
                 self._store.delete(key)
 
     def delete(self) -> None:
-        """Delete the checkpoint, and what a killed writer may have left of one."""
+        """Delete the checkpoint, and files that a killed writer may have left."""
         self._store.delete(self._prefix)

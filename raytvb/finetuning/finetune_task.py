@@ -1,9 +1,9 @@
 """The fine-tune of one task, from the pretrained model to a committed vector.
 
-How the room works, in reading order: `finetune_task` here walks the steps; `masks` makes the mask
-of trainable entries; `training_loop` trains, and knows no store; `checkpoints` keeps fine-tunes
-that have not ended; `twins` makes the prepared twin of a vector. The identity and keys of the task
-are in the `TaskStore` that is handed from step to step.
+How the room works, in reading order: `finetune_task` in this module goes through the steps. `masks`
+makes the mask of trainable entries. `training_loop` trains, and knows no store. `checkpoints` keeps
+fine-tunes that have not ended. `twins` makes the prepared twin of a vector (see there). Every step
+gets a `TaskStore`, which has the identity and the keys of the task.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from raytvb.storage.vectors import VectorInfo, vector_bytes, vector_info
 
 
 def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Record:
-    """Fine-tune one task and commit its vector, unless it is there; returns the vector's record.
+    """Fine-tune one task and commit its vector, unless that is stored. Returns its record.
 
-    Goes on from a checkpoint if the task has one. Where bases are made of prepared twins, the twin
-    is there too afterwards. fingerprint: of the pretrained model.
-    Raises UserError where the vector or the checkpoint is of other settings, where images or model
-    cannot be used, and where the training diverges.
+    Goes on from a checkpoint if the task has one. If bases are made of prepared twins, the twin is
+    stored as well. fingerprint: of the pretrained model.
+
+    Raises UserError if the stored vector or checkpoint has other settings, if images or model
+    cannot be used, and if the training diverges.
     """
     worker_setup()
     task_store = TaskStore(experiment, task)
@@ -55,10 +56,10 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
 
 @dataclass(frozen=True)
 class _Trainable:
-    """Which entries of the tower are trained."""
+    """The entries of the tower that are trained."""
 
     mask: Mask | None
-    """None where all are."""
+    """The entries that are trained; None if all are."""
     info: VectorInfo
     """Metadata of the vector file."""
 
@@ -70,7 +71,7 @@ class _Trainable:
 
 
 def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
-    """The steps of a fine-tune whose vector is not there."""
+    """Train a task whose vector is not stored, and commit the vector."""
     experiment = task_store.experiment
     pretrained = PretrainedTask.load(task_store, fingerprint)
     trainable = _trainable(task_store, pretrained, fingerprint)
@@ -95,7 +96,7 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
 
 
 def _trainable(task_store: TaskStore, pretrained: PretrainedTask, fingerprint: str) -> _Trainable:
-    """The mask that the experiment asks for: none, the shared one, or the task's own."""
+    """The mask that the experiment specifies: none, the shared mask, or the task's own."""
     mask_id = task_store.mask_id
     if mask_id is None:
         return _Trainable(None, vector_info(fingerprint))

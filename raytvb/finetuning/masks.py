@@ -1,9 +1,9 @@
 """Masks of tasks: scored in rounds, selected, committed.
 
-A mask is made of scores, one a parameter, the lowest of which are kept (see `maths.fisher` and
-`maths.mask_selection`). A task's own mask is made here in one go. For the shared mask, scores of
-all tasks are added up between workers, so each of its steps is a function of arrays: `score_task`,
-`add_scores`, `select_round`, `commit_shared_mask`.
+A mask is made from scores, one for each parameter; the parameters with the lowest scores are kept
+(see `maths.fisher` and `maths.mask_selection`). `own_mask` makes a task's own mask in one call. For
+the shared mask, the scores of all tasks are added up across workers. So each step of it is a
+function of arrays: `score_task`, `add_scores`, `select_round`, `commit_shared_mask`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from raytvb.storage.store import Store
 
 
 def load_mask(store: Store, mask_id: str) -> Mask:
-    """A stored mask, whole."""
+    """The whole stored mask. Raises VectorError if its file is damaged."""
     return MaskFile(store, mask_key(mask_id)).load()
 
 
@@ -67,10 +67,10 @@ def write_mask(
 
 
 def record_overlap(experiment: Experiment) -> None:
-    """Measure and store how far the tasks' own masks overlap, unless that is stored.
+    """Measure and store how far the tasks' own masks overlap, unless that is stored already.
 
-    The file has the intersections of every two masks (T, T) int64, the record their Jaccard
-    indices.
+    The file has the sizes of the intersections of all pairs of masks, (T, T) int64. The record has
+    mean, minimum and maximum of the pairs' Jaccard indices.
     """
     worker_setup()
     store = Store(experiment.store)
@@ -97,9 +97,10 @@ def record_overlap(experiment: Experiment) -> None:
 def score_task(
     experiment: Experiment, fingerprint: str, task: TaskConfig, round_: int, kept: np.ndarray | None
 ) -> np.ndarray:
-    """Scores (D,) float32 of one task in one round; the lowest are to be kept.
+    """Scores (D,) float32 of one task in one round. The lowest scores are to be kept.
 
-    round_: from 1 on. kept: (D,) bool, the entries still in the race; None in the first round.
+    round_: counts from 1. kept: (D,) bool, the entries that the round before kept; None in the
+    first round.
     """
     worker_setup()
     task_store = TaskStore(experiment, task)
@@ -109,7 +110,7 @@ def score_task(
 def _scores(
     task_store: TaskStore, pretrained: PretrainedTask, round_: int, kept: np.ndarray | None
 ) -> np.ndarray:
-    """As `score_task`, by the way of selection that the experiment asks for."""
+    """As `score_task`, by the way of selection in the experiment's `talos.select`."""
     experiment, task = task_store.experiment, task_store.task
     classifier = pretrained.classifier()
     parameters = {n: p.detach() for n, p in classifier.named_parameters()}
@@ -134,7 +135,7 @@ def _sensitivities(
     preprocess: Preprocess,
     generator: torch.Generator,
 ) -> Tensor:
-    """Fisher scores (D,) float32 on the worker's device, of training images that are drawn."""
+    """Fisher scores (D,) float32 on the worker's device, over a sample of training images."""
     experiment = task_store.experiment
     split = load_split(
         task_store.task,
@@ -158,7 +159,7 @@ def _sensitivities(
 def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Sum of two score vectors (D,).
 
-    Who calls this adds them up in a tree that the order of the tasks alone determines.
+    The caller adds up all tasks in a tree that depends only on the order of the tasks.
     """
     return left + right
 
@@ -168,7 +169,7 @@ def select_round(
 ) -> np.ndarray:
     """The entries (D,) bool that are kept after a round.
 
-    scores and kept: of this round, see `score_task`. round_: from 1 on.
+    scores and kept: as in `score_task`, of this round. round_: counts from 1.
     """
     density = round_density(experiment.talos.density, round_, experiment.talos.stages)
     before = None if kept is None else {"": torch.from_numpy(kept.copy())}
@@ -190,7 +191,7 @@ def _mask_of(encoder: Encoder, kept: np.ndarray) -> Mask:
 
 
 def own_mask(task_store: TaskStore, pretrained: PretrainedTask) -> Mask:
-    """A task's own mask: taken from the store, or made in staged rounds and committed."""
+    """A task's own mask. It is read from the store, or made in rounds and committed."""
     store, experiment, task = task_store.store, task_store.experiment, task_store.task
     if records.find(store, task_store.own_mask_prefix, task_store.mask_identity) is not None:
         return load_mask(store, task.name)

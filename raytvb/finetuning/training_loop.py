@@ -1,9 +1,9 @@
 """Fine-tune the kept entries of an image tower on one task.
 
-Plain functions that know no Ray and no store.
+These are plain functions that know neither Ray nor a store.
 
-Protocol: Iurada et al., ICLR 2025, arXiv 2504.02620: AdamW, warm-up then cosine, gradient norm
-clipped at 1, the zero-shot head frozen.
+The protocol is that of Iurada et al., ICLR 2025, arXiv 2504.02620: AdamW, warm-up then cosine,
+gradient norm clipped at 1, the zero-shot head frozen.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from raytvb.maths.masked_adamw import MaskedAdamW
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A task vector, and how it came about."""
+    """A task vector, and the figures of its training."""
 
     values: dict[str, Tensor]
-    """Differences from the pretrained values: per parameter the kept ones (K,), or the whole tensor
-    where all entries of all parameters are kept.
+    """Differences from the pretrained values by parameter. They are the kept entries (K,) of each
+    parameter, or whole tensors if all entries of all parameters are kept.
     """
     steps: int
     final_loss: float
-    """Of the last step's batch."""
+    """Loss of the last step's batch."""
     seconds: float
 
 
@@ -43,21 +43,21 @@ class Checkpoint:
     """A fine-tune that has not ended."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     loss: float
-    """Of the last of them."""
+    """Loss of the last step."""
     seconds: float
-    """Time spent on them."""
+    """Time spent on all steps."""
     tensors: dict[str, Tensor]
-    """State of the optimizer, whose values are the kept parameters, and of torch's generators; on
+    """State of the optimizer (its `values` are the kept parameters) and of torch's generators, on
     the CPU.
     """
 
 
 def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then half a cosine down to 0.
+    """Learning rate of step `step` (from 0): linear warm-up, then half a cosine down to 0.
 
-    `config.warmup` is a share of the steps below 1, else a number of steps.
+    A `config.warmup` below 1 is a share of the steps; from 1 on it is a number of steps.
     """
     peak = config.lr if config.lr is not None else 1e-5
     warm = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
@@ -69,9 +69,9 @@ def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
 def batches(
     count: int, batch_size: int, steps: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Positions of the images of `steps` batches.
+    """Positions (n,) of the images in each of `steps` batches.
 
-    Every epoch is a fresh permutation, whose last batch may be smaller.
+    Every epoch is a fresh permutation of the images. Its last batch may be smaller.
     """
     done = 0
     while done < steps:
@@ -97,15 +97,16 @@ def finetune(
 ) -> Finetuned:
     """Train the entries that `mask` keeps; the classifier is changed in place.
 
-    Deterministic on a CPU for a given seed, also where it goes on from a checkpoint of the same
-    fine-tune. Torch's global generator is seeded, for dropout.
+    On a CPU the result is deterministic for a given seed, even after a restart from a checkpoint of
+    the same fine-tune. Torch's global generator is seeded, for dropout.
 
     Args:
         mask: a bool tensor for every parameter of the classifier.
-        start: the checkpoint to go on from.
+        start: the checkpoint to go on from; None: the pretrained model.
         save: called with a checkpoint every `save_every_s` seconds, at the end of a step.
-    Raises UserError at the first loss or gradient that is not finite, naming the step. No
-    checkpoint is saved after it.
+
+    Raises UserError at the first loss or gradient that is not finite; it names the step. No
+    checkpoint is saved after that step.
     """
     run = _Run(classifier, split, mask, config, preprocess, device)
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +117,7 @@ def finetune(
         run.restore(start.tensors)
         step, loss, seconds_before = start.step, start.loss, start.seconds
     saved = clock
-    # Batches before the checkpoint are drawn again: the generator has to be where it was.
+    # The batches before the checkpoint are drawn again, to bring the generator to its old state.
     for indices in islice(batches(len(split), config.batch_size, run.steps, generator), step, None):
         loss = run.step(step, indices)
         step += 1
@@ -181,14 +182,14 @@ class _Run:
         return loss.item()
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, besides the order of the images."""
+        """All that the next step depends on, except the order of the images."""
         tensors = {**self._optimizer.state(), "rng": torch.get_rng_state()}
         if self._device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from what `state` returned."""
         moments = {name: t for name, t in tensors.items() if not name.startswith("rng")}
         self._optimizer.load_state(moments)
         torch.set_rng_state(tensors["rng"])
@@ -196,7 +197,7 @@ class _Run:
             torch.cuda.set_rng_state(tensors["rng_cuda"])
 
     def end(self) -> dict[str, Tensor]:
-        """Let go of the parameters; the task vector, as `Finetuned.values` has it."""
+        """Release the parameters' hooks. Returns the task vector as in `Finetuned.values`."""
         self._optimizer.close()
         masks = [self._mask[name] for name in sorted(self._mask)]
         difference = (self._optimizer.values.detach() - self._before).cpu()
@@ -209,9 +210,9 @@ class _Run:
 
 
 def _freeze_statistics(classifier: nn.Module) -> None:
-    """Batch norms stay in eval mode.
+    """Set batch norms to eval mode.
 
-    Running statistics are no parameters: what they learned would be missing from the task vector.
+    Running statistics are not parameters, so changes of them would be missing from the task vector.
     """
     for module in classifier.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

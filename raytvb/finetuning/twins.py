@@ -1,7 +1,7 @@
-"""Prepared twins of task vectors: trimmed, dropped or sparsified, for bases that are made of those.
+"""Prepared twins: copies of task vectors, trimmed, dropped or sparsified, to make bases from.
 
-The task vectors themselves stay as they are. A twin is always that of the present version of its
-vector, which its record names.
+The task vectors themselves are not changed. A twin belongs to one version of its vector, which the
+twin's record names; for another version the twin is made again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
 
 
 def make_twin(experiment: Experiment, task: TaskConfig) -> None:
-    """Commit the twin of a committed vector, where bases are made of twins and it is missing.
+    """Commit the twin of a committed vector, if bases are made of twins and the twin is missing.
 
-    Raises UserError where the vector has not been committed, VectorError where its bytes are not
-    those recorded.
+    Raises UserError if the vector has not been committed, or if the twin was made with other
+    settings. Raises VectorError if the vector's bytes differ from those recorded.
     """
     worker_setup()
     task_store = TaskStore(experiment, task)
@@ -48,16 +48,16 @@ def make_twin(experiment: Experiment, task: TaskConfig) -> None:
 
 
 def write_twin(task_store: TaskStore, record: Record) -> None:
-    """As `make_twin`, for a vector whose record is at hand."""
+    """As `make_twin`, for a vector with this record."""
     if not task_store.has_twin:
         return
     if task_store.twin_of(record) is not None:
-        # Raises UserError where the twin was made with other settings.
+        # Raises UserError if the twin was made with other settings.
         records.find(task_store.store, task_store.basis_vector_prefix, task_store.twin_identity)
         return
     store, file = task_store.store, record.files[VECTOR]
-    # Its own mirror: the process's may hold a vector that was made again since. The copies live as
-    # long as the mirror does.
+    # A new mirror, since the process's mirror may hold an older version of the vector. The copies
+    # live as long as the mirror.
     copies = Mirror(store)
     vector = copies.vector(task_store.vector_key)
     if not file.is_of(copies.local.read(vector.key)):
@@ -77,7 +77,7 @@ def _commit_twin(
         parents["mask"] = vector.mask.fingerprint
         path = os.path.relpath(vector.mask_key, prefix)
         info = vector_info(vector.info.base, mask_path=path, mask=vector.mask.fingerprint)
-    store.delete(prefix)  # the twin of another version of the vector
+    store.delete(prefix)  # it may hold the twin of another version of the vector
     records.commit(
         store,
         prefix,
@@ -91,15 +91,15 @@ def _commit_twin(
 
 
 def norm(values: dict[str, Tensor]) -> float:
-    """Euclidean norm of a vector that is given as tensors by name; added in float64."""
+    """Euclidean norm of a vector that is given as tensors by name; accumulated in float64."""
     return float(sum(tensor.double().square().sum() for tensor in values.values()) ** 0.5)
 
 
 def twin_values(vector: VectorFile, method: str, seed: int) -> dict[str, Tensor]:
     """The stored tensors of a vector after a method of `maths.trimming.PREPARE`, float32.
 
-    Of a sparse vector the method sees the kept entries only. seed: of the draws of `dropped`.
-    Memory: the result.
+    For a sparse vector the method sees only the kept entries. seed: seeds the draws of `dropped`.
+    Memory: the result and one tensor. Raises KeyError for an unknown method.
     """
     transform = PREPARE[method]
     if method == "trimmed":
@@ -112,7 +112,7 @@ def twin_values(vector: VectorFile, method: str, seed: int) -> dict[str, Tensor]
 
 
 def _tensors(vector: VectorFile) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors by name, each (1, *shape) float32 and read when it is asked for."""
+    """The stored tensors by name, (1, *shape) float32. Each is read when the iterator yields it."""
     first = 0
     for name, shape in vector.shapes.items():
         last = first + prod(shape)

@@ -7,9 +7,9 @@ never a D-sized vector:
     L(B, W) = ‖V B W − V‖² / ‖V‖² = tr((BW − I)ᵀ G (BW − I)) / tr(G),
     best W for a given B: (BᵀGB)⁺ BᵀG.
 
-Read here first how a fit is asked for and what it gives; then `gram_factor` (what a method knows of
-the vectors), `basis_registry` and the methods in `basis_methods`. `online_basis` is the same for
-vectors that arrive a few at a time.
+Read this module first: it shows how to request a fit and what a fit returns. Then read
+`gram_factor` (what a method knows of the vectors), `basis_registry` and the methods in
+`basis_methods`. `online_basis` does the same for vectors that arrive a few at a time.
 
 Shape suffixes: T tasks, M basis vectors, R numerical rank of G, K any number of directions; G_TT,
 F_RT (G = FᵀF, F Fᵀ diagonal and falling), B_TM, W_MT. Everything is float64 on the CPU, and G is
@@ -30,7 +30,7 @@ from raytvb.maths.basis_registry import BASIS_METHODS, BasisMethod
 from raytvb.maths.gram_factor import GramFactor, condition, factor, least_squares
 
 EXACT = 1e-12
-"""A loss below this is rounding."""
+"""A basis with a loss below this is exact: the loss is only rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class BasisFit:
     loss: float
     """L(B, W)."""
     floor: float
-    """Least L of any M vectors: the trailing eigenvalue sum of G over tr(G), not centred for any
-    method.
+    """The least L that any M vectors can have: the sum of all eigenvalues of G but the M largest,
+    divided by tr(G). G is not centred for this, whatever the method.
     """
     condition: float
-    """Condition number of BᵀGB with the columns of V B scaled to unit norm; infinite if they are
-    dependent.
+    """Condition number of BᵀGB with the columns of V B scaled to unit norm; infinite if these
+    columns are linearly dependent.
     """
     seconds: float
-    """Time of this fit, with all of what fits of several sizes share."""
+    """Time of this fit. It includes the whole of the work that fits of several sizes share."""
 
     @property
     def size(self) -> int:
@@ -84,17 +84,17 @@ def fit_bases(
     method: str = "ae",
     generator: torch.Generator | None = None,
 ) -> list[BasisFit]:
-    """Fit a basis of each size. Eigenvectors are computed once; each fit is that of `fit_basis`.
+    """Fit a basis of each size. The eigenvectors are computed once. Each fit equals `fit_basis`'s.
 
-    With `size` ≥ T the basis is the vectors themselves. Above their rank it is an exact one of as
-    few vectors as the method needs. Both give a warning.
+    A size of T or more gives the vectors themselves. Any other size above their rank gives an exact
+    basis of as few vectors as the method needs. Both cases give a warning.
 
     Args:
         gram: (T, T) symmetric positive semi-definite, any real dtype.
         sizes: numbers of basis vectors M, each at least 1.
         method: a name in `basis_registry.BASIS_METHODS`.
-        generator: the source of every random draw, taken back to its state for each size; None is
-            one seeded with 0.
+        generator: the source of every random draw. It starts from the same state for each size.
+            None stands for a generator seeded with 0.
 
     Raises ValueError for an unknown method, a size below 1, and a Gram that is not square, finite,
     symmetric, positive semi-definite and non-zero.
@@ -124,7 +124,7 @@ def fit_bases(
 def _fit(
     vectors: GramFactor, size: int, method: BasisMethod, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """B and W of at most `size` vectors; fewer, with a warning, where fewer are exact."""
+    """B and W of `size` basis vectors, or of fewer, with a warning, where fewer are exact."""
     tasks = len(vectors.G_TT)
     if size >= tasks:
         warnings.warn(
@@ -136,8 +136,8 @@ def _fit(
         return _run(vectors, size, method, generator)
     B_TM, W_MT = _exact(vectors, method, generator)
     warnings.warn(
-        f"the vectors have rank {vectors.rank}: {B_TM.shape[1]} basis vectors are exact, of the "
-        f"{size} asked for",
+        f"the vectors have rank {vectors.rank}: {B_TM.shape[1]} basis vectors are exact, so the "
+        f"size {size} is not needed",
         stacklevel=4,
     )
     return B_TM, W_MT
@@ -146,10 +146,10 @@ def _fit(
 def _exact(
     vectors: GramFactor, method: BasisMethod, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The smallest exact basis that the method finds; where it finds none, one of the vectors
-    themselves.
+    """The smallest exact basis that the method finds. If it finds none, the basis is R of the task
+    vectors themselves.
     """
-    # Where a column of B is given, the others may have to explain all by themselves.
+    # If a method fixes a column of B, the other columns may have to explain the vectors alone.
     for enough in range(vectors.rank, vectors.rank + method.extra + 1):
         B_TM, W_MT = _run(vectors, enough, method, generator)
         if vectors.loss(B_TM, W_MT) < EXACT:
@@ -160,8 +160,8 @@ def _exact(
 def _run(
     vectors: GramFactor, size: int, method: BasisMethod, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """B (T, M) and W (M, T) of the method; ValueError where it gives tables of another shape or
-    dtype.
+    """B (T, M) and W (M, T) from the method. Raises ValueError if the method returns tables of
+    another shape or dtype.
     """
     B_TM, W_MT = method.fit(vectors, size, generator)
     tasks, double = len(vectors.G_TT), torch.float64
@@ -181,8 +181,8 @@ def _run(
 def best_weights(gram: Tensor, B: Tensor) -> Tensor:
     """The W (M, T) float64 of least loss for a given B (T, M): (BᵀGB)⁺ BᵀG.
 
-    It minimises ‖F (B W − I)‖² with G = FᵀF. That is solved by least squares on F B with unit
-    columns, whose condition number is the square root of that of BᵀGB.
+    It minimises ‖F (B W − I)‖² with G = FᵀF, by least squares on F B with its columns scaled to
+    unit norm. The condition number of F B is the square root of that of BᵀGB.
     """
     return least_squares(factor(gram.double()), B.double())
 

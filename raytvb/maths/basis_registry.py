@@ -11,7 +11,7 @@ and what follows from it. `size` is M, at most the rank of G. Every random draw 
 `generator`. The result is B (T, M) and W (M, T), both float64: basis vector m is Σ_t B[t, m] τ_t,
 and task t comes back as Σ_m W[m, t] s_m. For a given B the best W is `vectors.weights(B)`.
 
-Importing this module, and all methods, is light: see `method_registry`.
+Importing this module and all methods is light: see `method_registry`.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class BasisMethod(Method):
     Gram matrix, which every fit needs: O(T³).
     """
     convex: bool
-    """Every basis vector is a convex combination of task vectors, so that their plain sum means
-    something.
+    """Whether every basis vector is a convex combination of task vectors. If so, the plain sum of
+    the basis vectors means something.
     """
     extra: int
-    """How many vectors beyond the rank of the Gram matrix an exact basis may need: 1 where a
-    column of B is given.
+    """How many vectors beyond the rank of the Gram matrix an exact basis may need: 1 for a method
+    that fixes a column of B, else 0.
     """
     online: Refit | None
-    """Its online form, where it has one: (atoms, size) → the mix B′ (K, at most size) with which
-    the atoms [S N] become the new basis. See `online_refit`.
+    """The method's online form: (atoms, size) → the mix B′ (K, at most size) with which the atoms
+    [S N] become the new basis, see `online_refit`. None if the method has no online form.
     """
 
 
@@ -72,7 +72,8 @@ def basis_method(
 ) -> Callable[[FitFunction], FitFunction]:
     """Register a function as the basis method `name`; the fields are those of `BasisMethod`.
 
-    Raises ValueError where the name is taken or is no name.
+    Raises ValueError if another definition has the name, or if the name is not lower-case words
+    with hyphens between them.
     """
 
     def register(function: FitFunction) -> FitFunction:

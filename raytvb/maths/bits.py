@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Bool (D,) to uint8 (ceil(D/8),): entry i is bit i % 8, lowest first, of byte i // 8.
+    """Bool (D,) to uint8 (ceil(D/8),). Entry i is bit i % 8 of byte i // 8, lowest bit first.
 
     Bits beyond the last entry are zero.
     """

@@ -22,15 +22,16 @@ def kmeans_labels(
 ) -> NDArray[np.int32]:
     """The cluster (T,), 0 to size − 1, of each of the points (T, K); some clusters may be empty.
 
-    weights (T,): how much each point counts; None: all alike.
+    weights (T,): how much each point counts. None: all points count the same.
     """
-    # More than a second to import, and only two basis methods need it.
+    # scikit-learn takes more than a second to import, and only two basis methods need it.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     model = KMeans(size, n_init=10, random_state=seed)
     with warnings.catch_warnings():
-        # Of fewer distinct points than clusters: `cluster_means` fills the empty ones.
+        # KMeans warns if there are fewer distinct points than clusters. `cluster_means` fills the
+        # empty clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit_predict(points, sample_weight=weights)
 

@@ -14,9 +14,9 @@ class Count:
     correct: int
     total: int
     expected: float = field(default=0.0, compare=False)
-    """Sum of the probabilities that the model gives to the right classes: the number of right
-    answers to expect if answers were drawn. It moves in smaller steps than `correct`, so that
-    coefficients can be compared on fewer images."""
+    """Sum of the probabilities that the model gives to the right classes. This is the expected
+    number of right answers if answers were drawn from the model's probabilities. It changes in
+    smaller steps than `correct`, so coefficients can be compared on fewer images."""
 
     @property
     def accuracy(self) -> float:
@@ -34,13 +34,13 @@ def wilson(count: Count, z: float = 1.96) -> tuple[float, float]:
     p, n = count.accuracy, count.total
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # Rounding would leave p out of its interval at 0 and 1.
+    # At p = 0 and p = 1 rounding could put p outside its own interval.
     low, high = min(p, centre - reach), max(p, centre + reach)
     return max(0.0, low), min(1.0, high)
 
 
 def even_grid(low: float, high: float, points: int) -> list[float]:
-    """`points` numbers in even steps from low to high, both included."""
+    """`points` numbers, at least 2, in even steps from low to high, both included."""
     return [low + (high - low) * k / (points - 1) for k in range(points)]
 
 

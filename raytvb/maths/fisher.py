@@ -7,11 +7,13 @@ arXiv 2504.02620:
 
 with the labels y drawn from the model itself.
 
-A batch takes one forward and one backward pass. When the backward pass reaches a layer, the
-gradients of each sample are formed from the layer's input and the gradient of its output, squared,
-added to the scores, and dropped. This holds because no sample of a batch touches another (batch
-norm uses running statistics). `fisher_recorder` has these rules; `fisher_rewrites` takes fused
-layers apart for it. Parameters that no rule covers are scored by the plain definition.
+A batch takes one forward pass, and one backward pass for each label of an image. When the backward
+pass reaches a layer, the gradients of each sample are formed from the layer's input and the
+gradient of its output. They are squared, added to the scores, and dropped. This is right because no
+sample of a batch influences another (batch norm uses running statistics).
+
+`fisher_recorder` has these rules, one for each kind of layer. `fisher_rewrites` takes fused layers
+apart into steps that have rules. Parameters that no rule covers are scored by the plain definition.
 
 Shape suffixes: N images, L positions (tokens, pixels), I and O features in and out.
 """
@@ -48,24 +50,27 @@ def fisher_scores(
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every parameter that requires grad, averaged over the images.
 
-    Linear, convolution, normalisation and attention layers, scales and additive embeddings take one
-    pass a batch. Parameters that are used in another way are found on the first image, by comparing
-    with plain autograd. They are scored image by image, and a warning names them.
+    The parameters of linear, convolution, normalisation and attention layers, scales and additive
+    embeddings are scored a batch at a time. Parameters that are used in another way are detected on
+    the first image, by comparing with plain autograd. They are scored image by image, and a warning
+    names them.
 
     Args:
-        classifier: images (N, 3, H, W) to logits (N, C); used in the mode it is in (call `.eval()`
-            first).
+        classifier: images (N, 3, H, W) to logits (N, C). Its mode is not changed: call `.eval()`
+            first.
         images: (N, 3, H, W), without augmentation.
         draws: labels sampled from p(.|x) per image, or "exact" for the expectation over all C
             classes.
-        batch_size: images a forward pass takes.
-        generator: seeds the sampled labels (a CPU generator); the default is seeded with 0.
-        precision: of the forward and backward pass; "bf16" is autocast to bfloat16. Squares are
-            summed in float32.
+        batch_size: images in one forward pass.
+        generator: a CPU generator that draws the labels; None stands for one seeded with 0.
+        precision: precision of the forward and backward passes; "bf16" is autocast to bfloat16.
+            Squares are summed in float32.
 
     Returns: name -> float32 tensor of the parameter's shape.
 
-    Raises ValueError for other values than these, and where there is nothing to score.
+    Raises ValueError for other options than these, for images of another shape or dtype, and if
+    there is nothing to score. Raises RuntimeError if the model uses a parameter in another way for
+    a later batch than for the first.
     """
     _check_options(draws, batch_size, precision)
     parameters = _parameters_to_score(classifier, images, draws)
@@ -78,7 +83,7 @@ def fisher_scores(
     def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
         return _labels_and_weights(logits.detach(), draws, seeded)
 
-    # Half precision rounds the two ways differently; a wrong rule is off by more than that.
+    # In half precision a rule and plain autograd round differently. A wrong rule is off by more.
     whole = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
     tolerance: float | None = 1e-4 if whole else 0.25
     slow = set[str]()
@@ -92,7 +97,7 @@ def fisher_scores(
 
 
 def _check_options(draws: Draws, batch_size: int, precision: str) -> None:
-    """ValueError for options that are none of those of `fisher_scores`."""
+    """Raise ValueError for options that `fisher_scores` does not document."""
     valid = (draws == "exact" or isinstance(draws, int)) and batch_size >= 1
     if not valid or precision not in ("fp32", "bf16"):
         raise ValueError(
@@ -107,7 +112,7 @@ def _parameters_to_score(
     """The parameters that require grad; ValueError where there is nothing to score."""
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
-            f"images are {tuple(images.shape)} {images.dtype}; needed are normalised ones "
+            f"images are {tuple(images.shape)} {images.dtype}; they must be normalised images "
             f"(N, 3, H, W) in floating point"
         )
     parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
@@ -127,14 +132,14 @@ def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parameters_without_rule(
     classifier: Model, parameters: Mapping[str, Tensor], images: Tensor, tolerance: float | None
 ) -> set[str]:
-    """Names of the parameters that the first two images show to be used in a way without a rule."""
+    """Names of the parameters that the model uses in a way without a rule, on two images."""
 
     def draw_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
         labels = logits.argmax(dim=1, keepdim=True)
         return labels, torch.ones(labels.shape, device=labels.device)
 
-    unused = _zeros(parameters)
-    return _add_batch(classifier, parameters, images[:2], draw_likeliest, unused, tolerance)[2]
+    discarded = _zeros(parameters)
+    return _add_batch(classifier, parameters, images[:2], draw_likeliest, discarded, tolerance)[2]
 
 
 class _Scoring:
@@ -154,7 +159,8 @@ class _Scoring:
     ) -> None:
         """slow: names that are known to have no rule.
 
-        tolerance: how far a rule's squares may be from those of plain autograd; None: not checked.
+        tolerance: how far a rule's squares may differ from those of plain autograd, as a fraction
+            of the largest; None: they are not compared.
         """
         self.scores = _zeros(parameters)
         self._model, self._draw, self._parameters = model, draw, parameters
@@ -167,7 +173,8 @@ class _Scoring:
 
         Raises RuntimeError where the model uses a parameter in another way than in the first batch.
         """
-        if len(batch) == 1:  # the batch dimension cannot be told from other sizes of 1
+        # In a batch of one image, the batch dimension looks like any other dimension of size 1.
+        if len(batch) == 1:
             with torch.no_grad():
                 labels, weights = self._draw(self._model(batch))
             _add_each(self._model, self._parameters, batch, labels, weights, self.scores)
@@ -206,7 +213,10 @@ class _Scoring:
 def _labels_and_weights(
     logits: Tensor, draws: Draws, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Labels (N, R) to score, drawn or every class, and their weights (N, R), which sum to 1."""
+    """Labels (N, R) to score and their weights (N, R), which sum to 1 for each image.
+
+    The labels are `draws` samples, or every class for "exact".
+    """
     probabilities = logits.float().softmax(dim=1)
     if draws == "exact":
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
@@ -230,8 +240,8 @@ def _add_batch(
     """Add the weighted squares of a batch to `scores`, for labels that `draw` gives.
 
     Returns the labels (N, R), their weights (N, R), and the names of parameters that are used in a
-    way without a rule. With a tolerance these include parameters whose rule is wrong here: the
-    squares for the first image and label are not those of plain autograd.
+    way without a rule. With a tolerance, these include parameters whose rule is wrong for this
+    model: the squares for the first image and label differ from those of plain autograd.
     """
     recorder = Recorder(parameters, scores, len(images))
     with torch.set_grad_enabled(bool(parameters)), recorder:
@@ -269,7 +279,10 @@ def _add_each(
     weights: Tensor,
     scores: Mapping[str, Tensor],
 ) -> None:
-    """The plain definition, one backward pass for each image and label: right for every model."""
+    """Add squares by the plain definition: one backward pass for each image and label.
+
+    This is right for every model.
+    """
     if not parameters:
         return
     for n in range(len(images)):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from raytvb.maths.fisher_rewrites import REWRITES
 
 _LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-"""Of `F.linear` (the first three) and `torch.conv2d`, in their order."""
+"""The arguments of `torch.conv2d`, in their order. `F.linear` has the first three."""
 
 _Columns = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Input and output gradient of a layer as (G, N, L, I) and (G, N, L, O)."""
@@ -42,8 +42,8 @@ class Recorder(TorchFunctionMode):
     """Watches a forward pass, and adds the squares of each sample's gradients to the scores in the
     backward passes after it.
 
-    The weight of a layer gets its gradients from a hook on the layer's output. Another parameter is
-    expanded to one copy a sample where it meets the batch, so that autograd itself gives its
+    A hook on a layer's output forms the gradients of the layer's weight. Any other parameter is
+    expanded to one copy for each sample where it meets the batch, so that autograd itself gives the
     gradient for each sample.
 
     Use: run the model within the recorder, set `weights_NR`, then for each draw r set `draw` and
@@ -51,7 +51,7 @@ class Recorder(TorchFunctionMode):
     """
 
     ends: list[Tensor]
-    """Where a backward pass may stop: watched tensors that depend on no other parameter."""
+    """Watched tensors that depend on no other parameter. A backward pass may stop at them."""
     unknown: set[str]
     """Names of parameters that are used in a way without a rule, or whose rule is wrong."""
     draw: int
@@ -66,8 +66,8 @@ class Recorder(TorchFunctionMode):
         self.ends, self.unknown = [], set()
         self.weights_NR = torch.empty(0)  # of the labels; set once they are drawn
         self.draw = 0
-        # Names by the id of the parameter, and of views of it with the same elements. The views
-        # are kept alive, so that no other tensor gets their id.
+        # Names by the id of a parameter, and by the ids of its views that have the same elements.
+        # The views are kept alive, so that no other tensor gets their id.
         self._names = {id(p): n for n, p in parameters.items()}
         self._views: list[Tensor] = []
         self._used: set[str] = set()
@@ -84,7 +84,7 @@ class Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         rewritten = REWRITES.get(func)
         if rewritten is not None:
-            with self:  # its steps are watched instead
+            with self:  # the steps of the rewritten function are watched instead
                 return rewritten(*args, **kwargs)
         names = list(filter(None, map(self._name, (*args, *kwargs.values()))))
         if not names:
@@ -98,10 +98,11 @@ class Recorder(TorchFunctionMode):
         return self._view(func, func(*args, **kwargs), names)
 
     def expect(self, gradients: dict[str, Tensor], tolerance: float) -> None:
-        """Compare the squares for the first image and draw with those of these gradients.
+        """From now on, compare the squares for the first image and draw with those of `gradients`.
 
-        tolerance: relative to the largest square of the parameter. The gradients are taken out of
-        the dict one by one, so that they and their squares are never all in memory.
+        gradients: name -> tensor of the parameter's shape. They are taken out of the dict one by
+        one, so that all gradients and all squares are never in memory together. tolerance: the
+        largest difference, as a fraction of the parameter's largest square.
         """
         maximum: dict[str, float] = {}
         for name in list(gradients):
@@ -113,7 +114,7 @@ class Recorder(TorchFunctionMode):
             self._margin[name] = max(tolerance * maximum.get(name, 0.0), 1e-9 * largest)
 
     def _compare(self, name: str, squares: Tensor) -> None:
-        """Make the name unknown if the squares of the first image are not as expected."""
+        """Add the name to `unknown` if the squares for the first image are not as expected."""
         if self.draw == 0 and self._margin and name not in self.unknown:
             expected = self._expected.pop(name, None)
             difference = squares if expected is None else squares.reshape(expected.shape) - expected
@@ -134,8 +135,9 @@ class Recorder(TorchFunctionMode):
         return self._names.get(id(value), "") if isinstance(value, Tensor) else ""
 
     def _use(self, name: str) -> None:
-        """Note a use; a second one has no rule, since gradients are added before they are
-        squared.
+        """Note that the model uses a parameter.
+
+        There is no rule for a second use: the gradients of both must be added before squaring.
         """
         if name in self._used:
             self.unknown.add(name)
@@ -144,9 +146,9 @@ class Recorder(TorchFunctionMode):
     def _view(self, func: Any, out: Any, names: list[str]) -> Any:
         """The result of an operation on parameters that has no rule of its own.
 
-        A view with a parameter's elements in their order, or the parameter in another precision,
-        stands for it from now on. One copy a sample is where it is used. For everything else the
-        parameters are unknown.
+        A view that has the parameter's elements in their order stands for the parameter from now
+        on, and so does a copy in another precision. An expansion to one copy for each sample is a
+        use of the parameter. Any other operation makes the parameters unknown.
         """
         name, parameter = names[0], self._parameters[names[0]]
         if func is Tensor.to and out.shape == parameter.shape:
@@ -174,7 +176,7 @@ class Recorder(TorchFunctionMode):
         return out[0].is_contiguous() and out[0].numel() == parameter.numel()
 
     def _expand(self, name: str, copies: Tensor) -> None:
-        """Score a parameter from the gradient of its copies (N, ...), one a sample."""
+        """Score a parameter from the gradient of its copies (N, ...), one for each sample."""
         self._use(name)
         self.ends.append(copies)
         copies.register_hook(
@@ -196,15 +198,15 @@ class Recorder(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """x W' + b, or a convolution with W and b."""
-        given = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
-        source, out = given["input"], func(*args, **kwargs)
-        weight, bias = self._name(given["weight"]), self._name(given.get("bias"))
-        if not self._has_rule(given) or not out.requires_grad:
+        arguments = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
+        source, out = arguments["input"], func(*args, **kwargs)
+        weight, bias = self._name(arguments["weight"]), self._name(arguments.get("bias"))
+        if not self._has_rule(arguments) or not out.requires_grad:
             self.unknown.update(filter(None, (self._name(source), weight, bias)))
             return out
         columns: _Columns = _linear_columns
         if func is not F.linear:
-            columns = _convolution_columns(given, given["weight"].shape[2:])
+            columns = _convolution_columns(arguments, arguments["weight"].shape[2:])
 
         def hook(g: Tensor, source: Tensor) -> None:
             a_GNLI, g_GNLO = columns(source, g)
@@ -218,25 +220,25 @@ class Recorder(TorchFunctionMode):
         self._watch(source, out, hook)
         return out
 
-    def _has_rule(self, given: Mapping[str, Any]) -> bool:
+    def _has_rule(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the rule for layers covers a call with these arguments.
 
-        It must have the batch as its input, parameters as they are (no views of them) as weight and
-        bias, and its padding as numbers.
+        Its input must be the batch. A weight or bias that is scored must be the parameter itself,
+        not a view of it. The padding must be numbers.
         """
         for argument in ("weight", "bias"):
-            name = self._name(given.get(argument))
-            if name and self._parameters[name] is not given[argument]:
+            name = self._name(arguments.get(argument))
+            if name and self._parameters[name] is not arguments[argument]:
                 return False
-        source = given["input"]
+        source = arguments["input"]
         if self._name(source) or source.shape[0] != self._count:
             return False
-        return not isinstance(given.get("padding"), str)
+        return not isinstance(arguments.get("padding"), str)
 
     def _watch(self, source: Tensor, out: Tensor, hook: Callable[[Tensor, Tensor], None]) -> None:
         """Call `hook` with the gradient of a layer's output and the layer's input.
 
-        The input is let go with the last draw, since the backward pass needs the memory.
+        The input is released with the last draw, since the backward pass needs the memory.
         """
         held = [source.detach()]
 
@@ -300,16 +302,17 @@ def _linear_columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return source.reshape(1, count, -1, source.shape[-1]), g.reshape(1, count, -1, g.shape[-1])
 
 
-def _convolution_columns(given: Mapping[str, Any], size: tuple[int, ...]) -> _Columns:
+def _convolution_columns(arguments: Mapping[str, Any], size: tuple[int, ...]) -> _Columns:
     """Like `_linear_columns` for a convolution, which is a linear layer on patches.
 
-    Gives a function of input and output gradient: (G, N, L, I) and (G, N, L, O).
+    Returns a function that maps the layer's input and output gradient to (G, N, L, I) and
+    (G, N, L, O).
     """
-    groups = given.get("groups", 1)
+    groups = arguments.get("groups", 1)
     options = {
-        "stride": given.get("stride", 1),
-        "padding": given.get("padding", 0),
-        "dilation": given.get("dilation", 1),
+        "stride": arguments.get("stride", 1),
+        "padding": arguments.get("padding", 0),
+        "dilation": arguments.get("dilation", 1),
     }
 
     def columns(source: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Fused layers in steps that the recorder of `fisher` can watch."""
+"""Fused layers, rewritten as steps that the recorder of `fisher` can watch."""
 
 from __future__ import annotations
 
@@ -49,38 +49,38 @@ def _batch_norm(
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 _WHOLE_ONLY = ("bias_k", "bias_v", "key_padding_mask", "attn_mask", "static_k", "static_v")
-"""Arguments with which attention is not taken apart."""
+"""If one of these arguments is given, attention is not taken apart."""
 
 
 def _attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward` in steps that are watched, the samples first.
+    """`F.multi_head_attention_forward` in steps that are watched, samples as the first dimension.
 
-    With masks, dropout or added keys it runs as a whole and is not watched; the check of the first
-    image then finds its parameters without scores.
+    With masks, dropout or added keys it runs as a whole and is not watched. The check of the first
+    image then detects that its parameters have no scores.
     """
     bound = _ATTENTION.bind(*args, **options)
     bound.apply_defaults()
-    given = bound.arguments
-    query, key, value = given["query"], given["key"], given["value"]
-    plain = all(given[name] is None for name in _WHOLE_ONLY) and not given["add_zero_attn"]
-    dropped = given["training"] and given["dropout_p"] > 0
+    arguments = bound.arguments
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    plain = all(arguments[name] is None for name in _WHOLE_ONLY) and not arguments["add_zero_attn"]
+    dropped = arguments["training"] and arguments["dropout_p"] > 0
     if not plain or dropped or query.dim() != 3:
         with torch._C.DisableTorchFunction():
             return F.multi_head_attention_forward(*args, **options)
-    projected = _projections(given, query is key is value)
-    q, k, v = (_split_heads(part, given["num_heads"]) for part in projected)
+    projected = _projections(arguments, query is key is value)
+    q, k, v = (_split_heads(part, arguments["num_heads"]) for part in projected)
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out = F.linear(mixed, given["out_proj_weight"], given["out_proj_bias"])
+    out = F.linear(mixed, arguments["out_proj_weight"], arguments["out_proj_bias"])
     return out.transpose(0, 1), None
 
 
-def _projections(given: dict[str, Any], one_input: bool) -> Sequence[Tensor]:
+def _projections(arguments: dict[str, Any], one_input: bool) -> Sequence[Tensor]:
     """Queries, keys and values (N, L, heads * E) of an attention layer with these arguments."""
-    inputs = [given[name].transpose(0, 1) for name in ("query", "key", "value")]
-    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
+    inputs = [arguments[name].transpose(0, 1) for name in ("query", "key", "value")]
+    weight, bias = arguments["in_proj_weight"], arguments["in_proj_bias"]
     if one_input and weight is not None:
         return F.linear(inputs[0], weight, bias).chunk(3, dim=-1)
-    weights = [given[f"{part}_proj_weight"] for part in ("q", "k", "v")]
+    weights = [arguments[f"{part}_proj_weight"] for part in ("q", "k", "v")]
     if weight is not None:
         weights = weight.chunk(3)
     biases = (None, None, None) if bias is None else bias.chunk(3)

@@ -1,8 +1,8 @@
 """Chosen entries of several parameters as one flat vector: read out, and written back in place.
 
 Fine-tuning, evaluation, learning of coefficients and merging all hold the values of many tensors in
-one vector: the entries that a mask keeps, or all. Here is how such a vector lies over them: tensors
-in the order of their names, in each the chosen entries in rising order.
+one vector: the entries that a mask keeps, or all entries. The vector has the tensors in the order
+of their names, and the chosen entries of each tensor in rising order of position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ class ParameterEntries:
     """The chosen entries of one parameter."""
 
     indices: Tensor | None = None
-    """Their flat positions (K,), int32 where that is enough; None where all are chosen."""
+    """Flat positions (K,) of the chosen entries, int32 if that is enough, else int64; None if all
+    entries are chosen.
+    """
 
     def __init__(self, parameter: Tensor, mask: Tensor | None = None) -> None:
         """parameter: contiguous. mask: bool of its shape; None chooses all entries."""
@@ -53,14 +55,14 @@ class FlatParameters:
     """
 
     entries: list[ParameterEntries]
-    """Of each parameter with chosen entries, names sorted."""
+    """One item for each parameter that has chosen entries, in the order of the names."""
     sizes: list[int]
-    """Number of chosen entries of each."""
+    """Number of chosen entries of each item of `entries`."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None = None
     ) -> None:
-        """mask: a bool tensor for every parameter; None chooses all entries of all."""
+        """mask: a bool tensor for every parameter; None chooses all entries of all parameters."""
         self.entries = []
         for name in sorted(parameters):
             entries = ParameterEntries(parameters[name], None if mask is None else mask[name])

@@ -1,8 +1,8 @@
 """The Gram matrix from blocks of vectors.
 
-Products are summed in float32 over 1,024 coordinates at a time, and these sums in float64: exact to
-3e-7 of the norms. Over 65,536 coordinates the error would be 7e-6, as squares of bfloat16 values
-round the same way again and again.
+Products are summed in float32 over 1,024 coordinates at a time, and these sums are added in
+float64. The result is exact to 3e-7 of the norms. Float32 sums over 65,536 coordinates would have
+an error of 7e-6, because squares of bfloat16 values round the same way again and again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 65536
-"""Coordinates of a block. Divides evenly into bytes of a packed mask."""
+"""Number of coordinates of a block. It is a multiple of 8, the coordinates in a byte of a packed
+mask.
+"""
 
 _SUMMED = 1024
-"""Coordinates whose products are summed in float32."""
+"""Number of coordinates whose products are summed in float32."""
 
 
 def gram_of_blocks(count: int, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
@@ -25,9 +27,9 @@ def gram_of_blocks(count: int, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
     blocks: (start, rows), with rows (count, n) float32 the vectors' coordinates from `start` on.
     """
     gram = torch.zeros(count, count, dtype=torch.float64)
-    panel = min(64, 4 * -(-count // 8))  # of the symmetric product about half is computed
+    panel = min(64, 4 * -(-count // 8))  # about half of the symmetric product is computed
     for _, rows in blocks:
-        for part in rows.split(BLOCK, dim=1):  # stays in the caches
+        for part in rows.split(BLOCK, dim=1):  # a part stays in the processor's caches
             chunks = part.shape[1] // _SUMMED
             whole = part[:, : chunks * _SUMMED].unflatten(1, (chunks, _SUMMED))
             for values in (whole, part[:, None, chunks * _SUMMED :]):
@@ -39,7 +41,10 @@ def gram_of_blocks(count: int, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
 
 
 def grown(gram: Tensor, rows: Tensor) -> Tensor:
-    """The Gram matrix (T, T) made larger by the rows (new, T + new) of new vectors."""
+    """The Gram matrix (T + new, T + new) float64 after new vectors have been added.
+
+    gram: (T, T). rows: (new, T + new), the inner products of the new vectors with all vectors.
+    """
     before, total = len(gram), rows.shape[1]
     larger = torch.zeros(total, total, dtype=torch.float64)
     larger[:before, :before] = gram

@@ -23,12 +23,12 @@ class GramFactor:
     Attributes, all float64:
         G_TT: the Gram matrix, divided by its trace.
         rank: R, the numerical rank of G.
-        F_RT: its factor, G = FᵀF with F Fᵀ diagonal and falling. ‖F x‖ = ‖V x‖ / ‖V‖, so the
+        F_RT: the factor of G: G = FᵀF with F Fᵀ diagonal and falling. ‖F x‖ = ‖V x‖ / ‖V‖, so the
             columns of F can stand in for the task vectors.
-        energy_R: the diagonal of F Fᵀ, which are the eigenvalues. The loss of M vectors is at least
-            the sum of all but the first M.
-        U_TR: the eigenvectors.
-        null_TK: orthonormal combinations of the vectors that vanish.
+        energy_R: the eigenvalues of G above zero, falling. They are the diagonal of F Fᵀ. The loss
+            of M vectors is at least the sum of all but the first M.
+        U_TR: the eigenvectors of these eigenvalues.
+        null_TK: the other eigenvectors, K = T − R. They are orthonormal, and V times each is zero.
         inverse_TR: F⁺, so that V F⁺ has orthonormal columns (up to the scale).
     """
 
@@ -73,7 +73,7 @@ class GramFactor:
 
     @cached_property
     def pivots(self) -> list[int]:
-        """R tasks: each time the one whose vector is worst explained by those before.
+        """R tasks, chosen one after the other: always the vector that those before explain worst.
 
         These are the pivots of a column-pivoted Cholesky factorisation of G.
         """
@@ -83,11 +83,12 @@ class GramFactor:
     def beside_mean(self) -> tuple[Tensor, Tensor]:
         """The best directions beside the mean: their energies (R,), falling, and columns C (T, R).
 
-        V C is orthonormal, and its columns with energy are at right angles to the mean.
+        The columns of V C are orthonormal (up to the scale). Those with an energy above zero are
+        orthogonal to the mean.
         """
         f_R = self.F_RT.mean(dim=1)
         energy_RR = self.energy_R.diag()
-        # A vanishing mean is decoded by anything, and takes no direction from the others.
+        # Any basis reproduces a mean of zero, so such a mean uses up no direction.
         if f_R.norm() > len(self.G_TT) * EPS * self.F_RT.norm():
             f_R = f_R / f_R.norm()
             left_RR = torch.eye(self.rank, dtype=torch.float64) - torch.outer(f_R, f_R)
@@ -97,14 +98,14 @@ class GramFactor:
 
     @cached_property
     def centred(self) -> Tensor:
-        """Eigenvectors (T, T) of the Gram matrix of the vectors less their mean."""
+        """Eigenvectors (T, T) of the Gram matrix of the vectors minus their mean."""
         G_TT = self.G_TT
         return eigh(G_TT - G_TT.mean(0) - G_TT.mean(1, keepdim=True) + G_TT.mean())[1]
 
 
 def _rank(G_TT: Tensor) -> int:
-    """Numerical rank, judged on the cosines: neither the rank nor rounding depends on how long the
-    vectors are.
+    """Numerical rank of G. It is judged on the cosines between the vectors, so that it does not
+    depend on the lengths of the vectors.
     """
     norm_T = G_TT.diag().clamp(min=0).sqrt()
     nonzero = norm_T > 0
@@ -113,10 +114,10 @@ def _rank(G_TT: Tensor) -> int:
     largest, least = float(values[0]), float(values[-1])
     noise = len(values) * EPS * largest
     if least < -1e-12 * largest:
-        # Products were rounded to float32, or to less: eigenvalues as small as that say nothing.
+        # The products were rounded to float32 or coarser. Eigenvalues of that size mean nothing.
         noise = max(len(values) * torch.finfo(torch.float32).eps * largest, -3 * least)
-    # Rounding may come out positive too: it then lies far below the smallest eigenvalue that means
-    # something.
+    # An eigenvalue that is only rounding may be positive too. It then lies far below the smallest
+    # eigenvalue that means something.
     gap = (values[1:] < 1e-8 * largest) & (values[1:] < 1e-4 * values[:-1])
     before_gap = int(gap.int().argmax()) + 1 if gap.any() else len(values)
     return min(int((values > noise).sum()), before_gap)
@@ -139,7 +140,7 @@ def semidefinite(matrix: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has {int((~G.isfinite()).sum())} entries that are not finite")
     if not G.any():
         raise ValueError(f"{name} is all zero: there is nothing to fit")
-    G = G / G.abs().max()  # first, so that nothing below over- or underflows
+    G = G / G.abs().max()  # so that no later step over- or underflows
     skew = float((G - G.T).abs().max())
     if skew > 1e-5:
         raise ValueError(f"{name} is not symmetric: entries differ by {skew:.1e} of the largest")

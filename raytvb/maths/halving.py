@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST = 2
-"""At least this many candidates of a group go on: fewer cannot be compared."""
+"""At least this many candidates of a group go on, since fewer cannot be compared."""
 
 
 def survivors(values: Mapping[str, float], keep: float) -> set[str]:
-    """Names of those that go on: values at or above the (1 - keep) quantile.
+    """Names of the candidates that go on: their values are at or above the (1 - keep) quantile.
 
-    It is the rule of ASHA with reduction factor 1 / keep (Li et al., MLSys 2020, arXiv 1810.05934).
-    At least two go on. Values that are not finite never do.
+    This is the rule of ASHA with reduction factor 1 / keep (Li et al., MLSys 2020, arXiv
+    1810.05934). At least two candidates go on, but none whose value is not finite.
     """
     finite = {n: v for n, v in values.items() if math.isfinite(v)}
     if len(finite) <= LEAST:
@@ -42,14 +42,15 @@ def halve(
     round together.
 
     Args:
-        values: of each candidate by name, one for each of its rounds so far.
-        groups: the group of each candidate. Only the best of a group go on to the next round;
-            candidates of the group None all go on, if their value is finite.
+        values: by the candidate's name, its value after each round that it has ended so far.
+        groups: the group of each candidate. Only the best of a group go on to the next round.
+            All candidates of the group None go on if their value is finite.
         rounds: the number of rounds.
-        keep: the part of a group that goes on, see `survivors`.
+        keep: the fraction of a group that goes on, see `survivors`.
 
-    Returns the number of rounds that each candidate goes through, as far as the values tell; and
-    for each candidate that lacks the value of its next round, the number of rounds it must run to.
+    Returns two dicts by name. The first has the number of rounds that each candidate goes through,
+    as far as the values tell. The second has only the candidates that lack the value of their next
+    round, with the number of the round up to which they must run.
     """
     limits, missing = dict[str, int](), dict[str, int]()
     for group in dict.fromkeys(groups.values()):
@@ -80,8 +81,8 @@ class Option:
     stored_bytes: int
 
     def beats(self, other: Option) -> bool:
-        """Whether it is not larger and at least as accurate on the images that both have seen, and
-        better in one of the two.
+        """Whether this option is not larger than `other`, at least as accurate, and better in one
+        of the two. Accuracies are compared on the largest share of images that both have seen.
         """
         last = min(len(self.values), len(other.values)) - 1
         ours, theirs = self.values[last], other.values[last]
@@ -102,15 +103,15 @@ def pareto_front(options: Sequence[Option]) -> list[str]:
 
 
 def choose(options: Sequence[Option], least: float, tolerance: float | None = None) -> str | None:
-    """Name of the most accurate option; of equals the smaller, then the first by name.
+    """Name of the most accurate option. Ties go to the smaller option, then to the first by name.
 
     Args:
-        options: those that went through all rounds.
-        least: the accuracy without any of them; an option that is not above it is not valid.
-        tolerance: where it is given, the smallest option is chosen whose accuracy is at most this
-            much below that of the most accurate one.
+        options: the options that went through all rounds.
+        least: the accuracy (0 to 1) without any option. Only an option above it is valid.
+        tolerance: if given, the result is the smallest valid option whose accuracy is at most this
+            much (0 to 1) below the highest.
 
-    None where no option is valid.
+    Returns None if no option is valid.
     """
     valid = [o for o in options if math.isfinite(o.values[-1]) and o.values[-1] > least]
     if not valid:

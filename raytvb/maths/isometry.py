@@ -9,7 +9,7 @@ from torch import Tensor
 def nearest_isometry(factors: Tensor) -> Tensor:
     """The partial isometry nearest to factors (m, K): P Q' of their SVD P D Q'.
 
-    Directions of no length are left out.
+    Directions whose singular value is zero, up to rounding, are left out.
     """
     P, lengths, Q = torch.linalg.svd(factors, full_matrices=False)
     return (P * (lengths > rounding_level(factors) * lengths.max())) @ Q

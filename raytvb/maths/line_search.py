@@ -1,8 +1,8 @@
 """The search for merge coefficients.
 
 The accuracy of a merge, as a function of its coefficient, rises to a maximum and falls, or nearly
-so. The best coefficient of an addition is near one over the number of vectors added, so it is
-searched on a ladder of multiples of that.
+so. The best coefficient of an addition is near one over the number of vectors added. So the search
+runs on a ladder of multiples of that number.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def nearest(rungs: Sequence[float], value: float) -> int:
 def climb(rungs: Sequence[float], start: int, value: Value) -> dict[float, float]:
     """Line search for the maximum of a unimodal function on a ladder, from rung `start`.
 
-    It goes up while that is better, else down while that is better or equal: a few evaluations
-    instead of all. Returns every coefficient that it tried, with its value.
+    The search goes up while the next rung is better. If the first step up is not better, it goes
+    down while the next rung is better or equal. So it evaluates a few rungs instead of all. Returns
+    every coefficient that it tried, with its value.
     """
     tried = {rungs[start]: value(rungs[start])}
     for step in (1, -1):
@@ -45,7 +46,7 @@ def climb(rungs: Sequence[float], start: int, value: Value) -> dict[float, float
             if tried[rungs[rung]] < before or (step == 1 and tried[rungs[rung]] == before):
                 break
             rung += step
-        if rung - step != start:  # it went up: the other side is lower
+        if rung - step != start:  # the search went up, so the other side is lower
             break
     return tried
 
@@ -55,8 +56,9 @@ def tune_vector(
 ) -> tuple[list[float], float]:
     """The best of `trials` weight vectors, and its value.
 
-    Optuna's tree-structured Parzen estimator suggests them. `start` is the first of them, so the
-    result is never worse. Weights are -1 to 3 times its mean.
+    Optuna's tree-structured Parzen estimator suggests the vectors. `start` is the first of them, so
+    the result is never worse than `start`. Each weight lies between -1 and 3 times the mean size of
+    the weights of `start`; the range is widened to include its own start.
     """
     import optuna  # slow to import, and only a few searches need it
 
@@ -79,5 +81,5 @@ def tune_vector(
 
 
 def best_coefficient(tried: Mapping[float, float]) -> float:
-    """The coefficient with the highest value; the smallest of equals."""
+    """The coefficient with the highest value; among equal values, the smallest coefficient."""
     return min(tried, key=lambda a: (-tried[a], a))

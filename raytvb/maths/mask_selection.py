@@ -44,7 +44,7 @@ def select_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tenso
     k-th value is selected, nothing is sorted.
 
     Returns name -> bool tensor. Raises ValueError for a density outside (0, 1], for scores that are
-    NaN, and for none.
+    NaN, and if there are no scores.
     """
     if not scores:
         raise ValueError("there are no scores to select from")
@@ -70,11 +70,11 @@ def select_further(
 ) -> dict[str, Tensor]:
     """One round: like `select_mask`, but entries that an earlier round rejected stay rejected.
 
-    kept: the mask of the round before; None in the first round.
+    kept: the mask of the round before; None in the first round. Raises as `select_mask`.
     """
     if kept is None:
         return select_mask(scores, density)
-    # Scores that overflowed are made finite, so that they come before the rejected ones.
+    # Scores that overflowed are made finite, so that they rank before the rejected entries.
     largest = torch.finfo(torch.float32).max
     remaining: dict[str, Tensor] = {}
     for name, score in scores.items():
@@ -87,7 +87,7 @@ def damp(
 ) -> dict[str, Tensor]:
     """The weights that the next round scores: rejected entries are multiplied by `damping`.
 
-    The authors' code has 0.1; 1 leaves them as they are.
+    The authors' code has a damping of 0.1; 1 leaves the weights as they are.
     """
     return {n: torch.where(kept[n], p, p * damping) for n, p in parameters.items()}
 

@@ -1,8 +1,8 @@
-"""Training the kept entries of a mask only.
+"""AdamW that trains only the entries that a mask keeps.
 
 The optimizer sees one flat float32 parameter with the K kept values, so torch's own fused AdamW
-does the arithmetic. What is done here is gathering gradients and scattering values back. Values,
-two moments and positions take 16 bytes a kept entry; a dense AdamW takes 8 bytes for every entry.
+does the arithmetic. This module only gathers gradients and scatters values back. Values, two
+moments and positions take 16 bytes for a kept entry; a dense AdamW takes 8 bytes for every entry.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MaskedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """mask: a bool tensor for every parameter; kept entries are trained from their values now.
+        """mask: a bool tensor for every parameter. Kept entries start from their present values.
 
         Raises ValueError where mask and parameters have different names.
         """
@@ -55,7 +55,8 @@ class MaskedAdamW:
         self.values = nn.Parameter(flat.gather())
         self.values.grad = torch.empty_like(self.values)
         self._gradients = flat.split(self.values.grad)
-        self._filled = [False] * len(flat.entries)  # gradients were taken since the last step
+        # Whether a gradient of the parameter was taken since the last step.
+        self._filled = [False] * len(flat.entries)
         self._hooks = []
         for number, entries in enumerate(flat.entries):
             hook = partial(self._take, number)
@@ -65,7 +66,7 @@ class MaskedAdamW:
         )
 
     def close(self) -> None:
-        """Leave the parameters' gradients alone from now on."""
+        """Remove the hooks: from now on the parameters keep their gradients."""
         for hook in self._hooks:
             hook.remove()
 
@@ -83,7 +84,7 @@ class MaskedAdamW:
         return sum(t.numel() * t.element_size() for t in held)
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, as CPU tensors.
+        """All that the next step depends on, as CPU tensors.
 
         These are the kept values (K,), AdamW's moments (K,) and its number of steps.
         """
@@ -91,7 +92,7 @@ class MaskedAdamW:
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`: its values are written into the parameters too.
+        """Go on from what `state` returned. Its values are written into the parameters too.
 
         Raises ValueError where the state is of a mask with another number of kept entries.
         """
@@ -109,15 +110,15 @@ class MaskedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> float:
-        """One update from the gradients of all backward passes since the last one.
+        """One update from the gradients of all backward passes since the last update.
 
-        clip: the largest norm of the kept gradients; longer ones are scaled down to it. Returns
-        that norm before clipping. If it is not finite, nothing is updated.
+        clip: the largest norm of the kept gradients; a larger norm is scaled down to it. Returns
+        the norm before clipping. If it is not finite, nothing is updated.
         """
         gradient = self.values.grad
         assert gradient is not None
         for number, part in enumerate(self._gradients):
-            if not self._filled[number]:  # no backward pass has reached it
+            if not self._filled[number]:  # no backward pass has reached this parameter
                 part.zero_()
             self._filled[number] = False
         norm = gradient.norm()
@@ -132,10 +133,10 @@ class MaskedAdamW:
 
     @torch.no_grad()
     def _take(self, number: int, parameter: Tensor) -> None:
-        """Add the kept entries of a parameter's gradient to their part of the flat one, and free
-        it.
+        """Add the kept entries of a parameter's gradient to their part of the flat gradient. Then
+        free the parameter's gradient.
 
-        number: of the parameter among those with kept entries.
+        number: position of the parameter in `FlatParameters.entries`.
         """
         assert parameter.grad is not None
         entries, part = self._flat.entries[number], self._gradients[number]

@@ -1,4 +1,4 @@
-"""The merge methods: how T task vectors become one, a parameter at a time.
+"""The merge methods: how T task vectors become one, one parameter at a time.
 
 A method is one function in one file of `merge_methods`:
 
@@ -7,24 +7,24 @@ A method is one function in one file of `merge_methods`:
         return merged
 
 It takes the T differences of one parameter to its pretrained weights, (T, *shape) float32 or bf16,
-and gives (*shape) float32. The model is then theta_0 + alpha * merged, with alpha the caller's. So
-a whole model is merged with T times one parameter in memory; beside its input a method holds a few
-tensors of one parameter's size, in float32 or float64.
+and returns (*shape) float32. The caller chooses alpha, and the model is theta_0 + alpha * merged.
+Merging a whole model thus needs T copies of one parameter in memory. Beside its input a method
+holds a few tensors of one parameter's size, in float32 or float64.
 
-What a method needs beyond one parameter it gets as a keyword argument without a default, and
-registers as `needs`:
+If a method needs more than the vectors of one parameter, it takes that as a keyword argument
+without a default, and names the argument in `needs`:
 
-- `thresholds` (T,): the least magnitude that stays of each whole vector (`global_thresholds`
+- `thresholds` (T,): for each whole vector, the least magnitude that is kept (`global_thresholds`
   streams the vectors, exactly and in bounded memory);
 - `generator`: a seeded torch.Generator, the same for all parameters, which come in a fixed order;
-- `fishers` (T, *shape): the diagonal Fisher information of each task. A store has none, so such
-  methods are for callers in Python only.
+- `fishers` (T, *shape): the diagonal Fisher information of each task. A store does not hold it, so
+  only callers in Python can use such methods.
 
-Values are taken to be finite; only `Thresholds` checks that. Names of parameters are unknown here:
-papers that treat some parameters by name (text_projection in TSV-M and Iso-C) leave that to the
-caller.
+Values are assumed to be finite; only `Thresholds` checks that. A method does not know the names of
+parameters. Where a paper treats some parameters by name (text_projection in TSV-M and Iso-C), that
+is left to the caller.
 
-Importing this module, and all methods, is light: see `method_registry`.
+Importing this module and all methods is light: see `method_registry`.
 """
 
 from __future__ import annotations
@@ -51,23 +51,24 @@ class MergeMethod(Method):
     function: Callable[..., Tensor]
     """(T, *shape) and the keywords of `needs` → (*shape) float32."""
     coefficient: Coefficient
-    """The size of the result: "one", made for a coefficient of 1, or "sum", as large as the sum of
-    T vectors, whose best coefficient is nearer 1/T.
+    """The size of the result. "one": it is made for a coefficient of 1. "sum": it is as large as
+    the sum of T vectors, so its best coefficient is nearer 1/T.
     """
     needs: tuple[Need, ...]
-    """Keywords that it needs beyond one parameter."""
+    """The keyword arguments that the method needs beyond the vectors of one parameter."""
     matrices: bool
-    """It sees whole matrices, and its result is not zero where all vectors are: sparse vectors are
-    filled with zeros for it. Other methods go entry by entry.
+    """Whether the method works on whole matrices, so that its result may be non-zero where all
+    vectors are zero. Sparse vectors are filled up with zeros for such a method. Other methods work
+    entry by entry.
     """
 
     def __call__(self, vectors: Tensor, **options: Any) -> Tensor:
-        """The merged parameter. Raises ValueError where the function gives another shape."""
+        """The merged parameter (*shape). Raises ValueError for a result of another shape."""
         merged = self.function(vectors, **options)
         if merged.shape != vectors.shape[1:]:
             raise ValueError(
-                f"merge method {self.name!r} ({self.place}) made {tuple(merged.shape)} of "
-                f"{tuple(vectors.shape)}"
+                f"merge method {self.name!r} ({self.place}) returned shape {tuple(merged.shape)} "
+                f"for vectors {tuple(vectors.shape)}"
             )
         return merged
 
@@ -85,14 +86,14 @@ def merge_method(
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register a function as the merge method `name`; the fields are those of `MergeMethod`.
 
-    Raises ValueError where the name is taken or is no name, and for a need or a coefficient that
-    there is none of.
+    Raises ValueError if another definition has the name, if the name is not lower-case words with
+    hyphens between them, and for an unknown need or coefficient.
     """
     unknown = set(needs) - set(get_args(Need))
     if unknown or coefficient not in get_args(Coefficient):
         raise ValueError(
-            f"merge method {name!r}: needs are of {', '.join(get_args(Need))}, the coefficient is "
-            f"one of {', '.join(get_args(Coefficient))}; given: {needs} and {coefficient!r}"
+            f"merge method {name!r}: needs can be {', '.join(get_args(Need))}, and the coefficient "
+            f"{' or '.join(get_args(Coefficient))}; got {needs} and {coefficient!r}"
         )
 
     def register(function: MergeFunction) -> MergeFunction:
@@ -113,7 +114,7 @@ def merge_method(
 
 
 def stored_merges() -> list[str]:
-    """Names of the methods that need nothing but task vectors: what a store can be merged by."""
+    """Names of the methods that can merge a store's vectors: they need no Fisher information."""
     return [name for name, method in MERGE_METHODS.items() if "fishers" not in method.needs]
 
 

@@ -5,9 +5,9 @@ There are two registries: `basis_registry` (how T task vectors become M basis ve
 one method a file; to add one, add a file. A user's own methods come from the modules that
 `plugins` imports, or from any code that runs the decorator.
 
-Everything here is light, the files of the methods too: the command line reads names and flags for
-`--help`, and an experiment file is checked, without torch, numpy, scipy or sklearn. Those are
-imported by the methods when they run.
+This module and the files of the methods are light to import. The command line can read names and
+flags for `--help`, and check an experiment file, without torch, numpy, scipy or sklearn. The
+methods import those when they run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from typing import Any, Generic, TypeVar
 from raytvb.plugins import import_plugins
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-"""Names of methods: they are parts of keys in a store, and of options on the command line."""
+"""The form of a method's name, which becomes part of keys in a store and of command line options.
+"""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What every registered method has."""
+    """The fields that every registered method has."""
 
     name: str
     summary: str
-    """What it does, in a line."""
+    """What the method does, in one line."""
     place: str
-    """File and line of its function."""
+    """File and line of the method's function."""
 
 
 Entry = TypeVar("Entry", bound=Method)
@@ -42,11 +43,11 @@ Entry = TypeVar("Entry", bound=Method)
 class Registry(Mapping[str, Entry], Generic[Entry]):
     """Methods of one kind by name, in alphabetical order.
 
-    The first look imports the built-in methods and the user's plugins.
+    The first access imports the built-in methods and the user's plugins.
     """
 
     def __init__(self, kind: str, package: str) -> None:
-        """kind: what messages call such a method. package: the folder of the built-in ones."""
+        """kind: what messages call such a method. package: that of the built-in methods."""
         self._kind, self._package = kind, package
         self._entries: dict[str, Entry] = {}
         self._complete = False
@@ -54,9 +55,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def add(self, entry: Entry) -> None:
         """Register a method.
 
-        The same definition, run again (a reloaded module, a cell of a notebook), replaces itself.
-        Raises ValueError for a name that another definition has, and for a name that is no
-        lower-case words with hyphens between them.
+        A definition that runs again (a reloaded module, a cell of a notebook) replaces itself.
+        Raises ValueError if another definition has the name, and if the name is not lower-case
+        words with hyphens between them.
         """
         if not NAME.fullmatch(entry.name):
             raise ValueError(
@@ -72,7 +73,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._entries[entry.name] = entry
 
     def lookup(self, name: str) -> Entry:
-        """The method of this name. Raises ValueError that lists the names there are."""
+        """The method of this name. Raises a ValueError that lists the known names."""
         entry = self._loaded().get(name)
         if entry is None:
             raise ValueError(f"unknown {self._kind} {name!r}; there are: {', '.join(self)}")

@@ -1,13 +1,13 @@
 """Online task vector bases: vectors arrive a few at a time, each is seen once, and at most
 `size` + b of them are held.
 
-Whoever holds the basis S (D×M) and new vectors N (D×b) computes the Gram matrix of the atoms
-A = [S N]. `advance` turns it into the mix B′ with which S′ = A B′ is formed block by block, and
-into the next state: every code, old or new, follows by the same linear map, W′ = C P, with
-P = blockdiag(W, I) and C the best weights of the atoms for B′. How a basis method chooses B′ is its
-online form in `basis_registry`; `online_refit` has the maths.
+The caller holds the basis S (D×M) and the new vectors N (D×b), and computes the Gram matrix of the
+atoms A = [S N]. `advance` turns this matrix into the mix B′ and the next state. The caller then
+forms S′ = A B′ block by block. All coefficients, old or new, follow by the same linear map,
+W′ = C P, with P = blockdiag(W, I) and C the best weights of the atoms for B′. The online form of a
+basis method (see `basis_registry`) chooses B′; `online_refit` has the maths.
 
-Read `OnlineState` first, then `start` and `advance`. The rest are figures about a finished stream.
+Read `OnlineState` first, then `start` and `advance`. The other functions measure a stream.
 
 Shape suffixes: n tasks seen, b new, M basis vectors, K = M + b atoms. Everything is float64 on the
 CPU.
@@ -30,26 +30,28 @@ if TYPE_CHECKING:
     from raytvb.maths.basis_registry import Refit
 
 LOOKS = 16
-"""At most this many times during a stream a basis is measured."""
+"""A basis is measured at most this many times during a stream."""
 
 
 @dataclass(frozen=True, eq=False)
 class OnlineState:
-    """What is kept of the n tasks seen so far, besides the M basis vectors S themselves."""
+    """The state after n tasks: all that is kept of them except the M basis vectors S."""
 
     method: str
     """A basis method that has an online form."""
     size: int
-    """The most basis vectors that are kept. M is smaller while there are fewer vectors or
+    """The largest number of basis vectors. M is smaller while there are fewer task vectors or
     directions.
     """
     W: Tensor
     """(M, n) float64: task t comes back as Σ_m W[m, t] s_m."""
     H: Tensor
-    """(n, M) float64: basis vector m is Σ_t H[t, m] τ_t of the vectors as they came: S = V H."""
+    """(n, M) float64: basis vector m is Σ_t H[t, m] τ_t, with the task vectors as they arrived:
+    S = V H.
+    """
     error: Tensor
-    """(n,) float64: upper bound of ‖τ_t − S w_t‖. It is exact when t arrives; each refit adds how
-    far it moves S w_t.
+    """(n,) float64: upper bound of ‖τ_t − S w_t‖. The bound is exact when t arrives. Each refit
+    adds the distance by which it moves S w_t.
     """
     norm: Tensor
     """(n,) float64: ‖τ_t‖."""
@@ -88,13 +90,15 @@ def advance(state: OnlineState, gram: Tensor) -> tuple[Tensor, OnlineState]:
 
     gram: (K, K), K = M + b with b ≥ 1, the Gram matrix of [S N], any real dtype.
 
-    As long as all atoms fit into `size` their span is kept whole and no error grows; a convex basis
-    then has the mean of all tasks in place of the first atom, another the atoms themselves. M′ is
-    smaller than `size` if there are fewer directions. The bounds allow for the rounding of the Gram
-    matrix, which shows as up to 1e-6 of the largest norm where the error is zero, but not for a
-    basis that is stored in less than float64.
+    As long as all atoms fit into `size`, their span is kept whole and no error grows. A convex
+    basis then has the mean of all tasks in place of the first atom; any other basis is the atoms
+    themselves. M′ is smaller than `size` if there are fewer directions.
 
-    Raises ValueError for a matrix of another shape, and for one that is no Gram matrix.
+    The error bounds allow for the rounding of the Gram matrix: where the error is zero, they may be
+    up to 1e-6 of the largest norm. They do not allow for the rounding of a basis that is stored
+    with less precision than float64.
+
+    Raises ValueError for a matrix of another shape, and for a matrix that is not a Gram matrix.
     """
     old = len(state.W)
     method, refit = _online_form(state.method)
@@ -113,7 +117,7 @@ def advance(state: OnlineState, gram: Tensor) -> tuple[Tensor, OnlineState]:
         error_n = error_n + (atoms.F_KK @ moved_Kn).norm(dim=0)
     H_nM = atoms.E_nK @ B_KM
     if method.convex:
-        H_nM = H_nM.clamp(min=0)  # −1e-17 is rounding
+        H_nM = H_nM.clamp(min=0)  # entries like −1e-17 are rounding
     norm_n = torch.cat([state.norm, G_KK.diag()[old:].clamp(min=0).sqrt()])
     W_Mn = C_MK @ atoms.P_Kn
     return B_KM, OnlineState(state.method, state.size, W=W_Mn, H=H_nM, error=error_n, norm=norm_n)
@@ -132,10 +136,10 @@ def _atoms(state: OnlineState, F_KK: Tensor) -> Atoms:
 
 
 def arrivals(count: int, buffer: int = 1) -> list[int]:
-    """Numbers of tasks after which a basis of `count` tasks, taken in `buffer` at a time, is
-    measured.
+    """Numbers of tasks after which an online basis is measured.
 
-    That is after each time, or at 16 of them that are evenly spaced; the last number is `count`.
+    The `count` tasks arrive `buffer` at a time. The basis is measured after every arrival, or after
+    16 evenly spaced arrivals if there are more. The last number is `count`.
     """
     times = -(-count // buffer)
     steps = min(times, LOOKS)
@@ -143,8 +147,8 @@ def arrivals(count: int, buffer: int = 1) -> list[int]:
 
 
 def watched(count: int) -> list[int]:
-    """Positions of the tasks that are measured during a stream: all of up to 16, else 16 that are
-    evenly spaced.
+    """Positions of the tasks that are measured during a stream: all if there are at most 16, else
+    16 that are evenly spaced.
     """
     return [n - 1 for n in arrivals(count)]
 
@@ -161,7 +165,7 @@ def forgetting(accuracy: Tensor) -> Tensor:
     section 3: the maximum over the arrivals before the last, minus the last.
 
     accuracy: (N, T), arrivals by tasks, NaN where a task had not arrived. The result is 0 for a
-    task that came with the last arrival, NaN for one that never came.
+    task that came with the last arrival, and NaN for a task that never came.
     """
     last_T = accuracy[-1]
     never_1T = torch.full_like(accuracy[:1], -math.inf)

@@ -1,27 +1,29 @@
 """The refit of an online basis: M old basis vectors and b new task vectors become at most M again.
 
-Whoever holds the basis S (D×M) and new vectors N (D×b) knows the Gram matrix of the atoms
-A = [S N]. All tasks so far are A P, P = blockdiag(W, I), so the refit is a basis of the atoms that
-weights them by how the tasks use them:
+The caller holds the basis S (D×M) and the new vectors N (D×b), and so knows the Gram matrix of the
+atoms A = [S N]. All tasks so far decode to A P with P = blockdiag(W, I). So the refit is a basis of
+the atoms, weighted by how the tasks use them:
 
     min over B′, C of ‖A (B′C − I) P‖² = tr((B′C − I)ᵀ G (B′C − I) Q),
     G = AᵀA,  Q = P Pᵀ = blockdiag(WWᵀ, I).
 
 The unconstrained answer is incremental SVD (`Atoms.principal`): the top left singular vectors of
-A P, times their values.
+A P, times their singular values.
 
-In a convex basis every basis vector is a convex combination of the task vectors as they came:
-S = V H with H ≥ 0. With E = blockdiag(H, I), that asks E B′ ≥ 0 of a refit and not B′ ≥ 0: convex
-combinations of the atoms shrink into their own hull with every arrival (40 tasks, 8 or 20 vectors:
-up to 9 times the floor, and condition numbers without bound). Only the span counts, so the basis is
-spread around a point b₁ with a share of every task (`spread_around`): with c_k the top M − 1
-directions of the tasks without A b₁,
+In a convex basis every basis vector is a convex combination of the task vectors as they arrived:
+S = V H with H ≥ 0. With E = blockdiag(H, I), a refit must therefore keep E B′ ≥ 0. It need not keep
+B′ ≥ 0, and should not: convex combinations of the atoms shrink into their own hull with every
+arrival. (With 40 tasks and 8 or 20 basis vectors, the loss was up to 9 times the floor, and
+condition numbers grew without bound.)
+
+Only the span counts. So the basis is spread around a point b₁ that has a share of every task
+(`spread_around`). With c_k the top M − 1 directions of the tasks beside A b₁,
 
     b_k = b₁ + ε (c_k − 1ᵀc_k b₁)
 
 with the largest |ε| that keeps E b_k ≥ 0. `ae-anchored` takes the mean of all tasks as b₁, so that
-their decoded sum is exact. `ae` moves that point towards the span of the incremental SVD as far as
-every task keeps its share (`moved_towards`).
+their decoded sum is exact. `ae` moves that point towards the span of the incremental SVD, as far as
+it can while every task keeps its least share (`moved_towards`).
 
 Shape suffixes: n tasks seen, b new, M basis vectors, K = M + b atoms. Everything is float64 on the
 CPU.
@@ -37,13 +39,13 @@ import torch
 from torch import Tensor
 
 LEAST_SHARE = 0.1
-"""The first vector of `ae` has at least this part of 1/n of every task: nearer to 0 there is no
-room to spread.
+"""The first vector of `ae` has at least this fraction of 1/n of every task. With a smaller share
+there would be no room to spread the other vectors around it.
 """
 
 FAINT = 1e-7
-"""Directions below this part of ‖A P‖ are rounding: a Gram matrix resolves norms to about 1e-8 of
-the largest.
+"""Directions below this fraction of ‖A P‖ are rounding, since a Gram matrix resolves norms to about
+1e-8 of the largest.
 """
 
 
@@ -54,12 +56,12 @@ class Atoms:
     F_KK: Tensor
     """(K, K) ‖A x‖ = ‖F x‖: a factor of the Gram matrix of the atoms, G = FᵀF."""
     P_Kn: Tensor
-    """The tasks, decoded: A P."""
+    """(K, n): A P are the decoded tasks."""
     E_nK: Tensor
-    """The atoms, as combinations of the task vectors as they came: A = V E."""
+    """(n, K): the atoms as combinations of the task vectors as they arrived, A = V E."""
     centre: Tensor
-    """(K,) A times this is the mean of all task vectors, where the first atom is the mean of the
-    old ones.
+    """(K,): A times this is the mean of all task vectors, if the first atom is the mean of the old
+    ones.
     """
 
     @cached_property
@@ -69,7 +71,7 @@ class Atoms:
 
     @property
     def faint(self) -> float:
-        """Singular values of the tasks up to this are rounding."""
+        """Singular values of `tasks` up to this value are rounding."""
         return FAINT * float(self.tasks.norm())
 
     def principal(self, size: int) -> Tensor:
@@ -80,10 +82,11 @@ class Atoms:
 
 
 def moved_towards(atoms: Atoms, span_KM: Tensor) -> Tensor:
-    """The point (K,) from the mean of all tasks towards its projection on a span.
+    """The mean of all tasks (K,), moved towards its projection on a span.
 
-    It is moved as far as every task keeps its least share, on the plane where the sum is 1. A span
-    without columns, or whose projection has no sum, leaves the mean.
+    span_KM: A times these columns spans it. The point moves on the plane where its entries sum to
+    1, as far as it can while every task keeps its least share. It stays at the mean if the span has
+    no columns, or if the entries of the projection sum to 0.
     """
     image_K1 = (atoms.F_KK @ atoms.centre)[:, None]
     least_squares = torch.linalg.lstsq(atoms.F_KK @ span_KM, image_K1, driver="gelsd")
@@ -98,9 +101,10 @@ def moved_towards(atoms: Atoms, span_KM: Tensor) -> Tensor:
 
 
 def spread_around(atoms: Atoms, point_K: Tensor, size: int) -> Tensor:
-    """The mix (K, at most size): the point, and size − 1 points around it, all convex in the tasks.
+    """The mix (K, at most size): the point (K,), and up to size − 1 points around it.
 
-    The others lie in the top directions of what the tasks have beside the point.
+    All are convex combinations of the task vectors. The points around it lie in the top directions
+    of what the tasks have beside the point.
     """
     X_Kn = atoms.tasks
     image_K = atoms.F_KK @ point_K
@@ -125,9 +129,9 @@ def _spread(point_K: Tensor, directions_KM: Tensor, E_nK: Tensor) -> Tensor:
 
 
 def _top(X_Kn: Tensor, size: int, faint: float) -> Tensor:
-    """The top right singular vectors (n, at most size) of X, without those of values up to `faint`.
+    """The top right singular vectors (n, at most size) of X, of singular values above `faint`.
 
-    X times them are the left singular vectors times their values.
+    X times these vectors gives the left singular vectors times their singular values.
     """
     _, values, Vh = torch.linalg.svd(X_Kn, full_matrices=False)
     return Vh[: min(size, int((values > faint).sum()))].T

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def sum_rows(rows: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Sum of rows (*shape) in float64, one after the other; like (T, *shape) gives shape and
-    device.
+    """Sum (*shape) float64 of rows (*shape), which are added one after the other.
+
+    like: (T, *shape). The sum takes its shape and device from it.
     """
     total = torch.zeros(like.shape[1:], dtype=torch.float64, device=like.device)
     for row in rows:

@@ -6,7 +6,7 @@ import zlib
 
 
 def task_seed(seed: int, name: str) -> int:
-    """The seed of a task, from the experiment's seed and the task's name: other tasks do not
-    matter.
+    """The seed of a task. It depends on the experiment's seed and the task's name, and on no other
+    task.
     """
     return zlib.crc32(f"{seed}/{name}".encode())

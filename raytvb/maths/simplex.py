@@ -2,9 +2,9 @@
 solver.
 
 Zeng et al., "Task Vector Bases", TMLR 2026, arXiv 2502.01015, whose autoencoder has B =
-softmax(logits). Here W is eliminated and B ≥ 0 is solved for with projected L-BFGS on the Gram
-matrix. Shape suffixes as in `basis_fit`; K any number of columns. `simplex_columns` says which
-problems are solved for which method.
+softmax(logits). Here W is eliminated, and projected L-BFGS on the Gram matrix finds B ≥ 0. Shape
+suffixes as in `basis_fit`; K any number of columns. `simplex_columns` says which problems are
+solved for which method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ columns are made exact.
 """
 
 MOST_CONDITION = 9.5e3
-"""Condition number that `ae` aims to stay below; up to 0.2 % of loss is paid for it."""
+"""Condition number that `ae` aims to stay below. It accepts up to 0.2 % more loss for that."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,19 @@ class Columns:
     """Columns on the simplex, and how good they are."""
 
     B_TM: Tensor
-    """(T, M), without the fixed ones of the problem."""
+    """(T, M), without the fixed column of the problem."""
     ratio: float
-    """L / floor of all columns, the fixed ones included."""
+    """L / floor of all columns, the fixed column included."""
     condition: float
     """Condition number of BᵀGB for all columns, each V b of unit length."""
 
 
 def best_columns(candidates: Sequence[Columns]) -> Columns:
-    """The least loss among the well-conditioned candidates, those up to MOST_CONDITION.
+    """The candidate of least loss among those with a condition number up to MOST_CONDITION.
 
-    If these cost more than 0.2 % of loss, the best conditioned of those that do not. Where the
-    floor is out of reach it is 0.8 %: there the best bases of few vectors are often degenerate.
+    Only candidates within 0.2 % of the floor are considered. Where the floor is out of reach, the
+    limit is 0.8 % above the least loss, because the best bases of few vectors are often degenerate.
+    If none of these is well-conditioned, the result is the one with the lowest condition number.
     """
     lowest = min(c.ratio for c in candidates)
     limit = max(1.002, 1.008 * lowest) if lowest > 1.0001 else 1.002
@@ -78,10 +79,10 @@ class SimplexProblem:
         size: int,
         fixed_T1: Tensor | None = None,
     ) -> None:
-        """best_TK: V times these columns spans the best space there is.
+        """best_TK: V times these columns spans the best possible space.
 
-        floor: the least loss, reached there. size: M, the number of free columns. fixed_T1: a
-        column of B that stays as it is.
+        floor: the least possible loss, which that space has. size: M, the number of free columns.
+        fixed_T1: a column of B that is not changed; None: there is none.
         """
         norm2_T = vectors.G_TT.diag()
         self.vectors, self.size = vectors, size
@@ -99,7 +100,7 @@ class SimplexProblem:
         self._total = float(vectors.energy_R.sum())
 
     def start(self) -> Tensor:
-        """Columns (T, M) ≥ 0 in the best span U, or near it, as spread as can be.
+        """Columns (T, M) ≥ 0 in the best span U, or near it, as far apart as possible.
 
         For each task t the point U a ≥ 0 nearest to e_t is found by ADMM, of which 30 steps are
         enough for a start. Column-pivoted QR then takes the best conditioned M of these T points.
@@ -118,7 +119,7 @@ class SimplexProblem:
         Z_TT /= Z_TT.sum(0)
         X_RT: Array = unit_columns(self.vectors.F_RT, torch.from_numpy(Z_TT))[0].numpy()
         mean_R = X_RT.sum(1)
-        # Unit columns tie: which is the first pivot must not be left to rounding.
+        # Unit columns tie. They are scaled so that rounding does not choose the first pivot.
         X_RT *= 1.1 - 0.1 * (mean_R @ X_RT) / max(float(np.linalg.norm(mean_R)), 1e-300)
         fixed_R1 = np.linalg.qr(self._fixed_R1)[0]
         R_TT, order_T = qr(X_RT - fixed_R1 @ (fixed_R1.T @ X_RT), mode="r", pivoting=True)
@@ -131,7 +132,10 @@ class SimplexProblem:
         return self.vectors.subset(self.vectors.pivots[: self.size])[0]
 
     def solve(self, start_TM: Tensor, barrier: float, tolerance: float = 1e-5) -> Columns:
-        """Projected L-BFGS from `start_TM` ≥ 0."""
+        """The columns that projected L-BFGS reaches from `start_TM` (T, M) ≥ 0.
+
+        barrier: the weight of the log condition number in `objective`.
+        """
         scale_T1 = self.scale_T[:, None]
         start_TM = torch.where(scale_T1 > 0, start_TM / scale_T1, 0.0)
         start: Array = (start_TM / start_TM.sum(0)).numpy()
@@ -140,8 +144,8 @@ class SimplexProblem:
             start.ravel(),
             args=(barrier,),
             bounds=[(0, None)] * start.size,
-            # Time is dear with many entries; a higher tolerance than this would be met by the
-            # first, short step.
+            # The tolerance grows with the number of entries, to save time. A higher tolerance than
+            # this would be met by the first, short step.
             factr=tolerance * min(max((start.size / 10_000) ** 0.6, 0.3), 3) / EPS,
             maxfun=int(min(max(1e7 / start.size, 35), 150)),
             pgtol=1e-10,
@@ -150,7 +154,7 @@ class SimplexProblem:
         return self.measured(B_TM / B_TM.sum(0))
 
     def measured(self, B_TM: Tensor) -> Columns:
-        """The given columns, after the fixed ones, with their figures."""
+        """B (T, M) with its loss and condition number, both taken with the fixed column."""
         all_TM = torch.cat([self.fixed_T1, B_TM], 1)
         Q_RM = torch.linalg.qr(unit_columns(self.vectors.F_RT, all_TM)[0])[0]
         ratio = float(self.vectors.energy_R @ (1 - Q_RM.square().sum(1))) / self.floor
@@ -160,18 +164,18 @@ class SimplexProblem:
         """The columns projected on the best span, then moved along a positive vector of it until
         they are ≥ 0.
 
-        The positive vector is the fixed column or the mean of the projected ones. None if neither
-        is positive enough.
+        The positive vector is the fixed column or the mean of the projected columns. The result is
+        None if neither is positive enough.
         """
         U_TK = torch.from_numpy(self.inside_TK)
         inside_TM = U_TK @ (U_TK.T @ B_TM)
         need_TM = torch.where(inside_TM < -1e-14 * inside_TM.abs().max(), -inside_TM, 0.0)
         best: tuple[float, Tensor] | None = None
         for positive_T in (inside_TM.mean(1), *self.fixed_T1.T):
-            much_TM = torch.where(need_TM > 0, need_TM / positive_T.clamp(min=1e-300)[:, None], 0.0)
-            much_M = much_TM.amax(0)
-            if much_M.max() < 1e3 and (best is None or float(much_M.max()) < best[0]):
-                best = float(much_M.max()), inside_TM + much_M * positive_T[:, None]
+            step_TM = torch.where(need_TM > 0, need_TM / positive_T.clamp(min=1e-300)[:, None], 0.0)
+            step_M = step_TM.amax(0)
+            if step_M.max() < 1e3 and (best is None or float(step_M.max()) < best[0]):
+                best = float(step_M.max()), inside_TM + step_M * positive_T[:, None]
         if best is None:
             return None
         B_TM = best[1].clamp(min=0)
@@ -201,7 +205,7 @@ class SimplexProblem:
             power_MM @ power_MM
         )
         grad_RM = Q_RM @ along_MM - Y_RM @ (2 / self.floor * inv_R_MM.T)
-        # The columns have unit norm whatever x: what would change it is taken out.
+        # The columns have unit norm for every x, so the gradient's part along them is removed.
         grad_RM -= X_RM * (X_RM * grad_RM).sum(0)
         free = self._fixed_R1.shape[1]
         return float(value), (self._scaled_RT.T @ (grad_RM / norm_M)[:, free:]).ravel()

@@ -20,20 +20,22 @@ GOOD = 1.005
 def least_loss_columns(vectors: GramFactor, size: int, generator: torch.Generator) -> Tensor:
     """B (T, M) with columns on the simplex and the least loss, for the best W.
 
-    The loss only knows the span of V B, so B ≥ 0 is solved for, and columns are scaled at the end.
+    The loss depends only on the span of V B. So the solver asks only for B ≥ 0, and the columns are
+    scaled at the end.
 
-    Where the best span of all holds a strictly positive combination, it holds M independent ones:
-    the floor is reached exactly, and the columns are only chosen for their condition number. Where
-    that stays above MOST_CONDITION, as with a strong common mean, up to 0.2 % of loss is paid for
-    it. Elsewhere the loss is minimised, from random starts too if it ends more than 0.5 % above the
-    floor: few vectors of mixed sign have poor local optima.
+    If the best possible span holds a strictly positive combination, it holds M independent ones.
+    The floor is then reached exactly, and the columns are chosen for their condition number alone.
+    If that number stays above MOST_CONDITION, as with a strong common mean, up to 0.2 % more loss
+    is accepted to lower it. In all other cases the loss is minimised. If it ends more than 0.5 %
+    above the floor, random starts are tried too, since few vectors of mixed sign have poor local
+    optima.
     """
     if size == vectors.rank:
         return vectors.subset(vectors.pivots[:size])[0]
     problem = SimplexProblem(vectors, vectors.inverse_TR[:, :size], vectors.floor(size), size)
     start = problem.measured(problem.start())
-    # Solving lowers the condition number some 50 times: where that will not do, the first barrier
-    # is a high one.
+    # Solving divides the condition number by about 50. If that will not be enough, the first
+    # barrier is higher.
     barrier = BARRIER if start.condition < 40 * MOST_CONDITION else 6 * BARRIER
     candidates = [problem.solve(start.B_TM, barrier)]
     exact = problem.moved_inside(candidates[0].B_TM)
@@ -48,9 +50,10 @@ def least_loss_columns(vectors: GramFactor, size: int, generator: torch.Generato
 def _better_conditioned(
     problem: SimplexProblem, candidates: list[Columns], barrier: float
 ) -> Columns:
-    """The best of the candidates, after up to three solves with higher barriers, which join them.
+    """The best of the candidates, after up to three solves with higher barriers.
 
-    They pay up to 0.2 % of loss for a condition number below MOST_CONDITION.
+    The solves are added to the candidates. They accept up to 0.2 % more loss for a condition number
+    below MOST_CONDITION.
     """
     best = best_columns(candidates)
     for _ in range(3):
@@ -66,7 +69,8 @@ def _better_conditioned(
 def _satisfying_ratio(columns: Columns, exact: bool) -> float:
     """L / floor up to which no further search is worth its time.
 
-    exact: the floor can be reached, so that what is above it was paid for the condition number.
+    exact: whether the floor can be reached. If so, loss above the floor was accepted for the sake
+    of the condition number.
     """
     if exact:
         return 1.002
@@ -78,7 +82,8 @@ def _search(
 ) -> Columns:
     """The best columns after a search for a lower loss than that of the candidates.
 
-    First from other starts, while the loss is poor; then with lower barriers from the best columns.
+    The search first tries other starts, while the loss is poor. Then it solves with lower barriers
+    from the best columns.
     """
     entries = candidates[0].B_TM.numel()
     order_T = problem.vectors.G_TT.diag().argsort().argsort()
@@ -106,10 +111,11 @@ def _search(
 
 
 def columns_beside_mean(vectors: GramFactor, size: int) -> Tensor:
-    """B (T, M) with u = 1/T as the first column and the others on the simplex, of the least loss.
+    """B (T, M) of least loss with u = 1/T as the first column and the others on the simplex.
 
-    With the top M−1 directions c_k beside V u, the span of u and the c_k is the best there is, and
-    u + ε c_k ≥ 0: the least loss, the sum of the energies beyond the c_k, is always reached.
+    Let c_k be the top M − 1 directions beside V u. The span of u and the c_k is the best possible,
+    and u + ε c_k ≥ 0 for small ε. So the least loss is always reached: the sum of the energies
+    beyond the c_k.
     """
     tasks = len(vectors.G_TT)
     mean_T1 = torch.full((tasks, 1), 1 / tasks, dtype=torch.float64)

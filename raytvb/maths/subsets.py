@@ -37,12 +37,13 @@ def task_subsets(count: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
 def nested_order(task: str, count: int) -> Tensor:
     """A permutation (count,) of a task's images, the same for every candidate.
 
-    A share of the images is the beginning of it, so that smaller shares are parts of larger ones.
+    A share of the images is the beginning of the permutation, so a smaller share is part of every
+    larger one.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(task.encode()))
     return torch.randperm(count, generator=generator)
 
 
 def edge(share: float, count: int) -> int:
-    """How many of `count` images a share is: at least one, but none for the share 0."""
+    """Number of images in a share (0 to 1) of `count` images: at least one, but none for 0."""
     return min(count, max(1, round(share * count))) if share > 0 else 0

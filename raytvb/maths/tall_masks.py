@@ -29,7 +29,7 @@ def multi_task_vector(vectors: Tensor, merged: Tensor | None) -> Tensor:
 def tall_masks(vectors: Tensor, strength: float | Tensor, multi: Tensor) -> Iterator[Tensor]:
     """The mask (*shape) bool of each task: |tau_t| > lambda_t |tau_multi - tau_t|.
 
-    strength: lambda, one number >= 0 or (T,) of them; else ValueError.
+    strength: lambda, one number >= 0 or (T,) of them. Raises ValueError for anything else.
     """
     strengths = torch.as_tensor(strength, dtype=torch.float64)
     if strengths.shape not in ((), (len(vectors),)) or not (strengths >= 0).all():

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def check_same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if names or shapes differ; it lists every missing name and differing
-    shape.
+    """Raise ValueError if names or shapes differ. The message lists every missing name and every
+    shape that differs.
     """
     problems = [f"missing on the right: {n}" for n in sorted(left.keys() - right.keys())]
     problems += [f"missing on the left: {n}" for n in sorted(right.keys() - left.keys())]

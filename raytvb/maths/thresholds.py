@@ -1,4 +1,4 @@
-"""The k-th largest magnitude of whole vectors that pass by one parameter at a time."""
+"""The k-th largest magnitude of whole vectors that are given one parameter at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_FINITE = 0x7F800000  # bits of infinity in float32; those of NaN are above
 
 
 def check_vectors(vectors: Tensor) -> Tensor:
-    """The vectors themselves; ValueError unless they are T >= 1 rows (T, *shape) of floats."""
+    """The vectors themselves. Raises ValueError unless they are floats (T, *shape) with T >= 1."""
     if vectors.ndim == 0 or len(vectors) == 0 or not vectors.is_floating_point():
         raise ValueError(
             f"expected T >= 1 vectors (T, *shape) of floats, not {tuple(vectors.shape)} "
@@ -25,11 +25,11 @@ def check_vectors(vectors: Tensor) -> Tensor:
 class Thresholds:
     """The k-th largest magnitude of each of T vectors, with k = round(density * D).
 
-    The vectors pass by one parameter at a time. The result is exact: magnitudes in float32 are
-    ordered as their bits are. The first pass counts the upper 16 bits; the second one counts the
-    lower 16 bits of the entries that share the upper bits of the k-th. In bf16 the lower bits are
-    zero and one pass is enough. Memory: at most T * 2 MB for the counts and a few rows of one
-    parameter, independent of D.
+    The caller adds one parameter of all vectors at a time. The result is exact: magnitudes in
+    float32 are ordered as their bits are. The first pass counts the upper 16 bits of the entries.
+    The second pass counts the lower 16 bits of those entries that share the upper bits of the k-th
+    largest. In bf16 the lower bits are zero, and one pass is enough. Memory: at most T * 2 MB for
+    the counts, and a few rows of one parameter, independent of D.
 
         thresholds = Thresholds(0.2)
         while thresholds.values is None:
@@ -39,13 +39,13 @@ class Thresholds:
     """
 
     def __init__(self, density: float = 0.2) -> None:
-        """ValueError for a density outside (0, 1]."""
+        """Raises ValueError for a density outside (0, 1]."""
         kept_count(1, density)
         self.density = density
         self.values: Tensor | None = None  # (T,) float32, once the last pass has ended
         self._counts: Tensor | None = None  # (T, 2^15 or 2^16) int64, of the current pass
         self._upper: Tensor | None = None  # (T,) int64, after the first pass
-        # (T,), after the first pass: the rank of the k-th within its bin, and the bin's size.
+        # (T,), after the first pass: the rank of the k-th largest in its bin, and the bin's size.
         self._rank = self._inside = torch.empty(0)
         self._halves = True  # only bf16 has been seen
 
@@ -73,9 +73,9 @@ class Thresholds:
             self._counts[t] += torch.bincount(bits, minlength=bins)
 
     def end_pass(self) -> None:
-        """End a pass, after all parameters: either `values` are there, or another pass is needed.
+        """End a pass over all parameters. Then `values` is set, or a second pass is needed.
 
-        Raises ValueError where there were no parameters, or not those of the first pass.
+        Raises ValueError if no parameters were added, or if the second pass differs from the first.
         """
         counts, self._counts = self._counts, None
         if counts is None or not counts.any():
@@ -98,7 +98,7 @@ class Thresholds:
 def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where the rank-th largest entry (1 is the largest) lies in counts (T, bins).
 
-    Gives its bin, its rank within the bin, and the bin's size; each (T,).
+    Returns its bin, its rank within the bin, and the bin's size, three tensors (T,).
     """
     reached = counts.flip(1).cumsum(1).flip(1)  # entries in this bin or above
     bins = (reached >= ranks[:, None]).sum(1) - 1
@@ -108,9 +108,10 @@ def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def global_thresholds(parameters: Callable[[], Iterable[Tensor]], density: float = 0.2) -> Tensor:
-    """`Thresholds` (T,) float32 of whole vectors.
+    """The thresholds (T,) float32 of whole vectors, as in `Thresholds`.
 
-    parameters: gives the parameters (T, *shape) of the vectors, anew for each of up to two passes.
+    parameters: called once or twice, once for each pass; each time it returns all parameters
+    (T, *shape) of the vectors. Raises ValueError as `Thresholds`.
     """
     thresholds = Thresholds(density)
     while thresholds.values is None:

@@ -1,7 +1,7 @@
-"""Parts of merge methods that give task vectors again: trimmed, dropped, sparsified.
+"""Steps of merge methods that turn task vectors into task vectors: trimmed, dropped, sparsified.
 
-`PREPARE` names them, for bases that are made of such vectors (`basis: {prepare: …}` in an
-experiment file). The functions on rows are what the merge methods sum.
+`PREPARE` names these steps, for bases that are made of such vectors (`basis: {prepare: …}` in an
+experiment file). The merge methods sum what the functions `…_rows` yield.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def trimmed_rows(vectors: Tensor, thresholds: Tensor) -> Iterator[Tensor]:
 def trimmed(vectors: Tensor, *, thresholds: Tensor) -> Tensor:
     """Entries of small magnitude set to zero, the first step of TIES: (T, *shape) float32.
 
-    thresholds (T,): the least magnitude that stays, from `global_thresholds` (which has the
-    density), since the paper trims over the whole vector. Entries equal to it stay: with ties these
-    are more than k. The authors' code keeps k + 1.
+    thresholds (T,): the least magnitude that stays. It comes from `global_thresholds`, which takes
+    the density, since the paper trims over the whole vector. Entries equal to the threshold stay,
+    so with ties more than k entries stay. The authors' code keeps k + 1.
     """
     return torch.stack(list(trimmed_rows(vectors, thresholds)))
 
@@ -50,12 +50,12 @@ def dropped_rows(vectors: Tensor, rate: float, generator: torch.Generator) -> It
 def dropped(vectors: Tensor, *, rate: float = 0.9, generator: torch.Generator) -> Tensor:
     """DARE (Yu et al., arXiv 2311.03099): (1 - m) * tau / (1 - p) with m ~ Bernoulli(p).
 
-    Gives (T, *shape) float32. Each entry of each vector is dropped by itself with p = `rate`, and
-    the others are scaled up, so that the expectation is the vector. The paper drops 90 % and more
-    without loss; for merging it searches p.
+    Returns (T, *shape) float32. Each entry of each vector is dropped independently with probability
+    p = `rate`. The others are scaled up, so that the expectation is the vector. The paper drops
+    90 % and more without loss; for merging it searches p.
 
-    The draws are the generator's next ones, vector after vector: parameters must come in a fixed
-    order, or each with its own generator.
+    The draws are the generator's next ones, vector after vector. So parameters must come in a fixed
+    order, or each parameter needs its own generator.
     """
     return torch.stack(list(dropped_rows(vectors, rate, generator)))
 
@@ -80,14 +80,14 @@ def sparsified_rows(vectors: Tensor, beta: float, gamma: float) -> Iterator[Tens
 def sparsified(vectors: Tensor, *, beta: float = 0.85, gamma: float = 0.994) -> Tensor:
     """Model Breadcrumbs (Davari & Belilovsky, arXiv 2312.06795): both tails of a layer become zero.
 
-    Gives (T, *shape) float32. Of the n magnitudes of a vector's parameter the floor(beta n)
-    smallest are dropped as negligible, and the floor((1 - gamma) n) largest as outliers. Entries
-    equal to the last one that stays stay too, so constant tensors are untouched. Zeros count, so
-    for sparse vectors beta acts only beyond their share of zeros.
+    Returns (T, *shape) float32. Of the n magnitudes of a vector's parameter the floor(beta n)
+    smallest are dropped as negligible, and the floor((1 - gamma) n) largest as outliers. An entry
+    as large as the smallest or largest one that stays is kept too, so constant tensors are
+    untouched. Zeros count, so for sparse vectors beta acts only beyond their share of zeros.
 
-    It works on each tensor, since the paper says layer-wise; the authors' code ranks along the last
-    dimension of a tensor, row by row. The defaults are where their search starts (15 % kept, the
-    top 0.6 % removed); the paper tunes both, and alpha.
+    Entries are ranked within each tensor, since the paper says layer-wise. The authors' code ranks
+    along the last dimension of a tensor, row by row. The defaults are where the authors' search
+    starts (15 % kept, the top 0.6 % removed); the paper tunes both, and alpha.
     """
     return torch.stack(list(sparsified_rows(vectors, beta, gamma)))
 

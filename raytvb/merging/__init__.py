@@ -1,1 +1,1 @@
-"""A chosen mixture of task vectors written as one checkpoint."""
+"""Writes a mixture of task vectors as one checkpoint."""

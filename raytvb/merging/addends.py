@@ -1,4 +1,4 @@
-"""What a merge adds to the pretrained weights, as its caller asks for it."""
+"""What a merge can add to the pretrained weights, as the caller describes it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Literal, TypeAlias
 from raytvb.search.candidates import ADDITION
 
 Lengths = Literal["projected", "own"]
-"""Of vectors that are decoded from a basis: as they are decoded, or stretched to the lengths of the
-task vectors."""
+"""Lengths of vectors that are decoded from a basis: `projected`, as they are decoded, or `own`,
+stretched to the lengths of the task vectors."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Task vectors, stored or decoded from a basis, made into one by a merge method."""
+    """Task vectors, stored or decoded from a basis, which a merge method makes into one vector."""
 
     weights: Mapping[str, float]
-    """By task: 1 adds it, -1 negates it."""
+    """Weight of each task: 1 adds it, -1 negates it."""
     merge_method: str = ADDITION
     lengths: Lengths | None = None
-    """None: what validation chose along with the coefficient. If the caller gives the coefficient
-    or another merge method than addition, None is `projected`."""
+    """None means what validation chose together with the coefficient. If the caller gives the
+    coefficient, or a merge method other than addition, None means `projected`."""
 
     @property
     def added(self) -> int:
-        """Number of tasks with a positive weight, at least 1: the search chose a coefficient for
-        each such number.
+        """Number of tasks with a positive weight, at least 1.
+
+        The search chose a coefficient for each number of tasks added.
         """
         return max(1, sum(weight > 0 for weight in self.weights.values()))
 
@@ -42,7 +43,7 @@ class BasisVectors:
     """Single vectors of a basis."""
 
     weights: Mapping[int, float]
-    """By the vector's number in the basis, from 1."""
+    """Weight of each vector, by its number in the basis, from 1."""
 
 
 Addends: TypeAlias = Tasks | BasisSum | BasisVectors

@@ -1,4 +1,4 @@
-"""The folder that a merged model is written to, as open_clip loads it."""
+"""Writes a merged model as a folder that open_clip loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raytvb.storage.store import Store
 
 
 def write_folder(store: Store, base: Record, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write weights, with the configuration and the tokenizer of the pretrained model.
+    """Write the weights, and the configuration and tokenizer of the pretrained model.
 
     base: the record of the pretrained model in the store.
     """
@@ -27,12 +27,13 @@ def write_folder(store: Store, base: Record, state: Mapping[str, Tensor], folder
         data = store.read(f"{BASE}/{name}")
         (folder / name).write_bytes(_with_full_path(data, folder) if name == CONFIG_FILE else data)
     save_file(dict(state), folder / WEIGHTS_FILE)
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner reads
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def _with_full_path(document: bytes, folder: Path) -> bytes:
-    """A model's configuration with the full path of its tokenizer file: open_clip would look for it
-    in the working folder.
+    """A model's configuration with the full path of its tokenizer file.
+
+    open_clip would look for a relative path in the working folder.
     """
     config = json.loads(document)
     options = config["model_cfg"].get("text_cfg", {}).get("tokenizer_kwargs", {})

@@ -1,13 +1,13 @@
-"""From a store to a model: any mix of tasks, added or negated, as an ordinary open_clip folder.
+"""From a store to a model: writes any mix of tasks, added or negated, as an open_clip folder.
 
-In which order to read this room:
-    addends.py      what a caller can ask for: tasks, the sum of a basis, single basis vectors
-    mixtures.py     addends as coefficients of stored vectors, and what validation chose for them
-    merge.py        the pretrained weights plus a mixture; `merge` is where it begins
-    folder.py       the folder that open_clip loads
+Read the files of this folder in this order:
+    addends.py      what a caller can add: tasks, the sum of a basis, single basis vectors
+    mixtures.py     turns addends into weights of stored vectors, and looks up the coefficient
+    merge.py        adds a mixture to the pretrained weights; start at `merge`
+    folder.py       writes the folder that open_clip loads
 
-theta_new = theta_0 + coefficient * sum_f weights[f] * vectors[f]; with another merge method than
-addition, that method's vector takes the place of the sum.
+theta_new = theta_0 + coefficient * sum_f weights[f] * vectors[f]. With a merge method other than
+addition, the vector of that method takes the place of the sum.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from raytvb.storage.vector_set import Coordinates
 def merged_state(
     state: Mapping[str, Tensor], vectors: Coordinates, weights: Tensor
 ) -> dict[str, Tensor]:
-    """State dict plus sum_f weights[f] * vectors[f], in float32; the given state dict is not
-    changed.
+    """A new state dict: `state` plus sum_f weights[f] * vectors[f], in float32.
 
     weights: (F,) float64. Raises UserError if the vectors are of another model.
     """
@@ -53,13 +52,13 @@ def method_state(
     merge_method: str,
     coefficient: float,
 ) -> dict[str, Tensor]:
-    """State dict plus coefficient * method(tau_1, ..., tau_n), in float32; the given state dict is
-    not changed.
+    """A new state dict: `state` plus coefficient * method(tau_1, ..., tau_n), in float32.
 
     Args:
         vectors: the F stored vectors.
         columns: (F, n) float64: tau_i = sum_f columns[f, i] * vectors[f].
-        merge_method: of `maths.merge_registry`; see `search.directions.method_direction`.
+        merge_method: a method of `maths.merge_registry`; see
+            `search.merged_vectors.method_direction`.
 
     Raises UserError if the vectors are of another model.
     """
@@ -70,7 +69,7 @@ def method_state(
 def _with_direction(
     state: Mapping[str, Tensor], vectors: Coordinates, direction: Tensor, coefficient: float = 1.0
 ) -> dict[str, Tensor]:
-    """State dict plus coefficient * direction.
+    """A new state dict: `state` plus coefficient * direction.
 
     direction: (count,) float32 on the vectors' coordinates, or (D,) over all parameters.
     """
@@ -88,13 +87,16 @@ def _with_direction(
 
 
 def _parameters(state: Mapping[str, Tensor], vectors: Coordinates) -> dict[str, Tensor]:
-    """The tensors of a state dict that the vectors change. Raises UserError if one is missing."""
+    """The tensors of a state dict that the vectors change.
+
+    Raises UserError if one is missing or has another shape.
+    """
     parameters = {}
     for name, shape in vectors.parameters.items():
         if name not in state or tuple(state[name].shape) != tuple(shape):
             raise UserError(
-                f"the model has no tensor {name} of shape {tuple(shape)}: the vectors are of "
-                f"another model"
+                f"the model has no tensor {name} of shape {tuple(shape)}: the vectors belong "
+                f"to another model"
             )
         parameters[name] = state[name]
     return parameters
@@ -105,12 +107,12 @@ class Merged:
     """A merge that has been written."""
 
     source: str
-    """Name of the candidate of the search whose coefficient is the default."""
+    """Name of the search's candidate whose coefficient is the default."""
     coefficient: float
     own_lengths: bool
-    """Decoded vectors were given the lengths of the task vectors."""
+    """Whether decoded vectors were stretched to the lengths of the task vectors."""
     searched: bool
-    """The store has a finished search, so that a basis may be chosen."""
+    """Whether the store has a finished search, which may have chosen a basis."""
 
 
 def merge(
@@ -121,17 +123,17 @@ def merge(
     basis: str | None = None,
     coefficient: float | None = None,
 ) -> Merged:
-    """Write a merged model to the folder `out`, loadable as `local-dir:out`.
+    """Write a merged model to the folder `out`, which open_clip loads as `local-dir:out`.
 
     Args:
         addends: what is added to the pretrained weights.
         basis: name of the basis to take vectors from, or `full` for the task vectors themselves;
             default: the basis that the search chose, or `full` if it chose none.
-        coefficient: scale of the whole merge; default: what validation chose for adding as many
-            tasks, and 1 for single basis vectors.
+        coefficient: factor on the whole merge; default: the value that validation chose for adding
+            as many tasks, and 1 for single basis vectors.
 
-    Raises UserError for a basis that is not in the store, addends that it does not have, and
-    damaged files; ValueError for tasks without a vector.
+    Raises UserError for a basis that is not in the store, for addends that the basis does not have,
+    and for damaged files. Raises ValueError for tasks without a vector.
     """
     choice = _choice(store)
     chosen = None if choice is None else choice.name
@@ -155,13 +157,16 @@ def _base(store: Store) -> Record:
 
 
 def _choice(store: Store) -> Choice | None:
-    """What the search chose; None before it has ended."""
+    """The choice of the search; None if no search has ended."""
     record = records.find(store, SEARCH)
     return None if record is None else record.metrics_as(Choice, SEARCH)
 
 
 def _with_lengths(tasks: Tasks, coefficient: float | None) -> Tasks:
-    """Lengths were chosen along with a coefficient of addition: they belong to that one alone."""
+    """The tasks with `lengths` filled in, if the lengths that the search chose do not apply.
+
+    The search chose lengths together with a coefficient of addition. They apply only to that one.
+    """
     if tasks.lengths is None and (coefficient is not None or tasks.merge_method != ADDITION):
         return replace(tasks, lengths="projected")
     return tasks
@@ -172,7 +177,7 @@ def _apply(
 ) -> dict[str, Tensor]:
     """The state dict with the mixture added."""
     if isinstance(addends, Tasks) and addends.merge_method != ADDITION:
-        assert mixed.columns is not None  # tasks have one each
+        assert mixed.columns is not None  # there is a column for each task
         method = addends.merge_method
         return method_state(state, mixed.vectors, mixed.columns, method, coefficient)
     return merged_state(state, mixed.vectors, coefficient * mixed.weights)

@@ -1,4 +1,4 @@
-"""Addends as coefficients of stored vectors, and the coefficient that validation chose for them."""
+"""Turns addends into weights of stored vectors, and looks up the coefficient that was chosen."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ class Mixture:
     """coefficient * sum_f weights[f] * vectors[f], to be added to the pretrained weights."""
 
     source: str
-    """Name of the candidate of the search whose coefficient is used."""
+    """Name of the search's candidate whose coefficient is used."""
     vectors: Coordinates
     """The F stored vectors."""
     weights: Tensor
     """(F,) float64."""
     setting: Setting
-    """The coefficient that validation chose, and whether decoded vectors have the lengths of the
-    task vectors."""
+    """The coefficient that validation chose, and whether decoded vectors are stretched to the
+    lengths of the task vectors."""
     columns: Tensor | None = None
-    """(F, n) float64, of tasks: the n weighted task vectors one by one; `weights` is their sum."""
+    """(F, n) float64: for tasks, each of the n weighted task vectors. `weights` is their sum."""
 
 
 def mixture(store: Store, source: str, addends: Addends) -> Mixture:
-    """The mixture of addends from `source`: `full`, or the name of a basis.
+    """The mixture of addends from `source`, which is `full` or the name of a basis.
 
-    Raises UserError for a basis that is not there or has no such vectors or sum, and for damaged
-    files; ValueError that names the tasks without a vector.
+    Raises UserError for a basis that the store lacks, for a basis that has no such vectors or sum,
+    and for damaged files. Raises ValueError that names the tasks without a vector.
     """
     if source != FULL.name:
         return _of_basis(store, source, addends)
     if not isinstance(addends, Tasks):
         raise UserError(
-            f"only a basis has vectors to merge like that: name one with --basis "
+            f"`--merge sum` and --vector need the vectors of a basis: name one with --basis "
             f"(`raytvb ls {store.url}`)"
         )
     return _of_full_vectors(store, addends)
 
 
 def _of_full_vectors(store: Store, tasks: Tasks) -> Mixture:
-    vector_of(_stored_tasks(store), tasks.weights)  # every task has a vector
+    vector_of(_stored_tasks(store), tasks.weights)  # raises if a task has no vector
     for task in tasks.weights:
         check_files(store, vector_prefix(task), [_VECTOR])
     weights = torch.tensor(list(tasks.weights.values()), dtype=torch.float64)
@@ -75,7 +75,7 @@ def _of_full_vectors(store: Store, tasks: Tasks) -> Mixture:
 
 
 def _stored_tasks(store: Store) -> list[str]:
-    """Tasks that have a vector. Raises UserError if there are none."""
+    """The tasks that have a vector. Raises UserError if there are none."""
     tasks = []
     for key in store.keys("vectors"):
         if key.endswith(f"/{_VECTOR}"):
@@ -104,7 +104,7 @@ def _of_basis(store: Store, name: str, addends: Addends) -> Mixture:
 
 
 def _decoded(store: Store, name: str, metrics: BasisMetrics, tasks: Tasks) -> Mixture:
-    """Tasks decoded from a basis."""
+    """The mixture of tasks that are decoded from a basis."""
     x = vector_of(metrics.tasks, tasks.weights)
     own_lengths = tasks.lengths == "own"
     if tasks.lengths is None:
@@ -125,7 +125,7 @@ def _basis_sum(store: Store, name: str, metrics: BasisMetrics) -> Mixture:
     if not metrics.convex:
         raise UserError(
             f"the vectors of {name} are no convex combinations of task vectors, so their plain sum "
-            f"means nothing: use `--merge decoded`, or a basis of {', '.join(convex_methods())}"
+            f"has no meaning: use `--merge decoded`, or a basis of {', '.join(convex_methods())}"
         )
     candidate = f"{name}-sum"
     setting = searched_setting(store, candidate, len(metrics.tasks))
@@ -145,8 +145,10 @@ def _basis_vectors(store: Store, name: str, addends: BasisVectors) -> Mixture:
 
 
 def searched_setting(store: Store, candidate: str, count: int) -> Setting:
-    """What validation chose for additions of `count` tasks, or of the searched number nearest to
-    it. Without a search: the coefficient 1 / count.
+    """The setting that validation chose for additions of `count` tasks.
+
+    If the search has no such number of tasks, the setting for the nearest number. Without a search,
+    the coefficient 1 / count.
     """
     outcome = _outcome(store, candidate)
     if outcome is None or not outcome.coefficient:
@@ -155,10 +157,10 @@ def searched_setting(store: Store, candidate: str, count: int) -> Setting:
 
 
 def _coefficient(store: Store, source: str, tasks: Tasks) -> float:
-    """What validation chose for merging so many tasks from `source` by the merge method.
+    """The coefficient that validation chose to merge so many tasks from `source` by their method.
 
-    Without a search of that method: 1 if the method is made for a coefficient of 1, otherwise the
-    coefficient of addition.
+    If the merge method has not been searched: 1 for a method that is made for a coefficient of 1,
+    and otherwise the coefficient of addition.
     """
     if tasks.merge_method != ADDITION:
         candidate = f"{source}-{tasks.merge_method}"
@@ -170,7 +172,7 @@ def _coefficient(store: Store, source: str, tasks: Tasks) -> float:
 
 
 def _outcome(store: Store, candidate: str) -> Outcome | None:
-    """What the search says of a candidate; None if it has not been searched."""
+    """The outcome of a candidate in the search; None if it has not been searched."""
     prefix = search_prefix(candidate)
     record = records.find(store, prefix)
     return None if record is None else record.metrics_as(Outcome, prefix)

@@ -1,1 +1,4 @@
-"""open_clip models and their zero-shot heads; accuracies with merged weights."""
+"""open_clip models, their zero-shot heads, and accuracies of models with merged weights.
+
+`open_clip_models` says in which order to read the room.
+"""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class ImageClassifier(nn.Module):
     """The image tower with a frozen zero-shot head: images (N, 3, H, W) to logits (N, C).
 
-    Images are normalised. Its parameters are those of the tower, under their open_clip names
-    (`visual.…`).
+    Images must be normalised. The parameters of the classifier are those of the tower, under their
+    open_clip names (`visual.…`). The head is a buffer.
     """
 
     head: Tensor
@@ -26,5 +26,5 @@ class ImageClassifier(nn.Module):
 
 
 def tower_features(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Features (N, E) in what a tower gives: CoCa's gives its tokens as well."""
+    """The features (N, E) in a tower's output. CoCa's tower returns its tokens as well."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,7 +1,7 @@
 """Accuracy of merged models: one image tower, whose weights are set anew for each merge.
 
 A merge is theta_0 + alpha * d with a direction d on the common coordinates of a set of vectors.
-Every one starts from the pretrained values theta_0, which are kept, so there is no drift however
+Every merge starts from a copy of the pretrained values theta_0, so values do not drift, however
 many merges are tried.
 """
 
@@ -43,10 +43,10 @@ class Evaluator:
             tower: the pretrained image tower.
             heads: zero-shot heads (C, E) float32 by task.
             splits: images and labels by task.
-            mask: its kept entries are the coordinates of directions, a bool tensor for each
-                parameter (`visual.…`); None: every entry is.
-            precision: fp32, or bf16, where the tower runs under autocast; its weights, the unit
-                features and the heads stay float32.
+            mask: a bool tensor for each parameter (`visual.…`). Its kept entries are the
+                coordinates of directions; None: all entries are.
+            precision: "fp32" or "bf16". With "bf16" the tower runs under autocast; its weights, the
+                unit features and the heads stay float32.
         """
         self._tower = tower.to(device).eval().requires_grad_(False)
         self._device, self._preprocess, self._splits = device, preprocess, splits
@@ -55,19 +55,20 @@ class Evaluator:
         self._zero_shot: dict[str, Count] = {}
         self._bf16 = precision == "bf16"
         self.images = 0
-        """Images that have gone through the tower."""
+        """Number of images that have gone through the tower."""
         parameters = {f"{VISUAL}{n}": p for n, p in tower.named_parameters()}
         self._all = FlatParameters(parameters)
         self._kept = self._all if mask is None else FlatParameters(parameters, mask)
         self._theta_0 = self._all.gather()
         self._kept_theta_0 = self._theta_0 if mask is None else self._kept.gather()
         self._changed_everywhere = False
-        """The last direction was over all parameters, not on the mask's entries alone."""
+        """Whether the last direction was over all parameters, and not only the mask's entries."""
 
     def merge(self, direction: Tensor | None, alpha: float = 0.0) -> None:
         """Set the tower to theta_0 + alpha * direction, or to theta_0.
 
-        direction: (count,) on the mask's kept entries, or (D,) over all parameters, names sorted.
+        direction: (count,) on the mask's kept entries, or (D,) over all parameters, names sorted;
+        None for theta_0.
         """
         everywhere = direction is not None and len(direction) == self._all.count
         if self._changed_everywhere and not everywhere:
@@ -81,9 +82,9 @@ class Evaluator:
         flat.scatter(values)
 
     def zero_shot(self, task: str) -> Count:
-        """Correct answers of the pretrained tower, measured once.
+        """Correct answers of the pretrained tower on all of the task's images, measured once.
 
-        Leaves the pretrained weights in place.
+        Afterwards the tower has the pretrained weights.
         """
         self.merge(None)
         if task not in self._zero_shot:
@@ -103,9 +104,9 @@ class Evaluator:
         self.images += len(chosen)
 
     def answers(self, task: str, start: float = 0.0, stop: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The classes (n,) that the present tower answers, and the labels (n,).
+        """The classes (n,) int64 that the present tower answers, and the labels (n,) int64.
 
-        Of the task's images from share `start` to share `stop` of a fixed order.
+        The images are those of the task from share `start` to share `stop` of a fixed order.
         """
         classes, labels = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
         for batch_logits, batch_labels in self._logits(task, start, stop):
@@ -114,10 +115,10 @@ class Evaluator:
         return torch.cat(classes), torch.cat(labels)
 
     def count(self, task: str, start: float = 0.0, stop: float = 1.0) -> Count:
-        """Correct answers of the present tower on the task's images from share to share.
+        """Correct answers of the present tower on the same images as `answers`.
 
-        Where weights are so large that the tower overflows it gives no answer, which is not
-        correct.
+        If weights are so large that the tower overflows, it gives no answer for the image. That
+        counts as not correct.
         """
         correct, total, expected = 0, 0, 0.0
         for logits, labels in self._logits(task, start, stop):
@@ -132,7 +133,7 @@ class Evaluator:
 def _batches(split: Split, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels at the chosen positions, a batch at a time.
 
-    All of them come in the order in which they lie, which needs no gathering.
+    If all images are chosen, they come in the order of the split, which needs no gathering.
     """
     whole = len(chosen) == len(split)
     for first in range(0, len(chosen), BATCH):

@@ -1,9 +1,9 @@
 """Unseen tasks: coefficients of given vectors, learned from a handful of labelled images.
 
-theta = theta_0 + S c with F vectors S = [v_1 ... v_F]: those of a basis (Zeng et al., Task Vector
-Bases, arXiv 2502.01015, generalisation to unseen tasks) or all task vectors. Nothing but c is
+theta = theta_0 + S c with F vectors S = [v_1 ... v_F], which are those of a basis (Zeng et al.,
+Task Vector Bases, arXiv 2502.01015, generalisation to unseen tasks) or all task vectors. Only c is
 learned. Zhang et al., NeurIPS 2024, arXiv 2407.02880, learn a coefficient for each vector and block
-of parameters; here a vector has one.
+of parameters. Here each vector has one coefficient.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from raytvb.storage.vector_set import COMBINED_BYTES, Coordinates, block_columns
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned: add `direction` with coefficient 1."""
+    """What was learned. Add `direction` to the pretrained weights with coefficient 1."""
 
     coefficients: Tensor
-    """(F,) float64, of the given vectors."""
+    """(F,) float64, one for each of the given vectors."""
     direction: Tensor
     """(count,) float32, sum_f c_f v_f on the vectors' coordinates."""
     losses: list[float]
@@ -35,10 +35,10 @@ class Learned:
 
 
 def few_shot_sample(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Positions, rising, of `shots` random images of each class in `labels` (N,).
+    """Positions (n,), rising, of `shots` random images of each class in `labels` (N,).
 
-    Of a class that has fewer images all are taken. What fewer shots choose with the same seed is
-    among what more of them choose. Raises ValueError for less than one shot.
+    If a class has fewer images, all of them are taken. With the same seed, the images for fewer
+    shots are a part of the images for more shots. Raises ValueError for less than one shot.
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
@@ -65,20 +65,21 @@ def learn_coefficients(
 ) -> Learned:
     """Learn the coefficients of F vectors with Adam on the cross entropy of labelled images.
 
-    Learning is on u, zero at first, with c = u * scales: Adam moves every u_f by up to `lr` a step,
-    however long v_f is. Deterministic on a CPU for a given seed.
-    Memory: the vectors where they take at most 512 MB, else two blocks of them; they are then read
-    twice a step.
+    Adam learns u, which is zero at first, and c = u * scales. So every u_f moves by up to `lr` in a
+    step, however long v_f is. On a CPU the result is deterministic for a given seed. Memory: the
+    vectors if they take at most 512 MB, else two blocks of them, and then all vectors are read
+    twice in each step.
 
     Args:
-        classifier: an `ImageClassifier` at theta_0, and again when this returns or raises; on
-            `device` from then on.
-        vectors: their parameters are those of the classifier.
+        classifier: an `ImageClassifier` at theta_0. It is at theta_0 again when this function
+            returns or raises, and is moved to `device`.
+        vectors: F vectors with the parameters of the classifier.
         images: (N, 3, S, S) uint8.
         labels: (N,) int64.
-        scales: (F,), such as typical length / length of v_f; a vector of scale 0 is not used.
-        batch_size: images of a step. Every epoch is a fresh permutation, whose last batch may be
-            smaller.
+        scales: (F,), such as typical length / length of v_f. A vector of scale 0 is not used.
+        batch_size: number of images in a step. Every epoch is a fresh permutation, and its last
+            batch may be smaller.
+
     Raises ValueError for inputs that do not fit each other, and for a loss or gradient that is not
     finite.
     """
@@ -123,7 +124,7 @@ def _loss_and_gradient(
 def _check_images(
     classifier: nn.Module, images: Tensor, labels: Tensor, preprocess: Preprocess
 ) -> None:
-    """Raise ValueError for images and labels that are not as `learn_coefficients` takes them."""
+    """Raise ValueError for images and labels that `learn_coefficients` does not take."""
     shape, classes = (3, preprocess.size, preprocess.size), len(classifier.get_buffer("head"))
     if not len(images):
         raise ValueError("there are no images to learn from")
@@ -134,8 +135,8 @@ def _check_images(
         )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be ({len(images)},) int64, one an image, not {tuple(labels.shape)} "
-            f"{labels.dtype}"
+            f"labels must be ({len(images)},) int64, one for each image, not "
+            f"{tuple(labels.shape)} {labels.dtype}"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(
@@ -145,7 +146,7 @@ def _check_images(
 
 
 def _batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Positions of the images of each step; where all are one batch, they stay in their order."""
+    """Positions of the images of each step. If all fit in one batch, they keep their order."""
     generator, queue = torch.Generator().manual_seed(seed), list[Tensor]()
     for _ in range(steps):
         if not queue:
@@ -174,7 +175,7 @@ class _Theta:
     def set(self, direction: Tensor) -> None:
         """Set the parameters to theta_0 + direction (count,).
 
-        From the theta_0 that is kept, so that nothing drifts.
+        The values are computed from a copy of theta_0, so that they do not drift.
         """
         self._flat.scatter(self._base + direction)
 
@@ -186,18 +187,18 @@ class _Theta:
         )
         out = torch.empty(self._flat.count, device=self._device)
         for entries, part in zip(self._flat.entries, self._flat.split(out), strict=True):
-            entries.gather(gradients.pop(0), part)  # which frees it
+            entries.gather(gradients.pop(0), part)  # pop: the gradient is freed
         return out
 
     def restore(self) -> None:
-        """Back to theta_0, with gradients wanted of those parameters that had them wanted."""
+        """Set the parameters back to theta_0, and `requires_grad` to what it was before."""
         self._flat.scatter(self._base)
-        for parameter, wanted in self._flags:
-            parameter.requires_grad_(wanted)
+        for parameter, requires_grad in self._flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def _check_shapes(parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that lists the names with other shapes, or of one of the two only."""
+    """Raise ValueError that lists the names whose shapes differ, or that only one of them has."""
     wrong = []
     for name in sorted(parameters.keys() | shapes.keys()):
         in_both = name in parameters and name in shapes
@@ -210,16 +211,16 @@ def _check_shapes(parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[i
 
 
 class _Span:
-    """The F vectors in blocks, held in memory or read again each time: the same numbers either
-    way.
+    """The F vectors in blocks. They are held in memory, or read again each time, which gives the
+    same numbers.
     """
 
     def __init__(self, vectors: Coordinates, scales: Tensor, device: torch.device) -> None:
-        """Raises ValueError for scales that are not one finite number a vector."""
+        """Raises ValueError for scales that are not one finite number for each vector."""
         count = len(vectors.read_all(0, min(1, vectors.count)))
         if scales.shape != (count,) or not bool(scales.isfinite().all()):
             raise ValueError(
-                f"scales must be {count} finite numbers, one a vector, not {scales.tolist()}"
+                f"scales must be {count} finite numbers, one for each vector, not {scales.tolist()}"
             )
         self._vectors, self._device = vectors, device
         self._count, self._columns = count, block_columns(count)
@@ -249,6 +250,6 @@ class _Span:
         total = torch.zeros(self._count, device=self._device, dtype=torch.float64)
         for start, rows in self._blocks():
             part = gradient[start : start + rows.shape[1]].double()
-            # One row at a time in float64: a copy of one vector's block, not of all.
+            # One row at a time, so that only one vector's block is copied to float64.
             total += torch.stack([row.double() @ part for row in rows])
         return total.cpu()

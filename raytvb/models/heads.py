@@ -38,7 +38,7 @@ class StoredHead:
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer.
 
-    A BPE file that the model's configuration names is looked for in the model's own folder.
+    If the model's configuration names a BPE file, the file is taken from the model's own folder.
     """
     source = model_source(config)
     options: dict[str, Any] = {}
@@ -51,14 +51,14 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def _bpe_path(source: str) -> str | None:
-    """The BPE file that a model's configuration names."""
+    """The path of the BPE file that a model's configuration names, or None."""
     text = open_clip_package().get_model_config(source).get("text_cfg", {})
     path: str | None = text.get("tokenizer_kwargs", {}).get("bpe_path")
     return path
 
 
 def _bpe_file(folder: Path, bpe_path: str) -> str:
-    # The configuration of a merged model has the full path of where that was written.
+    # The configuration of a merged model has the full path of the folder where it was written.
     beside = folder / Path(bpe_path).name
     return str(beside if beside.is_file() else folder / bpe_path)
 
@@ -69,8 +69,8 @@ def zero_shot_head(
 ) -> Tensor:
     """Text embeddings of the classes (C, E) float32, times the logit scale.
 
-    The embedding of a class is the mean over templates of unit vectors, made unit length. So logits
-    are unit image features @ head.T. An underscore in a class name is read as a space.
+    The embedding of a class is the mean over templates of unit vectors, scaled to unit length. So
+    logits are unit image features @ head.T. An underscore in a class name is read as a space.
     """
     words = [name.replace("_", " ") for name in classes]
     total: Tensor | int = 0
@@ -84,7 +84,7 @@ def zero_shot_head(
 def write_head(
     task_store: TaskStore, encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str]
 ) -> StoredHead:
-    """Make and store the zero-shot head of a task; its metadata says what it was made of."""
+    """Compute and store the zero-shot head of a task. Its metadata has the classes and prompts."""
     task = task_store.task
     weights = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
     data = save({"head": weights}, metadata={"raytvb": _head_source(task)})
@@ -100,8 +100,8 @@ def _head_source(task: TaskConfig) -> str:
 def load_head(task_store: TaskStore, encoder: Encoder) -> StoredHead:
     """The stored zero-shot head of a task, or of a control or unseen task.
 
-    It is made again where its file is missing or damaged, and where the stored one is of other
-    classes or prompts: a control or unseen task of the same name may have had others.
+    The head is computed again if its file is missing or damaged, or has other classes or prompts. A
+    control or unseen task of the same name may have had others.
     """
     stored = _stored_head(task_store)
     if stored is not None:
@@ -112,13 +112,13 @@ def load_head(task_store: TaskStore, encoder: Encoder) -> StoredHead:
 
 
 def _stored_head(task_store: TaskStore) -> StoredHead | None:
-    """The head in the store; None where there is none of this task's classes and prompts."""
+    """The head in the store; None if there is no head for this task's classes and prompts."""
     store, key = task_store.store, task_store.head_key
     try:
         header = Header.read(store, key)
         if json.dumps(header.info, sort_keys=True) != _head_source(task_store.task):
             return None
-        is_whole = len(header.first) == header.size  # small heads have come with their header
+        is_whole = len(header.first) == header.size  # a small head was read with its header
         data = header.first if is_whole else store.read(key)
     except (StoreKeyError, VectorError):
         return None

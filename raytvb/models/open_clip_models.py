@@ -1,14 +1,15 @@
 """open_clip models: names, loading, the files of a folder, fingerprint.
 
 How the room works, in reading order: `open_clip_package` imports open_clip and translates our names
-of models, here models become an `Encoder`, and `pretrained_files` checks weights from files of
-users. `base` keeps the pretrained model in a store, `heads` the zero-shot heads. `classifier` is
-what is fine-tuned; `evaluator` measures accuracies with merged weights; `few_shot` learns
-coefficients for an unseen task. `worker_process` sets up a worker process.
+of models. This module loads a model as an `Encoder`. `pretrained_files` checks weights from users'
+files. `pretrained_model` keeps the pretrained model in a store, and `heads` the zero-shot heads;
+`pretrained_task` loads both for one task. `classifier` is the model that is fine-tuned. `evaluator`
+measures accuracies with merged weights. `few_shot` learns coefficients for an unseen task.
+`worker_process` sets up a worker process.
 
 A model is kept in a store as an ordinary open_clip folder (`open_clip_config.json`,
 `model.safetensors`). So workers and users load it with open_clip's own `local-dir:` scheme and need
-no hub. open_clip has no types, so `Any` stands where its objects are touched.
+no hub. open_clip has no type annotations, so its objects have the type `Any` here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from raytvb.storage.contract import JsonObject
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "model.safetensors"
 VISUAL = "visual."
-"""What the names of the image tower's parameters begin with."""
+"""Prefix of the names of the image tower's parameters."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Encoder:
 
     @property
     def visual(self) -> nn.Module:
-        """The image tower itself, not to be changed."""
+        """The image tower itself. Do not change it."""
         tower: Any = self.model.visual
         assert isinstance(tower, nn.Module)
         return tower
 
     def fresh_tower(self) -> nn.Module:
-        """A copy of the image tower, to be changed at will."""
+        """A copy of the image tower, which the caller may change."""
         return copy.deepcopy(self.visual)
 
     def text_features(self, tokens: Tensor) -> Tensor:
@@ -66,14 +67,14 @@ class Encoder:
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learned factor () of unit image features @ unit text embeddings."""
+        """The learned factor, a scalar (), of unit image features @ unit text embeddings."""
         model: Any = self.model
         scale: Tensor = model.logit_scale.exp()
         return scale
 
     def visual_state(self) -> dict[str, Tensor]:
-        """Parameters of the image tower by their open_clip names (`visual.…`): what a task vector
-        covers.
+        """Parameters of the image tower by their open_clip names (`visual.…`). A task vector covers
+        exactly these.
         """
         return {n: p.detach() for n, p in self.model.named_parameters() if n.startswith(VISUAL)}
 
@@ -87,7 +88,7 @@ class Encoder:
 
 
 def check_names(config: ModelConfig) -> None:
-    """Raise UserError for an unknown model or tag, with those that exist."""
+    """Raise UserError for an unknown model or tag; the message lists the known ones."""
     if config.name == TINY_MODEL or config.name.startswith(("local-dir:", "hf-hub:")):
         return
     names = open_clip_package().list_models()
@@ -108,8 +109,9 @@ def check_names(config: ModelConfig) -> None:
 def load_encoder(config: ModelConfig) -> Encoder:
     """Load the pretrained model that an experiment names, in float32.
 
-    Raises UserError for an unknown model or tag (with those that exist), a checkpoint file whose
-    tensors are not those of the model (with all that differ), and weights that cannot be loaded.
+    Raises UserError for an unknown model or tag (the message lists the known ones), for a
+    checkpoint file whose tensors are not those of the model (it lists all differences), and for
+    weights that cannot be loaded.
     """
     check_names(config)
     source = model_source(config)
@@ -132,7 +134,7 @@ def load_encoder(config: ModelConfig) -> Encoder:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the image tower, from the model's configuration alone.
+    """Number of parameters of the image tower, from the model's configuration alone.
 
     Raises UserError for an unknown model.
     """
@@ -142,7 +144,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def random_tower(name: str) -> tuple[nn.Module, int]:
-    """The image tower of a named model with random weights, and the side of its images in pixels.
+    """The image tower of a model with random weights, and the side of its images in pixels.
 
     Raises UserError for an unknown name.
     """
@@ -161,7 +163,7 @@ def load_folder(folder: str | Path) -> Encoder:
 
 
 def _encoder_of(model: nn.Module, config: JsonObject) -> Encoder:
-    """A model as open_clip has made it, in float32 and eval mode."""
+    """An encoder of a model that open_clip created, in float32 and eval mode."""
     model.float().eval()
     visual: Any = model.visual
     cfg = dict(visual.preprocess_cfg)

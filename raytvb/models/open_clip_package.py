@@ -1,4 +1,4 @@
-"""The open_clip package and what it calls our models."""
+"""The open_clip package, and its names for our models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raytvb.suite.task_names import MODEL_DIR
 def open_clip_package() -> Any:
     """The open_clip package, imported at first use.
 
-    The import takes seconds, which the driver and the basis actor save.
+    The import takes seconds. The driver and the basis actor do not need it.
     """
     import open_clip
 
@@ -21,15 +21,15 @@ def open_clip_package() -> Any:
 
 
 def model_source(config: ModelConfig) -> str:
-    """What open_clip calls the model."""
+    """open_clip's name for the model."""
     return f"local-dir:{MODEL_DIR}" if config.name == TINY_MODEL else config.name
 
 
 def tag_options(config: ModelConfig) -> dict[str, bool]:
-    """Options with which open_clip makes a model as its weights were trained.
+    """Options with which open_clip creates a model with the activation its weights were trained on.
 
-    Some tags were trained with QuickGELU while the model of that name has GELU; open_clip by itself
-    only warns.
+    Some tags were trained with QuickGELU, while the model of that name has GELU. By itself,
+    open_clip only warns.
     """
     tag = None
     if config.pretrained:
@@ -38,5 +38,5 @@ def tag_options(config: ModelConfig) -> dict[str, bool]:
 
 
 def quiet_open_clip() -> None:
-    """open_clip logs a page per model on the root logger; keep its errors only."""
+    """Show only errors on the root logger, where open_clip logs a page for each model."""
     logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))

@@ -1,4 +1,4 @@
-"""Checkpoint files of open_clip models, every tensor compared with the model."""
+"""Checks of checkpoint files: every tensor is compared with the open_clip model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 def check_checkpoint(config: ModelConfig, path: str) -> None:
     """Check the tensors of a checkpoint file against the model.
 
-    Raises UserError that lists every tensor which is missing, unknown or of another shape.
-    open_clip's own check comes after it has resized position embeddings, so it would take those of
-    another model.
+    Raises UserError that lists every tensor that is missing, unknown or of another shape. The check
+    of open_clip itself is not enough: it first resizes position embeddings, so it would accept
+    those of another model.
     """
     if path.endswith((".npz", ".npy")):
         return  # open_clip converts these from another framework, name by name
     model, shapes = _read(config, path)
     if "positional_embedding" in shapes and not hasattr(model, "positional_embedding"):
-        return  # the text tower is named otherwise in older files; open_clip renames it
+        return  # older files have other names for the text tower; open_clip renames them
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     lines = _differences(shapes, expected)
     if lines:
         raise UserError(
-            f"model.pretrained: {path} is no checkpoint of {config.name}\n  " + "\n  ".join(lines)
+            f"model.pretrained: {path} is not a checkpoint of {config.name}\n  "
+            + "\n  ".join(lines)
         )
 
 
 def _read(config: ModelConfig, path: str) -> tuple[nn.Module, Shapes]:
-    """The model without weights, and the shapes of the file's tensors by open_clip's names."""
+    """The model without weights, and the shapes of the file's tensors by open_clip's names.
+
+    Raises UserError if the file cannot be read as a checkpoint.
+    """
     from open_clip.factory import convert_state_dict, load_state_dict
 
     try:
@@ -47,7 +51,8 @@ def _read(config: ModelConfig, path: str) -> tuple[nn.Module, Shapes]:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in convert_state_dict(model, state).items():
             shapes[name] = tuple(tensor.shape)
-    except Exception as error:  # what unpickling, safetensors and conversion raise for other files
+    # For other files, unpickling, safetensors and conversion raise many kinds of errors.
+    except Exception as error:
         kind = type(error).__name__
         reason = f"{kind}: {error}".splitlines()[0]
         if kind == "UnpicklingError":
@@ -60,7 +65,7 @@ def _read(config: ModelConfig, path: str) -> tuple[nn.Module, Shapes]:
 
 
 def _differences(shapes: Shapes, expected: Shapes) -> list[str]:
-    """What differs between a file's tensors and the model's, one kind of difference a line."""
+    """Differences between a file's tensors and the model's, one line for each kind."""
     optional = {"logit_bias"}
     resized = []
     for name, shape in sorted(shapes.items()):
@@ -82,5 +87,5 @@ def _differences(shapes: Shapes, expected: Shapes) -> list[str]:
 
 
 def _differ(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether shapes differ; () and (1,) are the same, for scalars are stored either way."""
+    """Whether shapes differ. () and (1,) count as equal, since files store scalars either way."""
     return shape != expected and not prod(shape) == prod(expected) == 1

@@ -23,10 +23,13 @@ from raytvb.storage.store import Store
 
 
 def store_base(experiment: Experiment, splits: Sequence[str] = SPLITS) -> Record:
-    """Put the pretrained model and the zero-shot heads into the store, unless they are there.
+    """Put the pretrained model and the zero-shot heads into the store, unless they are stored.
 
-    Before that, every task is checked to have those of the splits that the experiment needs of it.
-    Returns the model's record; its parent `fingerprint` is the checksum of the weights.
+    First, the data of every task are checked for those of `splits` that the experiment needs from
+    the task. Returns the model's record; its parent `fingerprint` is the checksum of the weights.
+
+    Raises UserError for a model that cannot be loaded, for a task without a split that is needed,
+    and for a store of another experiment.
     """
     worker_setup()
     store = Store(experiment.store)
@@ -61,9 +64,9 @@ def _commit_base(
 
 @cache
 def load_base(url: str, fingerprint: str) -> Encoder:
-    """The pretrained model in the store at `url`, loaded once a process.
+    """The pretrained model in the store at `url`, loaded once in each process.
 
-    Raises UserError where there is none, or where its weights have another fingerprint.
+    Raises UserError if the store has no model, or if its weights have another fingerprint.
     """
     store, copies = Store(url), mirror(url)
     record = records.find(store, BASE)

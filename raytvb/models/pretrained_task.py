@@ -14,14 +14,14 @@ from raytvb.models.pretrained_model import load_base
 
 @dataclass(frozen=True)
 class PretrainedTask:
-    """What all work on a task starts from: mask, fine-tune, coefficients of an unseen task."""
+    """The start of all work on a task: its mask, its fine-tune, coefficients of an unseen task."""
 
     encoder: Encoder
     head: StoredHead
 
     @classmethod
     def load(cls, task_store: TaskStore, fingerprint: str) -> PretrainedTask:
-        """From the store. Raises UserError unless the pretrained model has the fingerprint."""
+        """Load both from the store. Raises UserError if the model has another fingerprint."""
         encoder = load_base(task_store.experiment.store, fingerprint)
         return cls(encoder, load_head(task_store, encoder))
 

@@ -1,4 +1,4 @@
-"""What a worker process sets once, and the device it works on."""
+"""Settings of a worker process, and the device that it computes on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from raytvb.models.open_clip_package import quiet_open_clip
 
 
 def worker_setup() -> None:
-    """Once in every worker process: torch computes with one thread, and open_clip is quiet.
+    """Set up a worker process: torch computes with one thread, and open_clip is quiet.
 
-    So results do not depend on how many CPUs a task asks for.
+    With one thread, results do not depend on the number of CPUs of a task.
     """
     quiet_open_clip()
     torch.set_num_threads(1)
@@ -22,10 +22,10 @@ def worker_setup() -> None:
 def device() -> torch.device:
     """The GPU that Ray gave this worker, or the CPU.
 
-    Also the CPU where Ray counts GPUs that the machine does not have, as in tests.
+    It is also the CPU if Ray counts GPUs that the machine does not have, as in tests.
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return torch.device("cuda" if visible and torch.cuda.is_available() else "cpu")
 
 
 def threads(experiment: Experiment) -> int:

@@ -1,1 +1,1 @@
-"""The run on a Ray cluster. The only room that imports Ray."""
+"""Runs an experiment on a Ray cluster. No other package of raytvb imports Ray."""

@@ -15,14 +15,14 @@ from raytvb.orchestration.stream import Stream
 from raytvb.report.formatting import format_bytes
 
 NAMED = 3
-"""How many missing vectors a message names."""
+"""A message names at most this many missing vectors."""
 
 
 def build_bases(context: RunContext) -> bool:
-    """Write the bases that are missing; whether there were any.
+    """Write the bases that the store lacks. Returns whether any was written.
 
-    Uses the actor that fine-tuning has fed in this run, else feeds one. Raises UserError where a
-    vector is missing or cannot be used.
+    If fine-tuning has fed a basis actor in this run, that actor writes them. Otherwise this stage
+    starts an actor and feeds it. Raises UserError if a vector is missing or cannot be used.
     """
     _check_vectors(context)
     stream, context.stream = _fed_stream(context), None
@@ -37,7 +37,7 @@ def build_bases(context: RunContext) -> bool:
 
 
 def _check_vectors(context: RunContext) -> None:
-    """Raise UserError unless every task has its vector."""
+    """Raise UserError unless the store has the vector of every task."""
     missing = context.missing_vectors()
     if missing:
         names = ", ".join(task.name for task in missing[:NAMED])
@@ -49,7 +49,7 @@ def _check_vectors(context: RunContext) -> None:
 
 
 def _fed_stream(context: RunContext) -> Stream:
-    """An actor that has taken in all vectors."""
+    """The stream to a basis actor that has taken in all vectors."""
     if context.stream is not None:
         return context.stream
     tasks = context.experiment.tasks
@@ -60,7 +60,7 @@ def _fed_stream(context: RunContext) -> Stream:
 
 
 def _cache_note(stream: Stream) -> str:
-    """How large the actor's copy of the vectors is, and where."""
+    """How large the actor's copy of the vectors is, and whether it is in memory or on disk."""
     status = stream.status
     if not status.cache.bytes:
         return ""

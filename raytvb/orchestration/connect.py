@@ -1,4 +1,4 @@
-"""Connecting to Ray, and checking before any work that the cluster has what an experiment needs."""
+"""Connects to Ray, and checks before any work that the cluster has what an experiment needs."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from raytvb.experiment.sections.resources import ResourceConfig
 from raytvb.orchestration.passed_variables import job_environment
 
 FREE_PATIENCE_S = 10.0
-"""How long a task's resources may be taken by others before that is an error."""
+"""How long other work may occupy the resources of a task before that is an error."""
 
 REACH_S = 10.0
-"""How long an address has to answer."""
+"""An address must answer within this time."""
 
 RAY_SETTINGS = {
-    # For tasks that ask for no GPU Ray leaves CUDA_VISIBLE_DEVICES as it is, and does not warn that
-    # this will be its default.
+    # Ray leaves CUDA_VISIBLE_DEVICES as it is for tasks that ask for no GPU. Without this setting
+    # it warns that a later version will do so by default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Tune's newer console output ignores verbose=0.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Spinning threads of one worker would take the cores from the others.
+    # Threads of one worker that wait by spinning would take the cores from the other workers.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Inside a job Ray refuses variables that the job was given too, even equal ones, unless it is
-    # told to merge them.
+    # Inside a job, Ray refuses variables that the job itself was given, even with equal values,
+    # unless this setting tells it to merge them.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
-    # Who waits for a failed task tells why in one line; Ray would add the traceback of everything
-    # that needed it.
+    # Our code waits for every task and gives the reason of a failure in one line. Ray would add
+    # a traceback for every task that depends on the failed one.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Else idle workers are ended within a second of Tune's start, and the next stage imports torch
-    # anew.
+    # Without this setting Ray ends idle workers within a second of Tune's start, and the workers
+    # of the next stage import torch again.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 
 
 def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
-    """Join the cluster of RAY_ADDRESS (in a Ray job: the job's own), or start a Ray on this machine
-    for this process.
+    """Join the cluster that RAY_ADDRESS names, or start a Ray on this machine for this process.
 
-    cpus, gpus: size of a Ray that is started; default: what the machine has. Raises UserError where
-    the cluster cannot be reached.
+    In a Ray job, RAY_ADDRESS names the cluster of the job. cpus, gpus: the size of a Ray that is
+    started here; default: all that the machine has. Raises UserError if the cluster cannot be
+    reached.
     """
     if ray.is_initialized():
         return
@@ -79,7 +79,7 @@ def _set_defaults(settings: dict[str, str]) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise UserError where nothing listens at host:port: Ray itself would try for minutes."""
+    """Raise UserError if nothing listens at host:port. Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         return
@@ -93,10 +93,10 @@ def _check_reachable(address: str) -> None:
 
 
 def preflight(experiment: Experiment, tell: Callable[[str], None]) -> None:
-    """Raise UserError unless some node can hold one task, and has room for it now.
+    """Raise UserError unless some node can hold one task and the cluster has room for it now.
 
-    With `resources.wait_s` the request is announced to the autoscaler and waited for; `tell` says
-    so.
+    With `resources.wait_s`, ask the autoscaler for such a node and wait for it. `tell` is called
+    with the message that says so.
     """
     resources = experiment.resources
     deadline = time.monotonic() + resources.wait_s
@@ -139,7 +139,7 @@ def _wait_until_free(resources: ResourceConfig, deadline: float) -> None:
 
 
 def slots(experiment: Experiment) -> int:
-    """How many GPU tasks of the experiment the cluster's nodes hold at once; at least 1."""
+    """How many tasks of the experiment the cluster's nodes can run at once; at least 1."""
     bundle, count = _bundle(experiment.resources), 0
     for node in _alive_nodes():
         shares = [node.get(name, 0.0) / amount for name, amount in bundle.items()]
@@ -153,7 +153,7 @@ def _alive_nodes() -> list[dict[str, float]]:
 
 
 def _bundle(resources: ResourceConfig) -> dict[str, float]:
-    """What one task asks for, as Ray names it."""
+    """The resources that one task asks for, under Ray's names."""
     bundle = {}
     if resources.cpus_per_task:
         bundle["CPU"] = resources.cpus_per_task

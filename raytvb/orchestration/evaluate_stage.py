@@ -1,4 +1,4 @@
-"""The stage `evaluate`: what the search has chosen, measured once on the test images."""
+"""The stage `evaluate`: measures the choice of the search once, on the test images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raytvb.search.results import Outcome
 from raytvb.search.rounds import find_choice, find_result
 
 NAMED = 3
-"""How many candidates that were not searched a message names."""
+"""A message names at most this many candidates that were not searched."""
 
 
 def evaluate(context: RunContext) -> bool:
-    """Make every evaluation that the store has no rows of; whether there were any.
+    """Run every evaluation that has no rows in the store. Returns whether there were any.
 
-    Raises UserError where the search has not ended, and where evaluations failed.
+    Raises UserError if the search has not ended, or if evaluations failed.
     """
     todo = _missing_evaluations(context)
     if not todo:

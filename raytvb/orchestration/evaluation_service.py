@@ -1,4 +1,4 @@
-"""Evaluations in Ray workers."""
+"""What Ray workers need to run evaluations, and the tasks that run them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Refs = tuple[tuple[str, Any], ...]
 
 
 def _fetched(refs: Refs) -> dict[str, SplitArrays]:
-    """The images by task, in the node's shared memory."""
+    """The images of each task, by its name. The arrays lie in the node's shared memory."""
     arrays: dict[str, SplitArrays] = {}
     for task, ref in refs:
         fetched: Any = ray.get(ref)
@@ -35,20 +35,20 @@ def _fetched(refs: Refs) -> dict[str, SplitArrays]:
 
 @cache
 def evaluator(experiment: Experiment, fingerprint: str, refs: Refs, precision: str) -> Evaluator:
-    """The evaluator of a worker, built once a process."""
+    """The evaluator of a worker. Each process builds it once."""
     worker_setup()
     return make_evaluator(experiment, fingerprint, _fetched(refs), precision)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a worker needs beside the store to evaluate."""
+    """What a worker needs to evaluate, in addition to the store."""
 
     experiment: Experiment
     fingerprint: str
-    """Of the pretrained model."""
+    """Checksum of the pretrained model."""
     splits: Mapping[str, Refs]
-    """Images by split."""
+    """References to the images, by split."""
     precision: str
 
     def evaluator(self, split: str) -> Evaluator:
@@ -57,7 +57,7 @@ class Service:
 
     @property
     def context(self) -> Context:
-        """What evaluations are run with."""
+        """The context that evaluations run in."""
         return Context(self.experiment, self.fingerprint, self.evaluator)
 
 
@@ -70,12 +70,12 @@ def compare_precisions_on_refs(
 
 
 def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, str]:
-    """Run evaluations one after the other; returns the reasons of those that failed, by name."""
+    """Run evaluations one after the other. Returns the reason of each that failed, by its name."""
     context = service.context
     failed: dict[str, str] = {}
     for evaluation in group:
         try:
-            # If Ray repeats this task, the first evaluations of the group have been made.
+            # If Ray repeats this task, the store already has the first evaluations of the group.
             if not has_rows(context.store, evaluation.name, evaluation.identity):
                 evaluation.run(context)
         except (UserError, ValueError) as error:
@@ -86,10 +86,11 @@ def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, s
 def evaluation_groups(
     experiment: Experiment, evaluations: Sequence[Evaluation]
 ) -> list[Sequence[Evaluation]]:
-    """The evaluations by Ray task.
+    """The evaluations in groups; one Ray task runs one group.
 
-    A CPU task gets one, so that all workers end at about the same time. A GPU task starts a process
-    of its own, so there are only twice as many groups as the cluster runs at once.
+    A CPU task gets a single evaluation, so that all workers end at about the same time. Every GPU
+    task starts a process of its own, so there are only twice as many groups as the cluster can run
+    at once.
     """
     if not experiment.resources.gpus_per_task:
         return [[evaluation] for evaluation in evaluations]

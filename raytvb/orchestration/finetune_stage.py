@@ -1,7 +1,7 @@
-"""The stage `finetune`: masks, then one Ray task for each task vector that is missing.
+"""The stage `finetune`: makes the masks, then runs one Ray task for each missing task vector.
 
-Where the stage `basis` follows in the same run, every committed vector goes to the basis actor at
-once, so that the Gram matrix is complete when the last fine-tune ends.
+If the stage `basis` follows in the same run, every vector goes to the basis actor as soon as it is
+committed. The Gram matrix is then complete soon after the last fine-tune ends.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from raytvb.storage.records import Record
 
 
 def finetune(context: RunContext, *, stream: bool) -> bool:
-    """Commit the masks and vectors that are missing; whether there were any.
+    """Commit the masks and vectors that the store lacks. Returns whether any vector was missing.
 
-    stream: committed vectors go to a basis actor, which is `context.stream` afterwards. Raises
-    UserError that names the tasks that failed; the others are kept.
+    stream: send committed vectors to a basis actor, which `context.stream` holds afterwards. Raises
+    UserError that names the tasks that failed. The vectors of the other tasks are kept.
     """
     experiment, missing = context.experiment, context.missing_vectors()
     fingerprint = context.fingerprint  # puts the model into the store before a task needs it
@@ -51,7 +51,7 @@ def finetune(context: RunContext, *, stream: bool) -> bool:
 
 
 def start_stream(context: RunContext, committed: Sequence[TaskConfig]) -> Stream:
-    """Start the basis actor, which is `context.stream` then, and offer it committed vectors."""
+    """Start the basis actor, set `context.stream` to it, and offer it the committed vectors."""
     context.stream = Stream(context.experiment)
     for task in committed:
         context.stream.offer(task.name)
@@ -59,9 +59,10 @@ def start_stream(context: RunContext, committed: Sequence[TaskConfig]) -> Stream
 
 
 def finish_stream(stream: Stream, failed: dict[str, str]) -> dict[str, str]:
-    """Wait until the actor has taken in all that was offered; reasons by name of what failed there.
+    """Wait until the actor has taken in all vectors that were offered.
 
-    Ends the actor where anything failed, there or before: the run stops.
+    failed: reasons of earlier failures, by task. Returns the reasons of the vectors that the actor
+    could not use, by task. If anything failed, here or earlier, ends the actor, for the run stops.
     """
     stream.finish()
     if failed or stream.failed:
@@ -70,10 +71,10 @@ def finish_stream(stream: Stream, failed: dict[str, str]) -> dict[str, str]:
 
 
 def make_missing_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> dict[str, str]:
-    """Make the prepared twins of committed vectors where bases are made of such twins and they are
-    missing; reasons of failures by name.
+    """Make the prepared twins that committed vectors lack, if the bases are built from such twins.
 
-    A fine-tune makes its own twin. What is missing was deleted, or its run was killed in between.
+    A fine-tune makes its own twin. A twin is missing if it was deleted, or if the run was killed
+    after the vector and before the twin. Returns the reasons of failures, by task.
     """
     experiment = context.experiment
     if experiment.basis.prepare == "none":
@@ -89,13 +90,13 @@ def make_missing_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> dict
 def _finetune_missing(
     context: RunContext, fingerprint: str, missing: Sequence[TaskConfig], stage: Stage
 ) -> dict[str, str]:
-    """One Ray task for each vector; reasons by name of those that failed."""
+    """Run one Ray task for each vector. Returns the reasons of failures, by task."""
     task_of, pending = ray_task(finetune_task, context.experiment), dict[Any, str]()
     for task in missing:
         call = task_of.remote(context.experiment, fingerprint, task)
         pending[call] = task.name
 
-    def committed(name: str, record: Record) -> None:
+    def tell_committed(name: str, record: Record) -> None:
         metrics = record.metrics_as(VectorMetrics, vector_prefix(name))
         notes = [f"{name}: loss {metrics.final_loss:.3f}", *_warnings(metrics, context.experiment)]
         if context.stream is not None:
@@ -103,11 +104,11 @@ def _finetune_missing(
             notes += context.stream.floor_notes()
         stage.advance(", ".join(notes))
 
-    return collect(pending, committed, context.stream.pump if context.stream else None)
+    return collect(pending, tell_committed, context.stream.pump if context.stream else None)
 
 
 def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
-    """What a user should know of a fine-tune that went through."""
+    """What a user should know about a fine-tune that succeeded."""
     warnings = []
     if metrics.skipped:
         warnings.append(f"{metrics.skipped} images cannot be read and are left out")
@@ -120,7 +121,7 @@ def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
 
 
 def _record_overlap(context: RunContext) -> None:
-    """Measure how far the tasks' own masks overlap, unless the store has that."""
+    """Measure how far the tasks' own masks overlap, unless the store has the result already."""
     experiment = context.experiment
     if not experiment.own_masks or len(experiment.tasks) < 2:
         return

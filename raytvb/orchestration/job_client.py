@@ -1,4 +1,4 @@
-"""A client of a Ray cluster's job server, and messages where there is none.
+"""A client of a Ray cluster's job server, and error messages for addresses that have none.
 
 Ray's own client waits without limit for an address that does not answer, aborts the process on a
 token file that it cannot read, and lets RAY_ADDRESS override the address it is given.
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 CONNECT_S = 10.0
-"""How long an address has to answer."""
+"""An address must answer within this time."""
 
 
 def job_client(address: str) -> JobSubmissionClient:
-    """A client of the job server at `address`, the URL of the head's dashboard
-    (http://127.0.0.1:8265).
+    """A client of the job server at `address`.
 
-    Raises UserError if the address is no such URL, nothing or no Ray answers there, or the token is
-    refused.
+    address: URL of the dashboard of the Ray head, such as http://127.0.0.1:8265. Raises UserError
+    if it is not such a URL, if no Ray cluster answers there, or if the cluster refuses the token.
     """
     address = (address if "://" in address else f"http://{address}").rstrip("/")
     if not address.startswith(("http://", "https://")):
@@ -69,7 +68,7 @@ def _check_answers(address: str) -> None:
 
 
 def _check_token_file() -> None:
-    """Raise UserError where Ray is told to read a token from a file that gives none."""
+    """Raise UserError if RAY_AUTH_TOKEN_PATH names a token file that is unreadable or empty."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     by_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
     if not by_token or os.environ.get("RAY_AUTH_TOKEN") or not path:
@@ -83,7 +82,7 @@ def _check_token_file() -> None:
 
 
 def refused(address: str, error: Exception) -> UserError:
-    """The error of a cluster that does not take our token, or wants one."""
+    """The error for a cluster that refuses our token, or wants one and gets none."""
     reason = str(error).partition("\n")[0]
     return UserError(
         f"{address} refused the authentication ({reason}): set RAY_AUTH_MODE=token and give the "
@@ -92,13 +91,13 @@ def refused(address: str, error: Exception) -> UserError:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's text, or its type where it has none."""
+    """The last line of an error's text, or the name of its type if the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """The environment without some variables."""
+    """Remove some environment variables for the length of a block."""
     removed = {}
     for name in names:
         if name in os.environ:

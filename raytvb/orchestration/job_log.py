@@ -1,4 +1,4 @@
-"""Following a job on a Ray cluster: its log, lost connections, and how it ended."""
+"""Follows a job on a Ray cluster: prints its log, connects again, and tells how the job ended."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 RECONNECTS = 6
-"""Attempts after a lost connection, which wait 1, 2, 4 ... 32 s: a port-forward that is restarted
-within a minute is not noticed.
+"""Attempts after a lost connection. They wait 1, 2, 4 ... 32 s, so the log goes on if a
+port-forward is restarted within a minute.
 """
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of a shell."""
+"""Exit code after Ctrl-C, the same as in a shell."""
 
 LOG_FOLLOWS = ", last available logs (truncated to 20,000 chars):"
-"""The end of Ray's message about a failed job: its log was shown already."""
+"""How Ray's message about a failed job ends. We cut this off: the log was shown already."""
 
 
 def say(text: str) -> None:
-    """A line on standard error: standard output is for the job's log."""
+    """Print a line on standard error. Standard output is for the job's log."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -37,11 +37,10 @@ def ways_to_follow(client: JobSubmissionClient, job: str) -> str:
 
 
 def follow_job(client: JobSubmissionClient, job: str) -> int:
-    """Print the log of a job until it ends, over lost connections; its exit code, 0 only if it
-    succeeded.
+    """Print the log of a job until the job ends, and connect again where a connection is lost.
 
-    Ctrl-C leaves the job running and returns 130. Raises UserError when the cluster stays out of
-    reach.
+    Returns the job's exit code, which is 0 only if the job succeeded. Ctrl-C leaves the job running
+    and returns 130. Raises UserError if the cluster stays out of reach.
     """
     import aiohttp
     from ray.exceptions import AuthenticationError
@@ -57,7 +56,7 @@ def follow_job(client: JobSubmissionClient, job: str) -> int:
             lost = 0
             time.sleep(1.0)
         except KeyboardInterrupt:
-            say(f"\nNo longer following {job}; it goes on.\n{ways_to_follow(client, job)}")
+            say(f"\nNo longer following {job}; the job goes on.\n{ways_to_follow(client, job)}")
             return INTERRUPTED
         except (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError) as error:
             lost = 1 if log.printed > seen else lost + 1
@@ -67,7 +66,7 @@ def follow_job(client: JobSubmissionClient, job: str) -> int:
 def _wait_for_connection(
     client: JobSubmissionClient, job: str, lost: int, error: Exception
 ) -> None:
-    """Wait before the next attempt. Raises UserError after too many in a row without any news."""
+    """Wait before the next attempt. Raises UserError after too many attempts without new output."""
     if lost > RECONNECTS:
         raise UserError(
             f"lost {client.get_address()} ({last_line(error)}); {job} may still run.\n"
@@ -79,13 +78,13 @@ def _wait_for_connection(
 
 
 class _Log:
-    """A job's log. Each connection starts from its beginning; what was printed is left out."""
+    """A job's log. Every connection sends it from the start; we skip what is printed already."""
 
     def __init__(self) -> None:
         self.printed = 0
 
     async def tail(self, client: JobSubmissionClient, job: str) -> None:
-        """Print what is new until the connection ends."""
+        """Print the new part of the log until the connection ends."""
         position = 0
         async for text in client.tail_job_logs(job):
             fresh = text[max(0, self.printed - position) :]
@@ -96,7 +95,7 @@ class _Log:
 
 
 def _verdict(job: str, info: JobDetails) -> int:
-    """Say how a job ended; its exit code."""
+    """Say how a job ended. Returns its exit code."""
     status = str(info.status)
     if status == "SUCCEEDED":
         say(f"{job} succeeded.")

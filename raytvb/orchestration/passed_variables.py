@@ -1,4 +1,4 @@
-"""Which environment variables go with an experiment to other machines."""
+"""The environment variables that an experiment takes along to other machines."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PASSED = frozenset(
         "HF_HOME",
     )
 )
-"""Credentials and places. Not AWS_PROFILE, AWS_CONFIG_FILE or AWS_CA_BUNDLE: those name things on
-this machine, and botocore fails where they are missing.
+"""Credentials and locations of data. AWS_PROFILE, AWS_CONFIG_FILE and AWS_CA_BUNDLE are left out:
+they name things on this machine, and botocore fails on a machine that lacks those.
 """
 
 PASSED_PREFIX = "RAYTVB_"

@@ -1,14 +1,14 @@
 """A whole run: the stages of an experiment one after the other, on Ray.
 
-This room is the only one that imports Ray. To read it: `pipeline` (the order of the stages), then
-`run_context` (what they share) and the stages `finetune_stage`, `basis_stage`, `search_stage` and
-`evaluate_stage`. Below those, `ray_tasks` makes Ray tasks of plain functions of other rooms,
-`ray_actors` and `stream` run the basis builder, `tune` the search, `evaluation_service` the
-evaluations. Beside them, `connect` joins or starts a Ray, and `submit` sends an experiment to a
-cluster as a job.
+This folder is the only one that imports Ray. Read its files in this order. `pipeline` has the order
+of the stages, and `run_context` has what the stages share. The stages themselves are
+`finetune_stage`, `basis_stage`, `search_stage` and `evaluate_stage`. Below those, `ray_tasks` turns
+plain functions of other folders into Ray tasks, `ray_actors` and `stream` run the basis builder,
+`tune` runs the search, and `evaluation_service` runs the evaluations. Beside them, `connect` joins
+or starts a Ray, and `submit` sends an experiment to a cluster as a job.
 
-What has a record in the store is not done again, so a run that was stopped goes on where it was.
-The driver passes keys and small records; it never holds a vector.
+A step that has a record in the store is not done again, so a run that was stopped goes on where it
+stopped. The driver passes keys and small records. It never holds a vector.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Pipeline:
     """One experiment on one connected Ray cluster."""
 
     def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
-        """Checks the store and the cluster before any work. Raises StoreError or UserError."""
+        """Checks the store and the cluster before any work.
+
+        Raises StoreError or UserError if one of them cannot be used.
+        """
         self._context = RunContext(experiment, reporter)
         self.store.check_writable()
         freeze(self.store, self._context.experiment)
@@ -47,11 +50,11 @@ class Pipeline:
 
     @property
     def store(self) -> Store:
-        """Where everything is kept."""
+        """The store that holds everything that the experiment makes."""
         return self._context.store
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
-        """Run the given stages in their order. Raises UserError where one fails."""
+        """Run the given stages in the order of STAGES. Raises UserError if one fails."""
         context = self._context
         evaluates = "search" in stages or "evaluate" in stages
         context.splits = SPLITS if evaluates else SPLITS[:1]
@@ -67,14 +70,14 @@ class Pipeline:
             write_report(self.store, context.experiment)
 
     def verify(self) -> int:
-        """Compare every stored file with its checksum, in Ray tasks; how many files there are.
+        """Compare every stored file with its checksum, in Ray tasks. Returns the number of files.
 
-        Raises UserError that names the damaged files.
+        Raises UserError that names the damaged files, if there are any.
         """
         return verify_on_ray(self._context)
 
     def _timed(self, stage: str, work: Callable[[], bool]) -> None:
-        """Run a stage and add its seconds to the store's, unless there was nothing to do."""
+        """Run a stage, and add its seconds to those in the store unless it had nothing to do."""
         started = time.perf_counter()
         if work():
             data = self.store.find(TIMINGS)
@@ -86,8 +89,10 @@ class Pipeline:
 def run(
     experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None
 ) -> None:
-    """Run stages of an experiment on the connected Ray, on that of RAY_ADDRESS, or on one that is
-    started on this machine. What is in the store already is not made again.
+    """Run stages of an experiment. What is in the store already is not made again.
+
+    Uses the Ray that this process is connected to. Otherwise joins the cluster that RAY_ADDRESS
+    names, or starts a Ray on this machine.
     """
     connect()
     Pipeline(experiment, reporter or Reporter()).run(stages)

@@ -1,4 +1,4 @@
-"""A dry run: what an experiment would do, what is there already, and what it will store."""
+"""A dry run: says what an experiment would do, what is done already, and what it will store."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from raytvb.storage import records
 from raytvb.storage.store import Store
 
 FLOAT_BYTES = 4
-"""Of a stored value, in float32."""
+"""Bytes of a stored value, in float32."""
 
 
 def describe(experiment: Experiment) -> str:
-    """Lines for people. Nothing is written, deleted or made, not even the store's folder.
+    """The plan of an experiment, as lines of text.
 
-    Raises StoreError where the store could not be written, UserError where it is another's.
+    Writes, deletes and makes nothing, not even the store's folder. Raises StoreError if a run could
+    not write the store, and UserError if the store belongs to another experiment or a task's data
+    cannot be used.
     """
     store = Store(experiment.store)
     store.check_reachable()
@@ -43,7 +45,7 @@ def describe(experiment: Experiment) -> str:
 
 
 def _check_data(experiment: Experiment) -> None:
-    """Raise UserError for a task whose data is not there or cannot be used."""
+    """Raise UserError if the data of a task is missing or cannot be used."""
     for task in experiment.every_task:
         splits = []
         for split in SPLITS:
@@ -72,7 +74,7 @@ def _bases_line(experiment: Experiment, store: Store, parameters: int, kept: int
         done += records.find(store, basis_prefix(spec.name)) is not None
         vectors += spec.size
     names = ", ".join(spec.name for spec in specs)
-    # Vectors with masks of their own have no coordinates in common but all.
+    # If every vector has a mask of its own, the only coordinates that all share are the dense ones.
     dense = experiment.own_masks and len(experiment.tasks) > 1
     size = FLOAT_BYTES * vectors * (parameters if dense else kept)
     note = " (dense, as every task has its own mask)" if dense else ""
@@ -83,12 +85,12 @@ def _resources_line(experiment: Experiment) -> str:
     resources = experiment.resources
     return (
         f"each task asks for {resources.cpus_per_task:g} CPUs and {resources.gpus_per_task:g} "
-        f"GPUs, restarted up to {resources.max_retries} times; whether the cluster has them is "
-        f"checked when it runs"
+        f"GPUs, and is restarted up to {resources.max_retries} times; the run checks whether the "
+        f"cluster has these resources"
     )
 
 
 def _store_line(store: Store) -> str:
     if store.local_path("") is not None:
         return f"store     {store.url}: writable"
-    return f"store     {store.url}: it answers; whether it can be written shows when it runs"
+    return f"store     {store.url}: reachable; the run checks whether it can be written"

@@ -1,5 +1,5 @@
-"""Progress of a run: bars with the time left on a terminal, plain lines elsewhere (in the log of a
-Ray job).
+"""Progress of a run: bars with the time left on a terminal, and plain lines elsewhere, such as in
+the log of a Ray job.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rich.progress import (
 
 
 class Reporter:
-    """Says how far a run is, on standard error: standard output is for results."""
+    """Says on standard error how far a run is. Standard output is for results."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         self.console.print(message, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """A stage of `total` steps; shows nothing where there is nothing to do."""
+        """Show a stage of `total` steps. Shows nothing if there are none."""
         if not self.console.is_terminal or not total:
             yield Stage(self, name, total)
             return
@@ -65,7 +65,7 @@ class Stage:
         self._done, self._started = 0, time.monotonic()
 
     def advance(self, note: str) -> None:
-        """One step is done; `note` says which, and how it went."""
+        """Count one finished step. `note` says which step it was, and how it went."""
         self._done += 1
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, advance=1, note=note)

@@ -1,4 +1,4 @@
-"""The basis actor, and the actors that share the coordinates."""
+"""The basis actor, and the shard actors that divide the coordinates among themselves."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from raytvb.storage.basis_layout import Layout
 
 
 class ShardGroup:
-    """Several actors that each hold a share of the coordinates, as if they were one
+    """Several actors, each with a share of the coordinates, with the methods of one
     `CoordinateShard`.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Takes the names of the actors: a handle among the arguments of an actor would have to
-        outlive its restarts.
+        """names: of the actors. The group is an argument of the basis actor, which may restart; a
+        name finds its actor again afterwards, a handle might not.
         """
         self._names = list(names)
 
@@ -37,7 +37,7 @@ class ShardGroup:
         return [ray.get_actor(name) for name in self._names]
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
-        """The same call to all actors at once; raises what one of them raises."""
+        """Make the same call to all actors at once. Raises what one of them raises."""
 
         def call() -> list[Any]:
             pending = [getattr(actor, method).remote(*args) for actor in self._actors]
@@ -50,7 +50,7 @@ class ShardGroup:
             raise error.cause from None
 
     def fetch(self, versions: Versions) -> dict[str, VectorError]:
-        """By task, the errors of vectors that one of the actors could not use."""
+        """The errors of the vectors that one of the actors could not use, by task."""
         failed: dict[str, VectorError] = {}
         for failures in self._on_all("fetch", versions):
             failed.update(failures)
@@ -75,7 +75,7 @@ class ShardGroup:
         return written
 
     def cache(self) -> CacheUse:
-        """Where the first actor has its cache, and the bytes of all."""
+        """The kind of cache of the first actor, and the bytes in the caches of all actors."""
         caches: list[CacheUse] = self._on_all("cache")
         return CacheUse(caches[0].kind, sum(cache.bytes for cache in caches))
 
@@ -86,10 +86,10 @@ class ShardGroup:
 
 
 def basis_actors(experiment: Experiment) -> tuple[Any, list[Any]]:
-    """The basis actor, and all actors that are to be killed when it is not needed any more.
+    """The basis actor, and a list of all actors to kill when the basis actor is no longer needed.
 
-    They ask for no CPU: all CPUs are for fine-tunes. What they know is in the store, so they may
-    die and are restarted.
+    The actors ask for no CPU, so that all CPUs are left to fine-tunes. All that they know is in the
+    store, so Ray can restart an actor that died.
     """
     count, prefix = experiment.resources.shards, f"raytvb-{experiment.name}-{uuid.uuid4().hex[:8]}"
     names = [f"{prefix}-shard-{number}" for number in range(count)] if count > 1 else []
@@ -102,10 +102,10 @@ def basis_actors(experiment: Experiment) -> tuple[Any, list[Any]]:
 
 
 def _actor(name: str, experiment: Experiment, body: type, *args: Any) -> Any:
-    """A named actor that Ray restarts where it dies.
+    """A named actor that Ray restarts if it dies.
 
-    Actors are spread over the nodes: shares of the coordinates on one node would compete for its
-    disk and memory.
+    Ray spreads the actors over the nodes. Several shards on one node would compete for its disk and
+    memory.
     """
     retries = experiment.resources.max_retries
     options = {

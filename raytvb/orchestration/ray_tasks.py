@@ -1,4 +1,4 @@
-"""Plain functions as Ray tasks: how they are made, repeated, waited for, and how they fail."""
+"""Turns plain functions into Ray tasks, waits for them, and explains how they failed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from raytvb.experiment.config import Experiment
 from raytvb.storage.store_errors import StoreKeyError
 
 WAIT_S = 1.0
-"""How long a single wait for results lasts: Ctrl-C and what happens meanwhile are seen between."""
+"""How long a single wait for results lasts. Between waits, Ctrl-C and other events are noticed."""
 
 Result = TypeVar("Result")
 
 
 class TransientError(Exception):
-    """The storage or network failed in a way that may pass: Ray runs the task again."""
+    """The storage or the network failed in a way that may pass, so Ray runs the task again."""
 
 
 def _marking_transient_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, raising TransientError where the storage or the network failed.
+    """The function, changed to raise TransientError if the storage or the network fails.
 
-    What a user must mend (a missing key, a wrong setting) is raised as it is: no repetition helps.
+    An error that the user must correct (a missing key, a wrong setting) is raised unchanged, for
+    to run the task again would not help.
     """
 
     def call(*args: Any) -> Any:
@@ -47,9 +48,9 @@ def ray_task(
     """The function as a Ray task with the experiment's resources and retries; call it with
     `.remote(...)`.
 
-    gpu: the task takes the experiment's share of a GPU. Its worker then ends with it, for it could
-    not move to another GPU, and to free the memory. A worker without a GPU is used again, which
-    saves importing torch. results: how many references a call returns.
+    gpu: the task takes the experiment's share of a GPU. Its worker then ends with the task: it
+    could not move to another GPU, and its GPU memory is freed. A worker without a GPU is used
+    again, which saves importing torch. results: how many references a call returns.
     """
     resources = experiment.resources
     gpus = resources.gpus_per_task if gpu else 0.0
@@ -70,10 +71,10 @@ def ray_task(
 def ray_array_task(
     function: Callable[..., Any], experiment: Experiment, *, gpu: bool = True
 ) -> Any:
-    """As `ray_task`, for results that stay in the workers' memory: `.remote(...)` returns the
-    references of a status and of the result.
+    """Like `ray_task`, for results that stay in the workers' memory.
 
-    Getting the status raises what the task raised, and moves no data to the driver.
+    `.remote(...)` returns two references, to a status and to the result. To get the status raises
+    what the task raised, and moves no data to the driver.
     """
 
     def call(*args: Any) -> tuple[None, Any]:
@@ -86,13 +87,13 @@ def ray_array_task(
 def patiently(call: Callable[[], Result], attempts: int = 30) -> Result:
     """The result of a call to actors, repeated once a second while one of them is being restarted.
 
-    The call must change nothing when it is made twice.
+    A repeated call must have the same effect as a single one.
     """
     for attempt in range(attempts):
         try:
             return call()
         except ActorUnavailableError:
-            # Raised where the actor's node died just now, whatever max_task_retries is.
+            # Ray raises this if the actor's node has just died, whatever max_task_retries is.
             if attempt == attempts - 1:
                 raise
             time.sleep(1.0)
@@ -110,7 +111,7 @@ def explain(error: BaseException) -> str:
 
 
 def _ignore(name: str, result: Any) -> None:
-    """Nothing is done with a result."""
+    """Do nothing with a result."""
 
 
 def collect(
@@ -118,10 +119,11 @@ def collect(
     done: Callable[[str, Any], None] = _ignore,
     idle: Callable[[], None] | None = None,
 ) -> dict[str, str]:
-    """Wait for all tasks; returns the reason of each that failed, by its name.
+    """Wait for all tasks. Returns the reason of each task that failed, by its name.
 
-    pending: name by reference. done: called with name and result as each task ends. idle: called at
-    least once a second. The failure of one task does not stop the others.
+    pending: the name of each task, by its reference. done: called with the name and the result of
+    each task that succeeds, as it ends. idle: called at least once a second. The failure of one
+    task does not stop the others.
     """
     waiting, failed = dict(pending), dict[str, str]()
     while waiting:
@@ -140,7 +142,7 @@ def collect(
 
 
 def result_of(reference: Any, stage: str, name: str) -> Any:
-    """What one task returns. Raises UserError that names the stage and the task where it fails."""
+    """The result of one task. Raises UserError that names the stage and the task if it fails."""
     while not ray.wait([reference], timeout=WAIT_S)[0]:
         continue
     try:
@@ -150,7 +152,7 @@ def result_of(reference: Any, stage: str, name: str) -> Any:
 
 
 def stage_error(stage: str, failed: Mapping[str, str]) -> UserError:
-    """The error of a stage some of whose tasks failed: their reasons by name, and the way out."""
+    """The error of a stage in which some tasks failed: their reasons, and what the user can do."""
     lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failed.items()))
     return UserError(
         f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:{lines}\n"
@@ -159,6 +161,6 @@ def stage_error(stage: str, failed: Mapping[str, str]) -> UserError:
 
 
 def raise_failed(stage: str, failed: Mapping[str, str]) -> None:
-    """Raise UserError where tasks of a stage failed."""
+    """Raise UserError if tasks of a stage failed."""
     if failed:
         raise stage_error(stage, failed)

@@ -26,23 +26,24 @@ from raytvb.storage.store import Store
 
 
 class RunContext:
-    """The state of one run on one connected Ray cluster. Holds keys, small records and references
-    to objects in Ray's store; never a vector.
+    """The state of one run on one connected Ray cluster.
+
+    It holds keys, small records and references to objects in Ray's store, but never a vector.
     """
 
     def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
         self.store, self.reporter = Store(experiment.store), reporter
-        # A relative path would mean another place in workers, which have other working folders.
+        # Workers have other working folders, where a relative path would mean another place.
         self.experiment = experiment.model_copy(update={"store": self.store.url})
         self.splits: tuple[str, ...] = SPLITS
         """The splits whose images the stages of this run read."""
         self.stream: Stream | None = None
-        """The basis actor that vectors go to as they are committed: from fine-tuning to bases."""
+        """Sends committed vectors to the basis actor; set while fine-tuning feeds it."""
         self._split_refs: dict[str, Refs] = {}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Checksum of the pretrained weights; puts the model and the heads into the store first."""
+        """Checksum of the pretrained weights. First puts the model and the heads into the store."""
         record = records.find(self.store, BASE, base_identity(self.experiment))
         if record is None:
             record = self._store_base()
@@ -58,7 +59,7 @@ class RunContext:
         return record
 
     def missing_vectors(self) -> list[TaskConfig]:
-        """Tasks without a committed vector."""
+        """The tasks that have no committed vector."""
         missing = []
         for task in self.experiment.tasks:
             identity = vector_identity(self.experiment, task)
@@ -67,9 +68,10 @@ class RunContext:
         return missing
 
     def split_refs(self, split: str) -> Refs:
-        """References to the images of every task's split, in Ray's object store.
+        """References to the images of a split of every task, in Ray's object store.
 
-        They are read from the raytvb store, or decoded and kept there; once in a run.
+        A run loads a split once. Images come from the store of the experiment, or are decoded and
+        then kept in that store.
         """
         if split not in self._split_refs:
             self._split_refs[split] = self._load_split(split)
@@ -93,8 +95,9 @@ class RunContext:
         return tuple(images)
 
     def precision(self) -> str:
-        """What evaluations compute in, bf16 or fp32; measured once an experiment where it is left
-        to us (see `compare_precisions`).
+        """The number format that evaluations compute in, bf16 or fp32.
+
+        If the experiment leaves the choice open, it is measured once (see `compare_precisions`).
         """
         setting = self.experiment.evaluate.precision
         on_cpu = not self.experiment.resources.gpus_per_task

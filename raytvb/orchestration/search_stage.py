@@ -1,4 +1,4 @@
-"""The stage `search`: coefficients of every candidate and the choice of a basis, on validation
+"""The stage `search`: finds the coefficients of every candidate and chooses a basis, on validation
 images.
 """
 
@@ -12,8 +12,9 @@ from raytvb.search.results import Choice
 
 
 def search(context: RunContext) -> bool:
-    """Measure what has not been measured, choose, and record the choice; whether anything was
-    new.
+    """Measure the candidates that have not been measured, choose one, and record the choice.
+
+    Returns whether anything was new.
     """
     store, experiment = context.store, context.experiment
     candidates = all_candidates(store, experiment)
@@ -30,6 +31,6 @@ def search(context: RunContext) -> bool:
 
 def _description(choice: Choice) -> str:
     if choice.name is None:
-        return f"note: nothing was chosen: {choice.reason}"
+        return f"note: no basis was chosen: {choice.reason}"
     front = ", ".join(choice.front)
     return f"chosen: {choice.name}; best for their size, accuracy against bytes: {front}"

@@ -1,7 +1,8 @@
-"""The one mask that all tasks share: rounds of scores on Ray, each on the entries still kept.
+"""Makes the one mask that all tasks share, in rounds on Ray.
 
-The scores of a round are summed over the tasks as a tree of Ray tasks. Scores and masks (an array
-of D entries each) stay in Ray's object store; the driver sees statuses only.
+Every round scores the entries that the round before has kept. A tree of Ray tasks sums the scores
+of a round over the tasks. Scores and masks are arrays of D entries. They stay in Ray's object
+store, and the driver sees only statuses.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from raytvb.storage import records
 
 
 def make_shared_mask(context: RunContext) -> None:
-    """Commit the shared mask unless it is in the store."""
+    """Make and commit the shared mask, unless it is in the store already."""
     experiment, stages = context.experiment, context.experiment.talos.stages
     identity = mask_identity(experiment, experiment.tasks)
     if records.find(context.store, mask_prefix(SHARED_MASK), identity) is not None:
@@ -38,7 +39,7 @@ def make_shared_mask(context: RunContext) -> None:
 
 
 def _selected(context: RunContext, number: int, kept: Any) -> Any:
-    """Reference to the entries kept after a round; `kept`: that after the round before."""
+    """Reference to the mask after a round. kept: reference to the mask after the round before."""
     experiment = context.experiment
     score = ray_array_task(score_task, experiment)
     pending, scores = dict[Any, str](), list[Any]()
@@ -54,12 +55,12 @@ def _selected(context: RunContext, number: int, kept: Any) -> Any:
 
 
 def _summed(context: RunContext, arrays: list[Any]) -> Any:
-    """Reference to the sum of arrays, two at a time, so that the sums of a level run at once."""
+    """Reference to the sum of arrays. Adds pairs, so that all sums of one level run at once."""
     add = ray_array_task(add_scores, context.experiment, gpu=False)
     while len(arrays) > 1:
         sums = []
         for left, right in zip(arrays[::2], arrays[1::2], strict=False):
             _, total = add.remote(left, right)
             sums.append(total)
-        arrays = sums + arrays[2 * len(sums) :]  # an odd one waits for the next level
+        arrays = sums + arrays[2 * len(sums) :]  # the next level takes an array without a partner
     return arrays[0]

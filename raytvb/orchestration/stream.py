@@ -1,4 +1,4 @@
-"""The stream of committed vectors to the basis actor."""
+"""Sends committed vectors to the basis actor while fine-tuning goes on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from raytvb.orchestration.ray_actors import basis_actors
 from raytvb.orchestration.ray_tasks import explain, patiently
 
 ATTEMPTS = 30
-"""How often a call is repeated while an actor is being restarted, a second apart."""
+"""How often a call is repeated, once a second, while an actor is being restarted."""
 
 BATCH = 32
-"""Vectors in one call: the actor reads those that it has once for all that are new."""
+"""Most vectors in one call. The actor reads its earlier vectors once a call, not once a vector."""
 
 
 class Stream:
@@ -36,15 +36,15 @@ class Stream:
         self.failed: dict[str, str] = {}
         """Tasks whose vectors could not be taken in, with the reason."""
         self.status = BuilderStatus()
-        """What the actor said last."""
+        """The last status that the actor returned."""
 
     def offer(self, task: str) -> None:
-        """Add a committed vector to those that are to be sent."""
+        """Queue a committed vector to be sent to the actor."""
         self._waiting.append(task)
         self.pump()
 
     def pump(self, timeout: float = 0.0) -> None:
-        """Take the answer of the call in flight if it is there, and then send what has come since.
+        """If the call in flight has been answered, take its answer and send the queued vectors.
 
         timeout: seconds to wait for the answer.
         """
@@ -66,8 +66,9 @@ class Stream:
         self._call = None
 
     def _send_again(self, error: ActorUnavailableError) -> None:
-        """The actor's node died and the actor is being restarted. To offer a vector twice changes
-        nothing.
+        """Queue the last vectors again: the actor's node died, and Ray is restarting the actor.
+
+        An actor that has taken in a vector ignores it the second time.
         """
         self._unavailable += 1
         if self._unavailable > ATTEMPTS:
@@ -77,19 +78,19 @@ class Stream:
             time.sleep(1.0)
 
     def floor_notes(self) -> list[str]:
-        """The least relative error of a basis of each size, of the vectors so far."""
+        """Notes with the least relative error of a basis of each size, for the vectors so far."""
         notes = []
         for size, error in self.status.floor.items():
             notes.append(f"M={size} error {error:.3f}")
         return notes
 
     def finish(self) -> None:
-        """Wait until everything that was offered is taken in, or has failed."""
+        """Wait until the actor has taken in every vector that was offered, or it has failed."""
         while self._call is not None or self._waiting:
             self.pump(timeout=1.0)
 
     def write_bases(self) -> WrittenBases:
-        """See `BasisBuilder.write_bases`; ends the actors. Raises UserError where it fails."""
+        """Call `BasisBuilder.write_bases`, then end the actors. Raises UserError on failure."""
         try:
             return patiently(self._written_bases, ATTEMPTS)
         except RayError as error:

@@ -1,9 +1,8 @@
-"""Run an experiment as a job on a Ray cluster: upload it, start it there, show its log, pass on how
-it ended.
+"""Runs an experiment as a job on a Ray cluster: uploads it, starts it, shows its log, and returns
+the job's exit code.
 
-What is uploaded is small: the experiment file and, so that the cluster's image needs only the
-dependencies, the source of this raytvb. Results never come back this way: they are in the
-experiment's store.
+The upload is small: the experiment file and the source of this raytvb, so that the cluster's image
+needs only the dependencies. Results do not come back this way; they are in the experiment's store.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 EXCLUDED = [".git", ".venv", "**/__pycache__"]
-"""What a working directory is uploaded without: the job server takes 100 MiB at most."""
+"""What the upload of a working directory leaves out: the job server takes at most 100 MiB."""
 
 
 def submit(
@@ -40,25 +39,26 @@ def submit(
     command: str = "run",
     with_code: bool = True,
 ) -> int:
-    """Run `raytvb COMMAND experiment` as a job at `address`; returns the exit code, which is 0 only
-    for a job that succeeded.
+    """Run `raytvb COMMAND experiment` as a job on the cluster at `address`.
+
+    Returns the job's exit code, which is 0 only for a job that succeeded.
 
     Args:
         experiment: the experiment file.
         address: URL of the dashboard of the Ray head.
-        env: where the variables that are passed on are taken from (see `job_environment`);
+        env: environment from which `job_environment` picks the variables that the job gets;
             default: os.environ.
-        working_dir: uploaded as it is instead of the experiment and raytvb's source; must hold the
-            experiment file.
+        working_dir: folder to upload as it is, instead of the experiment and raytvb's source. It
+            must hold the experiment file.
         follow: print the job's log until it ends; otherwise return 0 once it is submitted. Ctrl-C
             stops following, not the job, and returns 130.
         command: `run` or a stage.
-        with_code: upload this raytvb's source; otherwise the one installed on the cluster runs.
+        with_code: upload this raytvb's source; otherwise the job uses the raytvb of the cluster.
 
     Raises UserError for a wrong experiment file, a store that the cluster cannot share, an address
     where no cluster answers, a refused token, or a cluster that refuses the job.
     """
-    # Ray would tell of each package and connection.
+    # Ray would print a line for every package and connection.
     logging.getLogger("ray").setLevel(logging.WARNING)
     for warning in check_places(load_experiment(experiment)):
         say(f"Note: {warning}.")
@@ -74,14 +74,14 @@ def submit(
 
 
 def job_command(command: str, file: str) -> list[str]:
-    """What runs in the folder that was uploaded: its raytvb, or else the cluster's own."""
+    """The command that runs in the uploaded folder, with its raytvb or else the cluster's own."""
     return ["python", "-m", "raytvb", command, file]
 
 
 def _send(
     client: JobSubmissionClient, folder: Path, words: list[str], env_vars: dict[str, str]
 ) -> str:
-    """Upload the folder and run a command in it; the job's id."""
+    """Upload the folder and run a command in it. Returns the id of the job."""
     from ray.exceptions import AuthenticationError
 
     runtime_env = {"working_dir": str(folder), "excludes": EXCLUDED, "env_vars": env_vars}
@@ -99,7 +99,7 @@ def _send(
 
 
 def _path_within(experiment: Path, folder: Path) -> str:
-    """The experiment file as a path below the folder that is uploaded."""
+    """The path of the experiment file, relative to the folder that is uploaded."""
     try:
         return experiment.resolve().relative_to(folder.resolve()).as_posix()
     except ValueError:

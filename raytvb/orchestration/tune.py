@@ -5,9 +5,9 @@ vectors are set up once. It goes through rounds on growing shares of the validat
 round is a record in the store, so a search that was killed continues where it was.
 
 ASHA ends the poorer trials of a size early. Which trials it ends depends on which were quicker, so
-ASHA decides only what is measured first, never what is chosen. The choice is that of successive
-halving over all trials of a size (`maths.halving.halve`). Where halving grants a candidate a round
-that ASHA ended it before, another pass of `run_search` measures that round.
+ASHA decides only what is measured first, never what is chosen. Successive halving over all trials
+of a size makes the choice (`maths.halving.halve`). If ASHA ended a trial before a round that
+halving grants to its candidate, another pass of `run_search` measures that round.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ StageOf = Callable[[str, int], AbstractContextManager[Stage]]
 """Opens a stage of the progress display, given its name and number of steps."""
 
 Report = dict[str, float | int | str]
-"""What a trial tells Tune of one round."""
+"""What a trial reports to Tune about one round."""
 
 MAX_FAILURES = 3
-"""Most repetitions of a trial whose worker died."""
+"""How often Tune repeats, at most, a trial whose worker died."""
 
 # The trial, in a worker ---------------------------------------------------------------------------
 
@@ -68,17 +68,17 @@ class _Rounds:
         return CandidateSearch(self._service.experiment, self._candidate, evaluator)
 
     def measure_next(self) -> RoundResult:
-        """The first round that is not in the store."""
+        """Measure the first round that is not in the store."""
         before = self.results[-1] if self.results else None
         if isinstance(before, Invalid):
-            return before  # more images cannot be measured either
+            return before  # an invalid candidate stays invalid on more images
         try:
             return self._search.round(len(self.results) + 1, before)
         except InvalidCandidateError as error:
             return Invalid(invalid=str(error))
 
     def commit(self, result: RoundResult) -> None:
-        """Write the first round that is not in the store."""
+        """Write a result to the store as the first round that the store lacks."""
         records.commit(
             self._store,
             round_prefix(self._candidate, len(self.results) + 1),
@@ -94,7 +94,7 @@ def _trial(
     candidates: Sequence[Candidate],
     limits: Sequence[int],
 ) -> None:
-    """The rounds of the candidate `config["index"]` up to its limit, each reported to Tune."""
+    """Run the rounds of candidate `config["index"]` up to its limit. Report each round to Tune."""
     index = config["index"]
     experiment, candidate = service.experiment, candidates[index]
     rounds = _Rounds(service, candidate)
@@ -103,8 +103,8 @@ def _trial(
             try:
                 result = rounds.measure_next()
             except (UserError, ValueError) as error:
-                # A repetition would fail again. The trial therefore ends as if all were well, for
-                # Tune repeats trials that raise, which is meant for workers that died.
+                # The same error would come again. Tune repeats every trial that raises, so that a
+                # worker may die; this trial therefore reports its error and returns.
                 tune.report(_failure_report(experiment, number, str(error)))
                 return
             rounds.commit(result)
@@ -117,7 +117,7 @@ def _trial(
 def _report(
     experiment: Experiment, candidate: Candidate, number: int, result: RoundResult
 ) -> Report:
-    """What Tune, and TensorBoard after it, is told of a round."""
+    """What Tune, and through it TensorBoard, learns about a round."""
     report: Report = {
         "objective": comparable(result),
         "time": _asha_time(experiment, number),
@@ -132,12 +132,12 @@ def _report(
 
 
 def _failure_report(experiment: Experiment, number: int, reason: str) -> Report:
-    """What Tune is told of a round that failed."""
+    """What Tune learns about a round that failed."""
     return {"objective": -math.inf, "time": _asha_time(experiment, number), "error": reason}
 
 
 def _asha_time(experiment: Experiment, number: int) -> float:
-    """The time of a round as ASHA counts it: its milestones are powers of the reduction factor."""
+    """The time of a round for ASHA, whose milestones are powers of the reduction factor."""
     return float((1.0 / experiment.search.keep) ** (number - 1))
 
 
@@ -145,12 +145,14 @@ def _asha_time(experiment: Experiment, number: int) -> float:
 
 
 class _ByGroup(FIFOScheduler):
-    """An ASHA for each group of candidates that compete: the bases of one size, which have as many
-    bytes. Candidates without a group, and groups too small to end anything, run to their end.
+    """One ASHA for each group of candidates that compete.
+
+    A group is the bases of one size, which take the same number of bytes. Candidates without a
+    group, and those of a group that is too small for halving, run to their end.
     """
 
     def __init__(self, experiment: Experiment, groups: Sequence[str | None]) -> None:
-        """groups: of the candidates, by their index."""
+        """groups: the group of each candidate, by the candidate's index."""
         super().__init__()
         self._groups = list(groups)
         self._ashas: dict[str, TrialScheduler] = {}
@@ -169,14 +171,14 @@ class _ByGroup(FIFOScheduler):
             asha.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Report) -> str:
-        """What the ASHA of the trial's group decides; without one the trial continues."""
+        """The decision of the ASHA of the trial's group. Without an ASHA the trial continues."""
         asha = self._asha_of(trial)
         if asha is None:
             return TrialScheduler.CONTINUE
         return asha.on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Report) -> None:
-        """Hand the last result of a trial to the ASHA of its group, unless there is no result."""
+        """Hand the last result of a trial, if it has one, to the ASHA of its group."""
         asha = self._asha_of(trial)
         if asha is not None and result:
             asha.on_trial_complete(tune_controller, trial, result)
@@ -190,19 +192,19 @@ def _asha(experiment: Experiment) -> TrialScheduler:
         metric="objective",
         mode="max",
         grace_period=1,
-        max_t=last * (1 + 1e-9),  # type: ignore[arg-type]  # any number will do, as for the time
+        max_t=last * (1 + 1e-9),  # type: ignore[arg-type]  # Ray takes any number
         reduction_factor=1.0 / experiment.search.keep,
     )
 
 
 class _Progress(tune.Callback):
-    """Reports each trial that ends.
+    """Advances the progress display at the end of each trial.
 
-    Tune pickles its callbacks into a file; what is unpickled from there is one that does nothing.
+    Tune pickles its callbacks into a file. This one is pickled as a callback that does nothing.
     """
 
     def __init__(self, advance: Callable[[str], None], names: Sequence[str]) -> None:
-        """advance: takes a note on the trial. names: of the candidates, by their index."""
+        """advance: called with a note on the trial. names: names of the candidates, in order."""
         self._advance = advance
         self._names = names
 
@@ -212,7 +214,7 @@ class _Progress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Advance by one trial."""
+        """Advance the display by one trial."""
         last = trial.last_result or {}
         share = last.get("share", 1.0)
         images = f" on {100 * share:g} % of the images" if share < 1 else ""
@@ -220,13 +222,13 @@ class _Progress(tune.Callback):
         self._advance(f"{self._names[trial.config['index']]} {objective:.1f} %{images}")
 
 
-# Passes over what is missing ----------------------------------------------------------------------
+# Passes over missing rounds ----------------------------------------------------------------------
 
 
 def run_search(service: Service, candidates: Sequence[Candidate], stage_of: StageOf) -> None:
-    """Measure all rounds that are missing.
+    """Measure all rounds that the store lacks.
 
-    Raises UserError that names the candidates that failed and why.
+    Raises UserError that names the candidates that failed, and the reasons.
     """
     store = Store(service.experiment.store)
     missing = halving_state(store, service.experiment, candidates).missing
@@ -244,11 +246,11 @@ def _run_pass(
     missing: Mapping[str, int],
     stage_of: StageOf,
 ) -> dict[str, str]:
-    """One run of Tune over the candidates with missing rounds. Returns reasons of failures by name.
+    """Run Tune once over the candidates with missing rounds. Returns reasons of failures, by name.
 
-    The first pass lets every candidate go through all rounds, unless ASHA ends it. It is the first
-    as long as some candidate has no round at all. Later passes measure just the rounds that halving
-    still needs.
+    A pass counts as the first if some candidate has no round at all. In the first pass every
+    candidate goes through all rounds, unless ASHA ends it. Later passes measure only the rounds
+    that halving still needs.
     """
     experiment, store = service.experiment, Store(service.experiment.store)
     rounds = len(experiment.search.shares)
@@ -283,12 +285,13 @@ def _run_trials(
     may_end_early: bool,
     stage: Stage,
 ) -> dict[str, str]:
-    """A Tune trial for each candidate up to its limit of rounds. Returns reasons of failures by
-    name.
+    """Run a Tune trial for each candidate, up to its limit of rounds.
+
+    Returns the reasons of failures, by the candidate's name.
     """
-    # Else Tune takes Ctrl-C for itself and ends as if all were done.
+    # Otherwise Tune handles Ctrl-C itself and returns as if all trials were done.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # It would print where its own files are.
+    # Otherwise Tune prints where it keeps its own files.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         _trainable(service, candidates, limits),
@@ -309,7 +312,7 @@ def _run_trials(
 
 
 def _trainable(service: Service, candidates: Sequence[Candidate], limits: Sequence[int]) -> Any:
-    """`_trial` with its arguments and resources."""
+    """`_trial` bound to its arguments and resources."""
     resources = service.experiment.resources
     trial = tune.with_parameters(
         _trial, service=service, candidates=list(candidates), limits=list(limits)
@@ -325,7 +328,7 @@ def _tune_config(
     """How trials are scheduled."""
     concurrent = experiment.resources.concurrent_trials or None
     if may_end_early:
-        # Each ASHA has the metric of its own.
+        # Each ASHA is given the metric itself, so Tune is not.
         scheduler = _ByGroup(experiment, [candidate.group for candidate in candidates])
         return tune.TuneConfig(
             reuse_actors=True, max_concurrent_trials=concurrent, scheduler=scheduler
@@ -344,7 +347,7 @@ def _run_config(
 ) -> tune.RunConfig:
     """Where Tune keeps its own files, and what it does on failures.
 
-    The files are in the store, below a folder for each pass, so that every node and every later run
+    The files go into the store, in one folder for each pass, so that every node and every later run
     sees them.
     """
     store = Store(experiment.store)

@@ -1,5 +1,5 @@
-"""What a job on another machine needs: the experiment file, this raytvb's source, and a store and
-data that are there too.
+"""Packs what a job on another machine needs: the experiment file and this raytvb's source. Checks
+that the job can also reach its store and data.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ EXPERIMENT = "experiment.yaml"
 
 
 def check_places(experiment: Experiment) -> list[str]:
-    """Warnings about local places in an experiment that is to run on another machine.
+    """Warnings about local paths in an experiment that is to run on another machine.
 
-    Raises UserError for a relative store or data folder: on the cluster it would be in the job's
-    own temporary folder.
+    Raises UserError for a relative path of a store or data folder: on the cluster, it would lie in
+    the job's own temporary folder.
     """
     local = _local_places(experiment)
     relative = []
@@ -28,9 +28,9 @@ def check_places(experiment: Experiment) -> list[str]:
             relative.append(f"{name}: {place}")
     if relative:
         raise UserError(
-            f"{'; '.join(relative)}: relative to this machine, so not there on the cluster; use a "
-            "URL that every node reaches, such as s3://bucket/prefix, or an absolute path on a "
-            "one-node cluster"
+            f"{'; '.join(relative)}: a path relative to this machine is not on the cluster; "
+            "use a URL that every node reaches, such as s3://bucket/prefix, or an absolute path on "
+            "a one-node cluster"
         )
     warnings = []
     for name, place in local.items():
@@ -42,7 +42,7 @@ def check_places(experiment: Experiment) -> list[str]:
 
 
 def _local_places(experiment: Experiment) -> dict[str, str]:
-    """The store and the tasks' data as far as they are paths of a file system."""
+    """The store and the tasks' data, so far as they are paths of a file system."""
     places = {"store": experiment.store}
     for task in experiment.tasks:
         if task.data:
@@ -55,8 +55,8 @@ def _local_places(experiment: Experiment) -> dict[str, str]:
 
 
 def pack(experiment: Path, folder: Path, *, with_code: bool = True) -> None:
-    """Lay out in `folder` what a job needs: the experiment as experiment.yaml, and this raytvb's
-    source unless the cluster's own is to be used.
+    """Write to `folder` what a job needs: the experiment file as experiment.yaml, and this raytvb's
+    source, unless the job is to use the raytvb of the cluster.
     """
     shutil.copyfile(experiment, folder / EXPERIMENT)
     if not with_code:
@@ -68,8 +68,8 @@ def pack(experiment: Path, folder: Path, *, with_code: bool = True) -> None:
 
 
 def _write_metadata(package: str, folder: Path) -> None:
-    """Name and version of the source, so that records made on the cluster say which raytvb made
-    them.
+    """Write the name and version of the source, so that records that are made on the cluster say
+    which raytvb made them.
     """
     try:
         version = distribution(package).version

@@ -1,5 +1,5 @@
-"""Stored files against their recorded checksums, read by Ray tasks: the driver may be far from the
-store, and has one network connection.
+"""Compares stored files with their recorded checksums. Ray tasks read the files, for the driver
+may be far from the store and has only one network connection.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from raytvb.storage.store import Store
 from raytvb.storage.verify import verify_records
 
 GROUP = 64
-"""Records that one task checks."""
+"""How many records one task checks."""
 
 
 def verify_on_ray(context: RunContext) -> int:
-    """Check every recorded file; how many there are. Raises UserError that names the damaged."""
+    """Check every recorded file. Returns how many there are.
+
+    Raises UserError that names the damaged files, if there are any.
+    """
     keys = record_keys(context.store)
     verify, pending = ray_task(_verify_group, context.experiment, gpu=False), dict[Any, str]()
     for start in range(0, len(keys), GROUP):
@@ -36,7 +39,7 @@ def verify_on_ray(context: RunContext) -> int:
 
         raise_failed("verify", collect(pending, add))
     if problems:
-        raise UserError("stored files are damaged:\n  " + "\n  ".join(sorted(problems)))
+        raise UserError("the store does not match its records:\n  " + "\n  ".join(sorted(problems)))
     return checked
 
 

@@ -1,4 +1,4 @@
-"""Accuracies and the entries of candidates, from the rows of evaluations."""
+"""Turns the rows of evaluations into accuracies and into the parts of a candidate's entry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def accuracies_of(rows: Sequence[Row], model: str) -> dict[str, float]:
 def measured(rows: Sequence[Row], fine_tuned: Mapping[str, float]) -> Accuracies:
     """Accuracies of one model, with a row for each task.
 
-    fine_tuned: accuracy of each task's own model, to which they are normalised.
+    fine_tuned: accuracy of each task's own model, by which the accuracies are normalised.
     """
     per_task, counts, interval = {}, {}, {}
     normalised: dict[str, float | None] = {}
@@ -42,7 +42,7 @@ def measured(rows: Sequence[Row], fine_tuned: Mapping[str, float]) -> Accuracies
 
 
 def by_subset_size(rows: Sequence[Row]) -> dict[int, float]:
-    """Mean accuracy of all rows with as many tasks added, by that number, rising."""
+    """Mean accuracy of the rows of each number of tasks added, in rising order of that number."""
     accuracies: dict[int, list[float]] = {}
     for row in rows:
         accuracies.setdefault(row.size, []).append(row.accuracy)
@@ -52,7 +52,10 @@ def by_subset_size(rows: Sequence[Row]) -> dict[int, float]:
 def weighted(
     rows: Sequence[Row], tuned: TunedWeights, fine_tuned: Mapping[str, float]
 ) -> WeightedAccuracies:
-    """The addition of all tasks with several coefficients, among the rows of a candidate."""
+    """Accuracies of the addition of all tasks with several coefficients.
+
+    rows: all rows of a candidate.
+    """
     own_rows = [row for row in rows if row.model == tuned.kind]
     accuracies = measured(own_rows, fine_tuned)
     return WeightedAccuracies(
@@ -64,7 +67,7 @@ def weighted(
 
 
 def spread(accuracies: Accuracies, full: Accuracies) -> Spread:
-    """Distance of single tasks from the addition of the full vectors."""
+    """How far the accuracies of single tasks are from those with the full vectors added."""
     gaps = {}
     for task, accuracy in accuracies.per_task.items():
         gaps[task] = accuracy - full.per_task[task]

@@ -1,4 +1,4 @@
-"""Plots of accuracies: additions, every task, negation, and tasks that arrive over time."""
+"""Draws accuracies: of additions, every task, negation, and tasks that arrive over time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from raytvb.report.summary_contracts import AdditionEntry, Online, Summary
 
 
 def plot_subsets(summary: Summary) -> str:
-    """Accuracy over the number of tasks added, as SVG: the full vectors, the chosen basis, a basis
-    of each method, and the random subsets.
+    """Accuracy over the number of tasks added, as SVG.
+
+    Shows the full vectors, the chosen basis, one basis of each method, and the random subsets.
     """
     figure = new_figure()
     axes, sizes = figure.subplots(), subset_sizes(summary)
@@ -41,7 +42,7 @@ def plot_subsets(summary: Summary) -> str:
 
 
 def _largest_bases(summary: Summary) -> list[str]:
-    """Of each method the largest basis of fewer vectors than tasks, or the largest of all."""
+    """For each method, its largest basis with fewer vectors than tasks, or else its largest."""
     names = []
     for group in decoded_names(summary).values():
         compressing = [n for n in group if summary.addition[n].size < len(summary.tasks)]
@@ -55,8 +56,10 @@ def _plot_subsets_of(axes: Axes, name: str, entry: AdditionEntry, style: str) ->
 
 
 def plot_tasks(summary: Summary) -> str:
-    """Bars of each task's accuracy, as SVG: zero-shot, fine-tuned, and in the model with all tasks
-    added, from the full vectors and from the chosen basis.
+    """Bars of each task's accuracy, as SVG.
+
+    Shows zero-shot and fine-tuned accuracy, and that of the model with all tasks added, from the
+    full vectors and from the chosen basis.
     """
     figure = new_figure(width=max(6.0, 0.8 * len(summary.tasks)), height=4.4)
     axes = figure.subplots()
@@ -76,7 +79,7 @@ def plot_tasks(summary: Summary) -> str:
 
 
 def plot_negation(summary: Summary) -> str:
-    """Bars of each target's accuracy before it is subtracted and after, as SVG."""
+    """Bars of each target's accuracy before and after its vector is subtracted, as SVG."""
     figure = new_figure(width=max(6.0, 0.8 * len(summary.tasks)), height=4.0)
     axes, tasks = figure.subplots(), list(summary.negation)
     series = {"before": [summary.negation[task].before for task in tasks]}
@@ -88,8 +91,9 @@ def plot_negation(summary: Summary) -> str:
 
 
 def plot_online(summary: Summary) -> str:
-    """Mean accuracy of the tasks so far, each by itself, over the arrivals, as SVG: online bases,
-    bases fitted anew to all vectors so far, and the vectors themselves.
+    """Mean accuracy of the tasks so far, each by itself, after each arrival, as SVG.
+
+    Shows online bases, bases fitted again to all vectors so far, and the vectors themselves.
     """
     figure = new_figure()
     axes, shown = figure.subplots(), _shown_online(summary)
@@ -114,8 +118,9 @@ def _plot_online_of(axes: Axes, name: str, online: Online, colour: str) -> None:
 
 
 def _shown_online(summary: Summary) -> list[str]:
-    """Of each method the last basis of fewer vectors than tasks; if there is none, the first basis
-    of all.
+    """For each method, its last online basis with fewer vectors than tasks.
+
+    If no method has one, the first online basis of the summary.
     """
     by_method = {}
     for name, online in summary.online.items():

@@ -1,4 +1,4 @@
-"""The entries of candidates: how well the tasks are added, and what the vectors take and lose."""
+"""Builds the entries of candidates: accuracies of additions, stored bytes, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class Entries:
-    """What the entries of candidates are made of."""
+    """The results that the entries of candidates are built from."""
 
     store: Store
     search: FinishedSearch
@@ -63,14 +63,15 @@ class Entries:
         )
 
     def _all_added(self, rows: Sequence[Row], outcome: Outcome) -> Accuracies:
-        """Of the model to which all tasks are added with one coefficient."""
+        """Accuracies of the model to which all tasks are added with one coefficient."""
         count, plain = len(self.fine_tuned), _with_one_coefficient(rows, outcome)
         of_all_tasks = [row for row in plain if row.size == count]
         return measured(of_all_tasks, self.fine_tuned)
 
     def _relative_error(self, candidate: Candidate) -> float:
-        """Share of the squared norm of all task vectors that the candidate does not give back; for
-        a table A over the vectors themselves tr((A - I)' G (A - I)) / tr G.
+        """Share of the squared norm of all task vectors that the candidate does not reconstruct.
+
+        For a table A over the task vectors, this is tr((A - I)' G (A - I)) / tr G.
         """
         if candidate.uses_stored_basis:
             return self.bases[candidate.basis].relative_error
@@ -82,14 +83,14 @@ class Entries:
 
 
 def _with_one_coefficient(rows: Sequence[Row], outcome: Outcome) -> list[Row]:
-    """Without the rows of the addition with a coefficient for each vector."""
+    """The rows without those of the addition that has a coefficient for each vector."""
     if outcome.vector is None:
         return list(rows)
     return [row for row in rows if row.model != outcome.vector.kind]
 
 
 def _merge_name(candidate: Candidate) -> str:
-    """How the candidate makes one vector of the tasks', in the words of a summary."""
+    """How the candidate makes one vector of the tasks' vectors, in the words of a summary."""
     if candidate.kind == "basis-sum":
         return "sum"
     return "decoded" if candidate.adds else candidate.merge_method

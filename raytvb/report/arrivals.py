@@ -1,4 +1,4 @@
-"""How online bases did after each arrival."""
+"""Builds the results of online bases after each arrival of a task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from raytvb.storage.store import Store
 
 
 def online_entry(store: Store, name: str, method: str, size: int) -> Online:
-    """The online basis `name` after each arrival, beside a basis that was fitted to all vectors so
-    far and beside these vectors.
+    """The accuracies of the online basis `name` after each arrival.
+
+    Has two references: a basis that was fitted to all vectors so far, and these vectors themselves.
     """
     rows = read_rows(store, online_name(name))
     arrivals = sorted({row.subset for row in rows})
@@ -36,8 +37,9 @@ def online_entry(store: Store, name: str, method: str, size: int) -> Online:
 def _accuracies(
     rows: Sequence[Row], model: str, arrivals: Sequence[int], tasks: Sequence[str]
 ) -> ArrivalAccuracies:
-    """Of the rows of one model. A row has size 1 if its task was decoded by itself, and 0 if all
-    tasks so far were added.
+    """The accuracies in the rows of one model.
+
+    A row has size 1 if its task was decoded by itself, and 0 if all tasks so far were added.
     """
     single: dict[tuple[int, str], float] = {}
     added: dict[int, list[float]] = {}
@@ -61,7 +63,7 @@ def _accuracies(
 
 
 def _forgetting(matrix: Sequence[Sequence[float | None]]) -> list[float]:
-    """`online_basis.forgetting` of arrivals by tasks, in the order of the tasks."""
+    """`online_basis.forgetting` of a table of arrivals by tasks, in the order of the tasks."""
     table = torch.full((len(matrix), len(matrix[0])), math.nan)
     for row, accuracies in zip(table, matrix, strict=True):
         for column, accuracy in enumerate(accuracies):

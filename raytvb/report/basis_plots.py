@@ -1,4 +1,4 @@
-"""Plots of reconstruction errors and of sizes: what a basis loses, and what it saves."""
+"""Draws errors and stored bytes: what a basis loses, and how much space it saves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plot_error(summary: Summary) -> str:
 
 
 def plot_stream(history: Sequence[Arrival]) -> str:
-    """Least relative error of any basis of M vectors after each vector that arrived, as SVG."""
+    """Least relative error that any M basis vectors can have, after each arrival, as SVG."""
     figure = new_figure()
     axes = figure.subplots()
     floors: dict[int, list[tuple[int, float]]] = {}
@@ -43,7 +43,7 @@ def plot_stream(history: Sequence[Arrival]) -> str:
 
 
 def plot_disentanglement(pair: Disentanglement, highest: float) -> str:
-    """Heat maps of one pair's errors side by side, on the colour scale 0 to `highest`, as SVG."""
+    """Heat maps of one pair's errors, side by side, with colours from 0 to `highest`, as SVG."""
     columns = len(pair.models)
     figure = new_figure(width=3.4 * columns + 1.0, height=3.4)
     row = figure.subplots(1, columns, squeeze=False)[0]
@@ -52,7 +52,7 @@ def plot_disentanglement(pair: Disentanglement, highest: float) -> str:
         mesh = axes.pcolormesh(
             pair.coefficients,
             pair.coefficients,
-            list(zip(*errors.error, strict=True)),  # the first task's coefficient to the right
+            list(zip(*errors.error, strict=True)),  # puts the first task on the x axis
             shading="nearest",
             vmin=0.0,
             vmax=highest,
@@ -69,8 +69,9 @@ def plot_disentanglement(pair: Disentanglement, highest: float) -> str:
 
 
 def plot_storage(summary: Summary) -> str:
-    """Bars in megabytes, as SVG: dense float32 vectors, the stored vectors, the masks, and the
-    chosen basis.
+    """Bars of megabytes, as SVG.
+
+    Shows dense float32 vectors, the stored vectors, the masks, and the chosen basis.
     """
     figure = new_figure(height=2.2)
     axes, stored = figure.subplots(), summary.stored_bytes

@@ -1,4 +1,4 @@
-"""The search that a summary reports, and what was evaluated after it."""
+"""Reads the finished search that a summary reports, and checks that its evaluations exist."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class FinishedSearch:
-    """A finished search whose evaluations are all there."""
+    """A finished search that the store has all evaluations of."""
 
     choice: Choice
     outcomes: Mapping[str, Outcome]
     tested: Sequence[Candidate]
-    """Candidates that the test split was read for."""
+    """The candidates that were measured on the test split."""
     arrivals: Sequence[Candidate]
-    """Those of them that were also measured after each arrival."""
+    """Those of the tested candidates that were also measured after each arrival."""
 
 
 def finished_search(store: Store, experiment: Experiment, precision: str) -> FinishedSearch:
-    """The search of an experiment whose evaluations ran in `precision`. Raises UserError if
-    something has not been searched or evaluated.
+    """The finished search of an experiment.
+
+    precision: number format that its evaluations ran in. Raises UserError if something has not been
+    searched or evaluated.
     """
     candidates = all_candidates(store, experiment)
     choice, outcomes = find_choice(store, experiment, candidates), {}

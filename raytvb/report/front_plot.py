@@ -1,4 +1,4 @@
-"""The plot of accuracy against bytes, with the Pareto front."""
+"""Draws accuracy against stored bytes, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Points = Mapping[str, tuple[float, float]]
 
 
 def plot_front(summary: Summary) -> str:
-    """Validation objective of the decoded bases and the full vectors over their stored bytes, with
-    the Pareto front, as SVG.
+    """Validation objective against stored bytes, with the Pareto front, as SVG.
+
+    Shows the full vectors and the bases whose tasks are decoded.
     """
     points, chosen = _points(summary), chosen_names(summary)
     stopped, others, front = _marks(summary, points)
@@ -50,7 +51,7 @@ def _points(summary: Summary) -> Points:
 
 
 def _marks(summary: Summary, points: Points) -> tuple[list[str], list[str], list[str]]:
-    """(stopped early, others, Pareto front) of the points; one on the front may have stopped."""
+    """The names of (stopped early, other, Pareto front) points. The first and last may overlap."""
     front = [name for name in summary.search.front if name in points]
     stopped, others = [], []
     for name in points:
@@ -62,7 +63,7 @@ def _marks(summary: Summary, points: Points) -> tuple[list[str], list[str], list
 
 
 def _plot(axes: Axes, points: Points, names: Iterable[str], label: str, **style: Any) -> None:
-    """One mark for each name, joined by a line only if the style has one; nothing for no names."""
+    """Draw one mark for each name. A line joins them only if the style has one."""
     places = [points[name] for name in names]
     if places:
         megabytes, objectives = zip(*places, strict=True)
@@ -70,7 +71,7 @@ def _plot(axes: Axes, points: Points, names: Iterable[str], label: str, **style:
 
 
 def _scale(axes: Axes, points: Points) -> None:
-    """A logarithmic axis of bytes, with room for labels to the left of the points."""
+    """Make the axis of bytes logarithmic, with room for labels to the left of the points."""
     megabytes, _ = zip(*points.values(), strict=True)
     low, high = min(megabytes), max(megabytes)
     reach = max(high / low, 1.5)
@@ -83,7 +84,7 @@ def _scale(axes: Axes, points: Points) -> None:
 
 
 def _label(figure: Figure, axes: Axes, points: Points) -> None:
-    """Names above and to the left of the points, where a front leaves room."""
+    """Write names above and to the left of the points, where a front leaves room."""
     figure.draw_without_rendering()  # places of points are known only after this
     free = -math.inf
     for names in _groups(points):

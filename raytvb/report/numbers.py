@@ -1,4 +1,4 @@
-"""Figures that the text, the plots and the page share, each worked out of the summary once."""
+"""Computes the figures that the text, the plots and the page share, from a summary."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Headline:
     zero_shot: float
     fine_tuned: float
     full: float
-    """All tasks added from the full vectors."""
+    """All tasks are added, from the full vectors."""
     full_subsets: float
     """Mean over all numbers of tasks added, from the full vectors."""
     chosen: float | None
-    """As `full`, from the chosen basis; None if there is none."""
+    """Like `full`, from the chosen basis; None if there is none."""
     chosen_subsets: float | None
 
 
@@ -35,7 +35,7 @@ class NegationFigures:
     """Mean accuracy of the targets."""
     after: float
     control_kept: float
-    """Least share of its validation accuracy that the control kept."""
+    """Least share of its validation accuracy that the control kept in any negation."""
 
 
 def overall(entry: AdditionEntry) -> float:
@@ -63,18 +63,19 @@ def chosen_names(summary: Summary) -> list[str]:
 
 
 def subjects(summary: Summary) -> list[str]:
-    """What operations are measured on: the full vectors, and the chosen basis if there is one."""
+    """The names that operations are measured on: `full`, and the chosen basis if there is one."""
     return ["full", *chosen_names(summary)]
 
 
 def subset_sizes(summary: Summary) -> list[int]:
-    """Numbers of tasks added, rising; the last is that of all tasks."""
+    """Numbers of tasks added, in rising order. The last one is all tasks."""
     return sorted(summary.addition["full"].subsets)
 
 
 def decoded_bases(summary: Summary) -> dict[str, list[AdditionEntry]]:
-    """Bases whose tasks are decoded and added, by method, M rising. The online bases of a method
-    are a group of their own, `<method> online`.
+    """The bases whose tasks are decoded and added, by method, in rising order of M.
+
+    The online bases of a method are a separate group, `<method> online`.
     """
     groups = {}
     for label, names in decoded_names(summary).items():
@@ -95,7 +96,7 @@ def decoded_names(summary: Summary) -> dict[str, list[str]]:
 
 
 def negations(summary: Summary) -> dict[str, dict[str, Negation]]:
-    """Negations by task, of each subject that has some."""
+    """Negations by task, for each of the `subjects` that has some."""
     groups = {}
     if summary.negation:
         groups["full"] = summary.negation
@@ -106,7 +107,7 @@ def negations(summary: Summary) -> dict[str, dict[str, Negation]]:
 
 
 def negation_figures(negations: Mapping[str, Negation]) -> NegationFigures:
-    """Of negations by task."""
+    """The figures of negations by task."""
     entries = list(negations.values())
     return NegationFigures(
         targets=len(entries),
@@ -118,14 +119,14 @@ def negation_figures(negations: Mapping[str, Negation]) -> NegationFigures:
 
 
 def _control_kept(entry: Negation) -> float:
-    """Share of its validation accuracy that the control kept; 1 where it had none."""
+    """Share of its validation accuracy that the control kept; 1 if that accuracy was 0."""
     if not entry.control_validation_before:
         return 1.0
     return entry.control_validation_after / entry.control_validation_before
 
 
 def objective_on_test(summary: Summary, entry: AdditionEntry) -> float:
-    """What the search maximises on validation images, here on the test split."""
+    """The objective of the search, on the test split instead of validation images."""
     match summary.search.objective_of:
         case "all":
             return entry.mean

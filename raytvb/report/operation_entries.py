@@ -1,4 +1,4 @@
-"""What is done with task vectors beside the search: named additions, negation, unseen tasks, and
+"""Builds the results of operations on task vectors: named additions, negation, unseen tasks, and
 the disentanglement of pairs.
 """
 
@@ -26,7 +26,7 @@ from raytvb.storage.store import Store
 def named_additions(
     store: Store, experiment: Experiment, subjects: Sequence[str], fine_tuned: Mapping[str, float]
 ) -> list[NamedAddition]:
-    """The additions that the experiment names, from each subject (`full` and the chosen basis).
+    """The additions that the experiment lists, for each subject (`full` and the chosen basis).
 
     fine_tuned: accuracy of each task's own model.
     """
@@ -52,7 +52,7 @@ def _named_addition_model(
 
 
 def negations(store: Store, experiment: Experiment, subject: str | None) -> dict[str, Negation]:
-    """Negation of every task from one subject; empty without a control or without the subject."""
+    """Negation of every task, from one subject. Empty if there is no control or no subject."""
     if experiment.control is None or subject is None:
         return {}
     entries = {}
@@ -83,7 +83,7 @@ def _coefficient(row: Row) -> float:
 
 
 def unseen_entries(store: Store, experiment: Experiment) -> dict[str, UnseenEntry]:
-    """The unseen tasks of the experiment, by name."""
+    """The results on the unseen tasks of the experiment, by name."""
     entries = {}
     for task in experiment.unseen:
         rows = {row.model: row for row in read_rows(store, unseen_name(task.name))}
@@ -103,7 +103,7 @@ def _unseen_model(row: Row) -> UnseenModel:
 def disentanglements(
     store: Store, experiment: Experiment, subjects: Sequence[str]
 ) -> list[Disentanglement]:
-    """The pairs of tasks of the experiment, each from every subject."""
+    """The errors of the experiment's pairs of tasks, for every subject."""
     grid = experiment.evaluate.disentanglement
     if grid is None:
         return []
@@ -120,7 +120,7 @@ def disentanglements(
 
 
 def _pair_errors(errors: Sequence[float], columns: int) -> PairErrors:
-    """Errors of a grid whose second coefficient changes first."""
+    """The errors of a grid as a matrix. The second coefficient varies fastest in `errors`."""
     matrix = []
     for start in range(0, len(errors), columns):
         matrix.append(tuple(errors[start : start + columns]))

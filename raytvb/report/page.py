@@ -1,13 +1,14 @@
 """The report of a run: `report/summary.json` for programs, and a page for people.
 
-In which order to read this room:
-    contracts.py    what a summary holds
-    summary.py      the summary is built from a finished store; finished_search.py, entries.py,
-                    accuracies.py, operations.py and arrivals.py build its parts
-    numbers.py      means and counts that are worked out of a summary, for all that show it
-    text.py         the lines that a command prints
-    plots.py        the plots, as SVG; drawing.py and the *_plot(s).py draw them
-    page.py         the page, from the template page.html.j2; here the stage begins
+Read the files of this folder in this order:
+    summary_contracts.py  the types of a summary
+    summary.py            builds the summary from a finished store; finished_search.py,
+                          addition_entries.py, accuracies.py, operation_entries.py and arrivals.py
+                          build its parts
+    numbers.py            computes means and counts of a summary, for everything that shows it
+    text.py               the lines that a command prints
+    plots.py              the plots, as SVG; plot_style.py and the *_plot(s).py draw them
+    page.py               the page, from the template page.html.j2; the stage starts here
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def write_report(store: Store, experiment: Experiment) -> Summary:
 
 
 def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
-    """The HTML page of a summary; plots are inline, and nothing is fetched.
+    """The HTML page of a summary. Plots are inline, and the page loads no other file.
 
     Args:
-        name: of the experiment.
-        history: the errors while vectors arrived.
+        name: name of the experiment.
+        history: least errors after each vector that arrived.
     """
     negation_figures = {}
     for subject, negations in numbers.negations(summary).items():
@@ -98,18 +99,20 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _objectives_on_test(summary: Summary) -> dict[str, float]:
-    """What the search maximises, on the test split, of the candidates on the front."""
+    """The objective of the search on the test split, for the candidates on the front."""
     objectives = {}
     for name in summary.search.front:
-        if name in summary.addition:  # one that stopped early may not have been tested
+        if name in summary.addition:  # a candidate that stopped early may not have been tested
             entry = summary.addition[name]
             objectives[name] = numbers.objective_on_test(summary, entry)
     return objectives
 
 
 def _tables_of_additions(summary: Summary) -> dict[str, dict[str, AdditionEntry]]:
-    """Candidates by table: tasks that are added, tasks merged by another method, and candidates
-    with several coefficients.
+    """The candidates of each table of the page.
+
+    `added` has those that add tasks, `merged` those that merge tasks by another method, and
+    `weighted` those with several coefficients.
     """
     added: dict[str, AdditionEntry] = {}
     merged: dict[str, AdditionEntry] = {}

@@ -1,4 +1,4 @@
-"""What all plots share: figures, bars, legends, and the SVG that the page takes in."""
+"""What all plots share: figures, bars, legends, and the SVG that the page contains."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def percentages(shares: Iterable[float]) -> list[float]:
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Let the x axis have ticks at whole numbers only."""
+    """Place the ticks of the x axis only at whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def add_legend(axes: Axes) -> None:
-    """A legend in the plot, or beside it if it would cover the plot."""
+    """Add a legend, in the plot or, if it would cover the plot, beside it."""
     if len(axes.get_legend_handles_labels()[0]) > 6:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
@@ -53,12 +53,12 @@ def task_bars(
     width: float,
     columns: int,
 ) -> None:
-    """Groups of bars, one group for each task and one bar for each series, as percentages.
+    """Draw one group of bars for each task, with one bar for each series, as percentages.
 
     Args:
-        series: accuracies 0 to 1 in the order of the tasks, by label.
-        width: of a bar, where a group has the width 1.
-        columns: of the legend, above the plot.
+        series: accuracies, 0 to 1, in the order of the tasks, by label.
+        width: width of a bar; the groups are 1 apart.
+        columns: number of columns of the legend, which is above the plot.
     """
     middle = (len(series) - 1) / 2
     for number, (label, accuracies) in enumerate(series.items()):

@@ -1,4 +1,4 @@
-"""All plots of a page."""
+"""Draws all plots of a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raytvb.storage.gram_state import Arrival
 
 @dataclass(frozen=True)
 class Plots:
-    """The plots as SVG elements; empty where there is nothing to show."""
+    """The plots as SVG elements. A plot with nothing to show is an empty string."""
 
     error: str
     subsets: str
@@ -31,11 +31,11 @@ class Plots:
     stream: str
     online: str
     pairs: tuple[str, ...]
-    """Disentanglement, in the order of the summary."""
+    """One plot for each pair of tasks (disentanglement), in the order of the summary."""
 
 
 def draw_plots(summary: Summary, history: Sequence[Arrival]) -> Plots:
-    """Draw the plots of a summary; `history`: the errors while vectors arrived."""
+    """Draw the plots of a summary. history: least errors after each vector that arrived."""
     highest = _highest_error(summary.disentanglement)
     return Plots(
         error=plot_error(summary) if decoded_bases(summary) else "",
@@ -51,7 +51,7 @@ def draw_plots(summary: Summary, history: Sequence[Arrival]) -> Plots:
 
 
 def _highest_error(pairs: Sequence[Disentanglement]) -> float:
-    """Top of the colour scale that all pairs share: the highest error, or 2 where all are 0."""
+    """Top of the colour scale that all pairs share: the highest error, or 2 if all are 0."""
     highest = 0.0
     for pair in pairs:
         for errors in pair.models.values():

@@ -1,7 +1,7 @@
-"""The summary of an experiment, read from the store alone.
+"""Builds the summary of an experiment from its store.
 
 Accuracies are 0 to 1. Every choice behind them (coefficients, the chosen basis) was made on
-validation data; the test split is read once for each candidate.
+validation data. The test split is read once for each candidate.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from raytvb.storage.store_errors import StoreKeyError
 
 
 def summarise(store: Store, experiment: Experiment) -> Summary:
-    """The results of an experiment. Raises UserError if some are missing; the message names the
-    stage to run.
+    """The results of an experiment.
+
+    Raises UserError if results are missing. The message names the stage to run.
     """
     gram, base = _gram_and_base(store, experiment)
     precision = _precision(store)
@@ -91,7 +92,7 @@ def _gram_and_base(store: Store, experiment: Experiment) -> tuple[Tensor, Record
 def _by_origin(
     entries: Mapping[str, AdditionEntry], search: FinishedSearch
 ) -> tuple[dict[str, AdditionEntry], dict[str, AdditionEntry]]:
-    """(vectors and bases of them, random subsets of the tasks), each by name."""
+    """Two groups of entries, by name: full vectors and bases, and random subsets of the tasks."""
     addition: dict[str, AdditionEntry] = {}
     random_subset: dict[str, AdditionEntry] = {}
     for candidate in search.tested:
@@ -101,7 +102,7 @@ def _by_origin(
 
 
 def _basis_metrics(store: Store, experiment: Experiment) -> dict[str, BasisMetrics]:
-    """What the record of each basis says."""
+    """The metrics in the record of each basis, by its name."""
     metrics = {}
     for spec in basis_specs(experiment):
         prefix = basis_prefix(spec.name)
@@ -120,7 +121,7 @@ def _online(store: Store, search: FinishedSearch) -> dict[str, Online]:
 
 
 def _mask_overlap(store: Store, experiment: Experiment) -> OverlapMetrics | None:
-    """None if the tasks share one mask."""
+    """How far the tasks' masks overlap; None if the tasks share one mask."""
     record = records.find(store, OVERLAP) if experiment.own_masks else None
     return None if record is None else record.metrics_as(OverlapMetrics, OVERLAP)
 
@@ -131,7 +132,7 @@ def _chosen(search: FinishedSearch) -> ChosenBasis | NothingChosen:
         return NothingChosen(reason=choice.reason or "no basis is valid")
     (basis,) = [c for c in search.tested if c.name == choice.name]
     outcome = search.outcomes[basis.name]
-    assert outcome.objective is not None  # or it would not have been chosen
+    assert outcome.objective is not None  # a chosen basis has been measured
     return ChosenBasis(
         name=basis.name,
         method=basis.method,
@@ -155,7 +156,7 @@ def _seconds(store: Store) -> dict[str, float]:
 
 
 def _precision(store: Store) -> PrecisionMetrics:
-    """What evaluations ran in: fp32, unless a comparison with bf16 is recorded."""
+    """The number format that evaluations ran in: fp32, unless the store has a record of it."""
     record = records.find(store, PRECISION)
     if record is None:
         return PrecisionMetrics(use="fp32")

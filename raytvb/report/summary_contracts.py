@@ -1,6 +1,6 @@
-"""The results of an experiment, as `report/summary.json` has them and the page shows them.
+"""The types of the results of an experiment, which `report/summary.json` holds and the page shows.
 
-Accuracies and intervals are shares, 0 to 1, of the test split unless a field says otherwise. Every
+Accuracies and intervals are shares, 0 to 1, on the test split unless a field says otherwise. Every
 choice behind them (coefficients, the chosen basis) was made on validation data. Intervals are
 Wilson intervals of 95 %, (low, high).
 """
@@ -24,19 +24,19 @@ class Accuracies(Contract):
     """Accuracies of one model on several tasks."""
 
     mean: float
-    """Of the tasks' accuracies."""
+    """Mean of the tasks' accuracies."""
     per_task: dict[str, float]
     normalised: dict[str, float | None]
-    """Accuracy over that of the task's fine-tuned model; null where the latter is 0."""
+    """Accuracy divided by that of the task's fine-tuned model; null if the latter is 0."""
     normalised_mean: float | None
-    """Of the tasks that have a normalised accuracy; null if none has."""
+    """Mean over the tasks that have a normalised accuracy; null if none has."""
     counts: dict[str, tuple[int, int]]
     """(correct answers, images) by task."""
     interval: dict[str, Interval]
 
 
 class WeightedAccuracies(Accuracies):
-    """All tasks added, with a coefficient of its own for each task or each stored vector."""
+    """Accuracies of adding all tasks, with one coefficient for each task or stored vector."""
 
     kind: str
     """`per-task` or `per-basis`."""
@@ -46,7 +46,7 @@ class WeightedAccuracies(Accuracies):
 
 
 class Spread(Contract):
-    """Distance of single tasks from the addition of the full vectors, which a mean hides."""
+    """How far single tasks are from their accuracy with full vectors, which a mean hides."""
 
     mean_absolute_difference: float
     worst_task: str
@@ -58,26 +58,26 @@ class AdditionEntry(Accuracies):
     """One candidate. The accuracies are of the model to which all tasks are added."""
 
     merge: str
-    """`decoded`: the tasks' vectors are added; `sum`: the plain sum of the basis vectors; otherwise
-    the merge method that makes one vector of the tasks'."""
+    """`decoded`: the tasks' vectors are added. `sum`: the plain sum of the basis vectors. Otherwise
+    the merge method that makes one vector of the tasks' vectors."""
     method: str
     """Basis method, or `full` or `random-subset`."""
     size: int
     """M, the number of stored vectors; 0 for the full vectors."""
     online: bool
     relative_error: float
-    """Share of the squared norm of all task vectors that the stored vectors do not give back."""
+    """Share of the squared norm of all task vectors that the stored vectors do not reconstruct."""
     stored_bytes: int
     validation_objective: float | None
-    """What the search maximises; null where it could not be measured."""
+    """What the search maximises; null if it could not be measured."""
     validation_share: float | None
-    """Share of the validation images behind the coefficients."""
+    """Share of the validation images that the coefficients were chosen on."""
     stopped: bool
-    """The search of this candidate ended early."""
+    """Whether the search of this candidate ended early."""
     coefficient: dict[int, float]
-    """By number of tasks added."""
+    """The chosen coefficient, by number of tasks added."""
     own_lengths: dict[int, bool]
-    """By number of tasks added: decoded vectors are given the lengths of the task vectors."""
+    """Whether decoded vectors get the lengths of the task vectors, by number of tasks added."""
     subsets: dict[int, float]
     """Mean accuracy of all additions, by number of tasks added."""
     spread: Spread
@@ -85,7 +85,7 @@ class AdditionEntry(Accuracies):
 
     @model_serializer(mode="wrap")
     def _without_null(self, fields: SerializerFunctionWrapHandler) -> Any:
-        """`weighted` is left out if there is none."""
+        """Leave `weighted` out if there is none."""
         values = fields(self)
         if self.weighted is None:
             del values["weighted"]
@@ -93,7 +93,7 @@ class AdditionEntry(Accuracies):
 
 
 class NamedAdditionModel(Accuracies):
-    """A named addition from one kind of vectors."""
+    """The result of a named addition, from one kind of vectors."""
 
     coefficient: float
 
@@ -103,20 +103,20 @@ class NamedAddition(Contract):
 
     tasks: tuple[str, ...]
     models: dict[str, NamedAdditionModel]
-    """By what is added: `full`, and the chosen basis."""
+    """By the kind of vectors that are added: `full`, and the chosen basis."""
 
 
 class Negation(Contract):
-    """One task that was subtracted, and the control that had to survive it."""
+    """Accuracies before and after one task was subtracted: of that task, and of the control."""
 
     before: float
     after: float
     interval: Interval
-    """Of `after`."""
+    """Interval of `after`."""
     control_before: float
     control_after: float
     coefficient: float
-    """0 where subtracting would not lower the target on validation data."""
+    """0 if subtracting the task would not lower its accuracy on validation data."""
     control_validation_before: float
     control_validation_after: float
 
@@ -130,7 +130,7 @@ class UnseenModel(Contract):
 
 
 class UnseenEntry(Contract):
-    """A task without a vector: coefficients of other tasks' vectors are learned for it."""
+    """Results on a task without a vector, for which coefficients of other vectors are learned."""
 
     images: int
     """Training images that the coefficients were learned on."""
@@ -143,42 +143,42 @@ class PairErrors(Contract):
     """Disentanglement errors of one pair of tasks, 0 (no interference) to 2."""
 
     error: tuple[tuple[float, ...], ...]
-    """Rows: coefficients of the first task; columns: of the second."""
+    """Rows are coefficients of the first task, columns those of the second."""
     mean: float
 
 
 class Disentanglement(Contract):
-    """A pair of tasks over a grid of their coefficients."""
+    """The errors of a pair of tasks over a grid of their coefficients."""
 
     tasks: tuple[str, str]
     coefficients: tuple[float, ...]
-    """Of both axes of the grid."""
+    """The coefficients on each axis of the grid."""
     models: dict[str, PairErrors]
-    """By what is added: `full`, and the chosen basis."""
+    """By the kind of vectors that are added: `full`, and the chosen basis."""
 
 
 class ArrivalAccuracies(Contract):
     """Accuracies after each arrival, from one kind of vectors."""
 
     accuracy: tuple[tuple[float | None, ...], ...]
-    """Arrivals by tasks, each task by itself; null where it had not arrived."""
+    """Arrivals by tasks, each task decoded by itself; null if the task had not arrived."""
     mean: tuple[float, ...]
-    """Of each row of `accuracy`."""
+    """Mean of each row of `accuracy`."""
     added: tuple[float, ...]
-    """After each arrival: mean accuracy of one model to which all tasks so far are added."""
+    """Mean accuracy of the model to which all tasks so far are added, after each arrival."""
     forgetting: dict[str, float]
-    """By task: its best accuracy before the last arrival, minus that after it."""
+    """By task: its best accuracy before the last arrival, minus its accuracy after that."""
 
 
 class Online(Contract):
-    """A basis that took the task vectors in one by one, beside two references."""
+    """Results of a basis that took in the task vectors one by one, and of two references."""
 
     method: str
     size: int
     arrivals: tuple[int, ...]
     """Numbers of tasks after which it was measured."""
     tasks: tuple[str, ...]
-    """The columns of `accuracy`; 16 of the tasks where there are more."""
+    """The columns of `accuracy`: all tasks, or 16 of them if there are more."""
     online: ArrivalAccuracies
     offline: ArrivalAccuracies
     """A basis of the same method and size, fitted to all vectors so far."""
@@ -196,13 +196,13 @@ class ChosenBasis(Contract):
     coefficient: dict[int, float]
     own_lengths: dict[int, bool]
     objective: float
-    """On validation data."""
+    """The objective of the search, on validation data."""
     tolerance: float | None
     stored_bytes: int
 
 
 class NothingChosen(Contract):
-    """No basis is valid."""
+    """The search chose no basis."""
 
     name: None = None
     reason: str
@@ -228,22 +228,20 @@ class Provenance(Contract):
     base: str
     """Fingerprint of the pretrained model."""
     selection: str
-    """Data that every choice was made on."""
+    """The data that every choice was made on, in words."""
     test: str
-    """When the test split was read."""
+    """When the test split was read, in words."""
     precision: PrecisionMetrics
     versions: dict[str, str]
 
     @field_serializer("precision")
     def _as_measured(self, precision: PrecisionMetrics) -> Any:
-        """Figures that were not measured are left out."""
+        """Leave out figures that were not measured."""
         return precision.model_dump(mode="json", exclude_unset=True)
 
 
 class Summary(Contract):
-    """All results of an experiment. The dictionaries of `addition` to `online` are by candidate or
-    by task, as their contract says.
-    """
+    """All results of an experiment."""
 
     tasks: tuple[str, ...]
     zero_shot: dict[str, float]
@@ -253,7 +251,7 @@ class Summary(Contract):
     addition: dict[str, AdditionEntry]
     """By candidate: `full` and the bases that were tested."""
     random_subset: dict[str, AdditionEntry]
-    """By candidate: random subsets of the tasks instead of a basis."""
+    """By candidate: baselines that use a random subset of the tasks instead of a basis."""
     additions: tuple[NamedAddition, ...]
     negation: dict[str, Negation]
     """By task, from the full vectors."""
@@ -263,23 +261,23 @@ class Summary(Contract):
     """By task."""
     disentanglement: tuple[Disentanglement, ...]
     online: dict[str, Online]
-    """By online basis."""
+    """By the name of the online basis."""
     mask_overlap: OverlapMetrics | None
     chosen: ChosenBasis | NothingChosen
     search: Choice
     stored_bytes: StoredBytes
     seconds: dict[str, float]
-    """By stage, over all runs."""
+    """Seconds of each stage, summed over all runs."""
     floor: dict[str, float]
     """By basis: the least relative error of any basis of its size."""
     provenance: Provenance
 
     @field_serializer("search")
     def _as_recorded(self, search: Choice) -> Any:
-        """As the record of the search has it."""
+        """The choice as the record of the search has it."""
         return search.to_json()
 
 
 def read_summary(store: Store) -> Summary:
-    """The summary that the report stage wrote. Raises StoreError where there is none."""
+    """The summary that the stage `report` wrote. Raises StoreError if there is none."""
     return Summary.from_json(store.read_json(SUMMARY), store.where(SUMMARY))

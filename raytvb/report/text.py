@@ -1,4 +1,4 @@
-"""The results in lines: what is printed below the table of additions."""
+"""The lines of results that a command prints below the table of additions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raytvb.report.summary_contracts import (
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
-    """What is printed below the table of additions; parts that were not measured have no line."""
+    """The lines below the table of additions. Parts that were not measured have no line."""
     yield from _additions(summary)
     yield from _stopped(summary)
     yield from _weighted(summary)
@@ -45,13 +45,13 @@ def _additions(summary: Summary) -> Iterator[str]:
         f"all tasks added {percent(figures.full)} ({gain:+.1f} points to zero-shot)"
     )
     yield (
-        "+ Pareto front of the bases and the full vectors: none of them is as small and more "
+        "+ on the Pareto front of the bases and the full vectors: no other is as small and more "
         "accurate on validation data, or as accurate and smaller"
     )
 
 
 def _stopped(summary: Summary) -> Iterator[str]:
-    """Candidates whose search ended early, by the share of the images that they saw."""
+    """Candidates whose search ended early, by the share of the images that was used."""
     names: dict[float, list[str]] = {}
     for name, entry in summary.addition.items():
         if entry.stopped and entry.validation_share is not None:
@@ -64,15 +64,15 @@ def _stopped(summary: Summary) -> Iterator[str]:
 
 
 def _weighted(summary: Summary) -> Iterator[str]:
-    """Additions with a coefficient for each task or each stored vector, beside those with one."""
-    parts, each = [], "task"
+    """Additions with a coefficient for each task or stored vector, and those with one for all."""
+    parts, unit = [], "task"
     for name in subjects(summary):
         entry = summary.addition[name]
         if entry.weighted is not None:
-            each = "task" if entry.weighted.kind == "per-task" else "stored vector"
+            unit = "task" if entry.weighted.kind == "per-task" else "stored vector"
             parts.append(f"{name} {percent(entry.weighted.mean)} ({percent(entry.mean)} with one)")
     if parts:
-        yield f"all added with a coefficient for each {each}: " + ", ".join(parts)
+        yield f"all added with a coefficient for each {unit}: " + ", ".join(parts)
 
 
 def _named_addition(summary: Summary, group: NamedAddition) -> str:
@@ -111,7 +111,7 @@ def _unseen(summary: Summary) -> Iterator[str]:
     yield (
         f"unseen tasks ({len(entries)}): zero-shot {percent(mean(zero_shot))}, "
         f"{first.basis.coefficients} coefficients of {summary.chosen.name} {percent(mean(basis))}, "
-        f"{first.full.coefficients} of the vectors {percent(mean(full))}"
+        f"{first.full.coefficients} coefficients of the task vectors {percent(mean(full))}"
     )
 
 
@@ -129,7 +129,7 @@ def _disentanglement(summary: Summary) -> Iterator[str]:
 
 def _online(summary: Summary, name: str, online: Online) -> str:
     partial = len(online.tasks) < len(summary.tasks)
-    tasks = f" ({len(online.tasks)} looked at)" if partial else ""
+    tasks = f" (mean of {len(online.tasks)})" if partial else ""
     return (
         f"{name}, tasks arriving in order: single tasks{tasks} {_last_mean(online.online)} "
         f"at the end, forgetting {_forgetting(online.online)} "

@@ -1,5 +1,5 @@
-"""The additions of one candidate: directions from stored files, and the correct answers of the
-models that they give.
+"""The additions of one candidate: their directions, made from stored files, and the correct answers
+of the merged models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Counts = list[dict[str, Count]]
 
 
 class InvalidCandidateError(ValueError):
-    """A candidate that no repetition can measure; the message gives the reason."""
+    """A candidate that no repeated attempt can measure. The message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Additions:
         """The sum (or merge) of each subset's task vectors, float32, one at a time; None if the
         candidate adds nothing.
 
-        own_lengths: decoded vectors are given the lengths of the task vectors first. The directions
-        of the last subsets are kept in memory if they take at most 512 MB together.
+        own_lengths: first give decoded vectors the lengths of the task vectors. The directions of
+        the last subsets are kept in memory if they take at most 512 MB together.
         Raises InvalidCandidateError for a direction that is not finite.
         """
         wanted = tuple(map(tuple, subsets))
@@ -96,8 +96,10 @@ class Additions:
         start: float = 0.0,
         stop: float = 1.0,
     ) -> Iterator[dict[str, Count]]:
-        """Correct answers by task for the addition of each subset, on the images of its own tasks
-        from share `start` to share `stop`.
+        """The correct answers of each addition, by task.
+
+        The model of a subset is measured on the images of the subset's own tasks, from share
+        `start` to share `stop` of each task's images.
         """
         directions = self.directions(subsets, own_lengths)
         for subset, direction in zip(subsets, directions, strict=True):
@@ -109,7 +111,7 @@ class Additions:
                 yield {task: self._evaluator.count(task, start, stop) for task in tasks}
 
     def _pretrained_count(self, task: str, start: float, stop: float) -> Count:
-        """Correct answers without anything added: measured once for all subsets with the task."""
+        """Correct answers of the pretrained model, measured once for all subsets with this task."""
         key = (task, start, stop)
         if key not in self._pretrained:
             self._evaluator.merge(None)

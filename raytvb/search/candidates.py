@@ -7,18 +7,18 @@ is added as the sum of its columns.
     zero-shot           nothing is added
     full                the task vectors, A = I
     <method>-m<M>       the M vectors of a basis, A = W: reconstruct each task, then add
-    ...-online          the same, of a basis that followed the tasks one by one
+    ...-online          the same, with a basis that was updated as the tasks arrived one by one
     ...-<merge method>  reconstruct each task, then merge by another method of the literature
                         (also full-<merge method>)
     ...-sum             the plain sum of the M vectors of a convex basis (the authors' merge);
-                        it adds all tasks and no other subset
-    random-own-m<M>     M random tasks; a task outside of them contributes nothing
+                        it can add all tasks, but no smaller subset
+    random-own-m<M>     M random tasks; every other task contributes nothing
     random-lstsq-m<M>   M random tasks; every task is its least-squares combination of them
 
-How this room works: `candidates` lists what is compared, `additions` turns a candidate into merged
-models and counts their correct answers, `size_class` and `trial` choose its coefficients round by
-round, `rounds` reads the results back from the store, and `choice` chooses among them. The values
-that these hand to each other are in `results`.
+How this folder works: `candidates` lists what is compared. `additions` turns a candidate into
+merged models and counts their correct answers. `size_class` and `trial` choose its coefficients,
+round by round. `rounds` reads the results back from the store, and `choice` chooses among them.
+`results` has the types of the values that these modules hand to each other.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.vector_set import Coordinates
 
 Kind = Literal["zero-shot", "full", "decoded", "basis-sum", "random-own", "random-lstsq"]
-"""What stands for a task: nothing, its vector, what a basis decodes; `basis-sum`: the sum of the
-basis vectors stands for all tasks together."""
+"""What stands for a task: nothing (`zero-shot`), its vector (`full`), or what a basis or a random
+subset makes of it. With `basis-sum`, the sum of the basis vectors stands for all tasks together."""
 
 ADDITION = "sum"
-"""The merge method that adds the tasks' vectors (task arithmetic)."""
+"""Name of the merge method that adds the tasks' vectors (task arithmetic)."""
 
 
 @dataclass(frozen=True)
@@ -66,48 +66,48 @@ class Candidate:
     """One way to add tasks."""
 
     name: str
-    """In the store and in every report."""
+    """Its name in the store and in every report."""
     kind: Kind
     spec: BasisSpec | None = None
-    """The basis, or the random subset of the tasks; None for the full vectors and for none."""
+    """The basis, or the random subset of the tasks; None for `full` and `zero-shot`."""
     table: tuple[tuple[float, ...], ...] | None = None
     """The coefficient table (T, T) as nested tuples, if no stored file has it."""
     merge_method: str = ADDITION
-    """How the tasks' vectors become one; a merge method of `maths.merge_registry`."""
+    """Merge method that makes one vector of the tasks' vectors (see `maths.merge_registry`)."""
 
     @classmethod
     def decoded(cls, spec: BasisSpec) -> Candidate:
-        """The tasks as a basis decodes them, added."""
+        """The candidate that adds the tasks as a basis decodes them."""
         return cls(spec.name, "decoded", spec)
 
     @classmethod
     def basis_sum(cls, spec: BasisSpec) -> Candidate:
-        """The plain sum of the vectors of a basis."""
+        """The candidate that is the plain sum of the vectors of a basis."""
         return cls(f"{spec.name}-sum", "basis-sum", spec)
 
     @property
     def method(self) -> str:
-        """Basis method; the kind where there is no basis."""
+        """Basis method; the kind if there is no basis."""
         return self.kind if self.spec is None else self.spec.method
 
     @property
     def size(self) -> int:
-        """Number M of basis vectors; 0 where there is no basis."""
+        """Number M of basis vectors; 0 if there is no basis."""
         return 0 if self.spec is None else self.spec.size
 
     @property
     def online(self) -> bool:
-        """Its basis followed the tasks one by one."""
+        """Whether its basis was updated as the tasks arrived one by one."""
         return self.spec is not None and self.spec.online
 
     @property
     def adds(self) -> bool:
-        """The tasks' vectors are added, not merged by another method."""
+        """Whether the tasks' vectors are added, not merged by another method."""
         return self.merge_method == ADDITION
 
     @property
     def uses_stored_basis(self) -> bool:
-        """Its vectors are those of a basis in the store."""
+        """Whether its vectors are those of a basis in the store."""
         return self.kind in ("decoded", "basis-sum")
 
     @property
@@ -119,30 +119,33 @@ class Candidate:
 
     @property
     def is_random(self) -> bool:
-        """A random subset of the tasks: a baseline. (A basis may also have the basis method
-        `random-subset`; it is none.)
+        """Whether it is a baseline on a random subset of the tasks.
+
+        A basis of the basis method `random-subset` is not such a baseline.
         """
         return self.kind in ("random-own", "random-lstsq")
 
     @property
     def is_basis(self) -> bool:
-        """A basis whose tasks are decoded and added: the search chooses among these."""
+        """Whether it adds tasks that a basis decodes. The search chooses among these candidates."""
         return self.kind == "decoded" and self.adds
 
     @property
     def has_lengths(self) -> bool:
-        """Decoded vectors, which can be given the lengths of the task vectors."""
+        """Whether its vectors are decoded, so that they can get the lengths of the task vectors."""
         return self.is_basis
 
     @property
     def has_weights(self) -> bool:
-        """Its addition of all tasks can have a coefficient for each task or stored vector."""
+        """Whether adding all tasks can use a coefficient for each task or stored vector."""
         return self.kind in ("full", "decoded") and self.adds
 
     @property
     def group(self) -> str | None:
-        """The candidates that it competes with: bases of one size, which have as many bytes. The
-        poorer ones of a group stop before the last round. None: it competes with no other.
+        """The name of the group of candidates that it competes with; None if it has no group.
+
+        A group is the bases of one size, which take the same number of bytes. The poorer candidates
+        of a group stop before the last round.
         """
         if not self.is_basis:
             return None
@@ -150,7 +153,7 @@ class Candidate:
 
     @property
     def offline(self) -> Candidate:
-        """The basis of the same method and size, fitted to all vectors at once."""
+        """The candidate of the same basis method and size, fitted to all vectors at once."""
         return Candidate.decoded(BasisSpec(self.method, self.size))
 
     def open(self, experiment: Experiment) -> tuple[Coordinates, Tensor]:
@@ -160,7 +163,7 @@ class Candidate:
             return stored_basis(url, self.basis), load_coefficients(Store(url), self.basis)[1]
         if self.kind == "basis-sum":
             basis = stored_basis(url, self.basis)
-            # All T tasks are added, always: 1/T each counts every basis vector once.
+            # A basis sum always adds all T tasks. Weights of 1/T count every basis vector once.
             shape = (basis.size, len(tasks))
             return basis, torch.full(shape, 1.0 / len(tasks), dtype=torch.float64)
         if self.table is not None:
@@ -168,8 +171,9 @@ class Candidate:
         return vector_set(url, tasks), torch.eye(len(tasks), dtype=torch.float64)
 
     def ratios(self, experiment: Experiment) -> Tensor:
-        """Length of each task vector over that of its decoded one: (T,) float64, see
-        `maths.mixes.length_ratios`.
+        """The length of each task vector divided by that of its decoded vector: (T,) float64.
+
+        See `maths.mixes.length_ratios`.
         """
         store = Store(experiment.store)
         B, W = load_coefficients(store, self.basis)
@@ -185,7 +189,7 @@ class Candidate:
             vectors: the F stored vectors, as `open` gives them.
             table: (F, T) float64.
             subsets: positions of tasks.
-            seed: of merge methods that draw.
+            seed: seed of merge methods that draw random numbers.
         """
         if self.kind == "zero-shot":
             for _ in subsets:
@@ -199,8 +203,9 @@ class Candidate:
                 yield method_direction(vectors, columns, self.merge_method, seed=seed)
 
     def addends(self, count: int) -> int:
-        """Number of vectors that are summed when `count` tasks are added; the best coefficient is
-        near one over it.
+        """How many vectors are summed when `count` tasks are added.
+
+        The best coefficient is near one over this number.
         """
         if self.kind == "basis-sum":
             return self.size
@@ -209,7 +214,7 @@ class Candidate:
     def subsets(
         self, subsets: Mapping[int, Sequence[tuple[int, ...]]]
     ) -> dict[int, Sequence[tuple[int, ...]]]:
-        """The subsets, by size, that it can add: all; for a plain sum only the full set."""
+        """The subsets that it can add, by size. A basis sum can only add the full set."""
         if self.kind != "basis-sum":
             return dict(subsets)
         largest = max(subsets)
@@ -222,19 +227,21 @@ ZERO_SHOT = Candidate("zero-shot", "zero-shot")
 
 
 def basis_candidates(experiment: Experiment) -> list[Candidate]:
-    """A candidate for each basis of the experiment: its tasks decoded and added."""
+    """A candidate for each basis of the experiment, which adds the tasks that the basis decodes."""
     return [Candidate.decoded(spec) for spec in basis_specs(experiment)]
 
 
 def merge_candidates(experiment: Experiment) -> list[Candidate]:
-    """The other merge methods that the experiment names, each on the full vectors and on what each
-    basis decodes.
+    """The candidates of the other merge methods that the experiment names.
+
+    Each method has one candidate on the full vectors, and one on the vectors that each basis
+    decodes.
     """
     candidates: list[Candidate] = []
     for method in experiment.search.merges:
-        for adding in (FULL, *basis_candidates(experiment)):
-            name = f"{adding.name}-{method}"
-            candidates.append(replace(adding, name=name, merge_method=method))
+        for addition in (FULL, *basis_candidates(experiment)):
+            name = f"{addition.name}-{method}"
+            candidates.append(replace(addition, name=name, merge_method=method))
     return candidates
 
 
@@ -252,11 +259,11 @@ def sum_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
 
 
 def random_candidates(experiment: Experiment, gram: Tensor) -> list[Candidate]:
-    """Baselines at every size: seeded random subsets of the tasks, by themselves and with
-    least-squares coefficients.
+    """Baselines at every size, on seeded random subsets of the tasks.
 
-    gram: (T, T) float64. There are `search.random_subsets` draws of each size; the first has no
-    number in its name, the others end in `-2`, `-3` and so on.
+    Every subset gives two baselines: the subset by itself, and with least-squares coefficients for
+    all tasks. gram: (T, T) float64. There are `search.random_subsets` draws of each size. The name
+    of the first has no number, the names of the others end in `-2`, `-3` and so on.
     """
     candidates: list[Candidate] = []
     for size in sizes_of(experiment):
@@ -270,7 +277,7 @@ def _random_pair(gram: Tensor, size: int, draw: int, seed: int) -> list[Candidat
     """Both baselines on one random subset of the tasks."""
     generator = torch.Generator().manual_seed(seed + draw)
     with warnings.catch_warnings():
-        # A warning of an exact basis is given when bases are written.
+        # The stage `basis` has given the warning that a basis is exact.
         warnings.simplefilter("ignore", UserWarning)
         fit = fit_basis(gram, size, method="random-subset", generator=generator)
     ending = f"m{size}" if draw == 0 else f"m{size}-{draw + 1}"
@@ -288,7 +295,7 @@ def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
-    """Everything that is searched. Raises UserError that names the bases that are missing."""
+    """All candidates of the search. Raises UserError that names the bases that are missing."""
     gram = load_gram(store, experiment)
     missing: list[str] = []
     for spec in basis_specs(experiment):
@@ -308,7 +315,7 @@ def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
 
 
 def _vector_bytes(store: Store, experiment: Experiment) -> int:
-    """Bytes of all task vectors, from one listing. Raises StoreKeyError where one is missing."""
+    """Bytes of all task vectors, from one listing. Raises StoreKeyError if one is missing."""
     sizes = store.sizes("vectors")
     total = 0
     for task in experiment.task_names:
@@ -322,8 +329,9 @@ def _vector_bytes(store: Store, experiment: Experiment) -> int:
 def candidate_bytes(
     store: Store, experiment: Experiment, candidates: Sequence[Candidate]
 ) -> dict[str, int]:
-    """Stored bytes by candidate: its basis with the coefficient tables, or the task vectors that it
-    needs; without masks.
+    """The stored bytes of each candidate, without masks.
+
+    They are those of its basis with the coefficient tables, or of the task vectors that it needs.
     """
     vectors = _vector_bytes(store, experiment)
     bases: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """What a search decides from its rounds: an outcome for each candidate, and the choice.
 
-`halving_state` says what is still to be measured, `decide` draws the conclusions, and
-`commit_decision` writes them with the tables of `result_tables`.
+`halving_state` says which rounds are still to be measured, `decide` draws the conclusions from the
+rounds, and `commit_decision` writes the conclusions with the tables of `result_tables`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from raytvb.storage.store import Store
 
 @dataclass(frozen=True)
 class HalvingState:
-    """How far the rounds of all candidates are; each mapping is by candidate."""
+    """How far the rounds of all candidates have come. Keys are the candidates' names."""
 
     rounds: Mapping[str, list[RoundResult]]
-    """Rounds that are measured."""
+    """The rounds that have been measured."""
     limits: Mapping[str, int]
-    """Number of rounds that each candidate goes through, as far as that is known."""
+    """How many rounds each candidate goes through, as far as the measured rounds tell."""
     missing: Mapping[str, int]
-    """Number of rounds that are needed of a candidate, for those candidates that have fewer."""
+    """How many rounds a candidate needs, for those candidates that have fewer."""
 
     def counted(self, name: str) -> list[RoundResult]:
-        """The rounds that successive halving grants a candidate. More may be measured."""
+        """The rounds that successive halving grants a candidate. More may have been measured."""
         return self.rounds[name][: self.limits[name]]
 
 
@@ -46,12 +46,14 @@ class Decision:
 
     choice: Choice
     outcomes: Mapping[str, Outcome]
-    """By candidate."""
+    """Outcomes, by the candidate's name."""
 
 
 def comparable(result: RoundResult) -> float:
-    """The number by which a round is compared: its objective; for an invalid round minus infinity,
-    below every accuracy.
+    """The number by which rounds are compared.
+
+    It is the objective of a measured round. For an invalid round it is minus infinity, below every
+    accuracy.
     """
     match result:
         case Measured():
@@ -89,7 +91,8 @@ def decide(
 ) -> Decision:
     """The conclusions from a search whose rounds are all measured.
 
-    stored_bytes: by candidate. Raises UserError that names the candidates with missing rounds.
+    stored_bytes: by the candidate's name. Raises UserError that names the candidates with missing
+    rounds.
     """
     state = halving_state(store, experiment, candidates)
     if state.missing:
@@ -111,7 +114,7 @@ def decide(
 
 
 def _outcome(results: Sequence[RoundResult], rounds: int) -> Outcome:
-    """A candidate after its last round, before anything is chosen. rounds: of a whole search."""
+    """A candidate after its last round, before the choice. rounds: how many a full search has."""
     measured = [result for result in results if isinstance(result, Measured)]
     objectives = [result.objective if isinstance(result, Measured) else None for result in results]
     evaluations = sum(result.evaluations for result in measured)
@@ -178,7 +181,7 @@ def _choice(
 def _options(
     candidates: Sequence[Candidate], state: HalvingState, stored_bytes: Mapping[str, int]
 ) -> dict[str, Option]:
-    """What may be on the Pareto front: the bases and the full vectors, by name."""
+    """The candidates that may be on the Pareto front, by name: the bases and the full vectors."""
     options: dict[str, Option] = {}
     for candidate in candidates:
         if candidate.is_basis or candidate == FULL:
@@ -202,9 +205,7 @@ def _why_none(zero_shot: float, bases: Sequence[Option]) -> str:
 def commit_decision(
     store: Store, experiment: Experiment, candidates: Sequence[Candidate], decision: Decision
 ) -> bool:
-    """Write the outcomes that are new, then the choice with its tables. Returns whether the choice
-    is new.
-    """
+    """Write the new outcomes, then the choice with its tables. Returns whether that is new."""
     for candidate in candidates:
         outcome = decision.outcomes[candidate.name]
         if find_result(store, experiment, candidate) != outcome:

@@ -12,8 +12,8 @@ from raytvb.storage.contract import JsonObject
 def search_identity(experiment: Experiment, candidate: Candidate) -> JsonObject:
     """Identity of a candidate's rounds and outcome.
 
-    It holds everything that a measurement depends on. The other candidates, and the objective by
-    which one is chosen, are left out: they may change without another measurement.
+    It holds everything that a measurement depends on. The other candidates and the objective of the
+    choice are left out: they may change, and the measurement stays valid.
     """
     whole = experiment.identity()
     identity: JsonObject = {key: whole[key] for key in _MEASURED_ON}

@@ -1,4 +1,4 @@
-"""Merge methods of the literature on stored vectors, one parameter at a time."""
+"""Applies merge methods of the literature to stored vectors, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
         tasks: (F, n) float64.
         method: a merge method that needs no Fishers (`merge_registry.stored_merges`); it runs with
             the papers' settings.
-        seed: of the draws of a method that needs a generator.
+        seed: seed of a method that needs a generator.
 
-    Returns the vectors' coordinates (count,) if the method goes entry by entry: it sees only the
-    kept entries of sparse vectors. A method of matrices sees and fills whole parameters; its result
-    has all of these, (D,), by sorted names.
+    A method that works entry by entry sees only the kept entries of sparse vectors, and the result
+    has the coordinates of the vectors, (count,). A method that works on matrices sees and fills
+    whole parameters, and the result has all of them, (D,), in the order of their sorted names.
     Raises ValueError for a method that needs what a store does not have.
-    Memory: the result, and for one parameter the n task vectors and the F stored ones. Vectors of a
-    `VectorSet` without weight are not read.
+    Memory: the result, and one parameter of the n task vectors and of the F stored vectors. Vectors
+    of a `VectorSet` that have no weight are not read.
     """
     mixed = _MixedVectors(*_used(vectors, tasks))
     merge = MERGE_METHODS.lookup(method)
@@ -60,7 +60,7 @@ class _MixedVectors:
         """Kept entries by parameter, bool; None if every entry is a coordinate."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter of all task vectors: (n, *shape), or (n, kept) if there is a mask."""
+        """The name and values of each parameter: (n, *shape), or (n, kept) if there is a mask."""
         first = 0
         for name, shape in self._vectors.parameters.items():
             count = prod(shape) if self.kept is None else int(self.kept[name].sum())
@@ -69,12 +69,12 @@ class _MixedVectors:
             first += count
 
     def values(self) -> Iterator[Tensor]:
-        """As `parameters`, without the names."""
+        """Like `parameters`, without the names."""
         for _, rows in self.parameters():
             yield rows
 
     def _mix(self, rows: Tensor) -> Tensor:
-        # Vectors as they are stored need no n^2 products.
+        # Diagonal factors only scale the stored vectors, which takes no n^2 products.
         return rows * self._scales if self._is_diagonal else self._factors @ rows
 
 
@@ -98,8 +98,9 @@ def _options(
 
 
 def _used(vectors: Coordinates, tasks: Tensor) -> tuple[Coordinates, Tensor]:
-    """The vectors that some task has weight for, if the others can be left unread, and their
-    weights.
+    """The vectors that have weight in some task, with their weights.
+
+    Keeps all vectors if a part of them cannot be read by itself.
     """
     used = tasks.any(dim=1).nonzero()[:, 0].tolist()
     if not isinstance(vectors, VectorSet) or len(used) in (0, len(tasks)):
@@ -108,8 +109,9 @@ def _used(vectors: Coordinates, tasks: Tensor) -> tuple[Coordinates, Tensor]:
 
 
 def _whole(rows: Tensor, kept: Tensor) -> Tensor:
-    """Kept entries (n, k) in their places, with zeros between them: (n, *shape); kept: bool of that
-    shape.
+    """The kept entries (n, k) in their places, with zeros elsewhere: (n, *shape).
+
+    kept: bool, of that shape.
     """
     whole = torch.zeros(len(rows), kept.numel())
     whole[:, kept.reshape(-1)] = rows

@@ -1,4 +1,4 @@
-"""The Parquet tables that a search leaves beside its choice."""
+"""The Parquet tables that a search writes next to its choice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def results_table(
 def _result(candidate: Candidate, outcome: Outcome, sizes: Sequence[int]) -> JsonObject:
     row: JsonObject = {
         "candidate": candidate.name,
-        # The table's word for the plain sum of basis vectors, which programs may look for.
+        # The table calls a basis sum `sum`. Programs that read the table rely on that word.
         "kind": "sum" if candidate.kind == "basis-sum" else candidate.kind,
         "method": candidate.method,
         "size": candidate.size,
@@ -62,8 +62,9 @@ def tried_table(
     candidates: Sequence[Candidate],
     outcomes: Mapping[str, Outcome],
 ) -> list[JsonObject]:
-    """`tried.parquet`: a row for each setting of each size class that a round measured, with the
-    counts and their Wilson interval.
+    """`tried.parquet`: a row for each setting that a round measured, for each number of tasks.
+
+    A row has the counts and their Wilson interval.
     """
     table: list[JsonObject] = []
     for candidate in candidates:

@@ -1,9 +1,9 @@
-"""What the search measures and decides, as values.
+"""The types of what the search measures and decides.
 
-From small to large: a `Setting` is tried, which gives `Tried`; a round of a candidate is `Measured`
-or `Invalid`; all rounds of a candidate end in its `Outcome`, and all outcomes in one `Choice`.
-Rounds, outcomes and the choice are the metrics of records in the store. Numbers of tasks are keys
-of JSON objects there, and so are strings; here they are int.
+From small to large: to try a `Setting` gives a `Tried`. A round of a candidate is `Measured` or
+`Invalid`. All rounds of a candidate give its `Outcome`, and all outcomes give one `Choice`. Rounds,
+outcomes and the choice are stored as the metrics of records. Numbers of tasks are int here, and
+strings in the store, because they are keys of JSON objects.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from raytvb.storage.contract import Contract, JsonObject
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """How a number of tasks is added: what a line search or a grid tries."""
+    """How tasks are added: one point that a line search or a grid tries."""
 
     coefficient: float
     """alpha: the merged model is theta_0 + alpha * (sum of the tasks' vectors)."""
     own_lengths: bool = False
-    """Decoded vectors are given the lengths of the task vectors."""
+    """Whether decoded vectors are given the lengths of the task vectors."""
 
 
 class Tried(Contract):
@@ -36,13 +36,13 @@ class Tried(Contract):
     accuracy: float
     """Mean over all tasks of all subsets of this size."""
     expected: float
-    """As `accuracy`, of the expected share of correct answers (see `Count`)."""
+    """Like `accuracy`, but the mean of the expected shares of correct answers (see `Count`)."""
     correct: int
     total: int
 
     @property
     def setting(self) -> Setting:
-        """What was tried."""
+        """The setting that was tried."""
         return Setting(self.coefficient, self.own_lengths)
 
 
@@ -54,13 +54,13 @@ class TunedWeights(Contract):
     accuracy: float
     """Mean accuracy on the validation images."""
     trials: int
-    """Weights that were measured to find these."""
+    """How many weights the search for these has measured."""
     images: int
-    """Forward passes that this took."""
+    """Forward passes that the search for these took, in images."""
 
     @property
     def per_basis(self) -> bool:
-        """One coefficient for each stored vector, instead of one for each task."""
+        """Whether there is one coefficient for each stored vector, not one for each task."""
         return self.kind == "per-basis"
 
 
@@ -79,13 +79,13 @@ class Measured(Contract):
     images: int
     """Forward passes of this round, in images. Those of earlier rounds are not counted again.
 
-    The images of a task pass once for each setting and each subset that the task is in. They pass
-    only once if nothing is added, which is the same model for all subsets. (Stores of earlier
-    versions count them for each subset there, too.)"""
+    The images of a task pass once for each setting and each subset that the task is in. If nothing
+    is added, the model is the same for all subsets, and the images pass only once. (Stores of
+    earlier versions count them once for each subset in this case, too.)"""
     evaluations: int
     """Settings measured in this round."""
     vector: TunedWeights | None = None
-    """Tuned in the last round, if the experiment asks for it."""
+    """The weights that the last round has tuned, if the experiment asks for it."""
 
     def setting(self, size: int) -> Setting:
         """The best setting for additions of `size` tasks."""
@@ -96,7 +96,7 @@ class Measured(Contract):
         return [row for row in self.tried if row.size == size]
 
     def to_json(self) -> JsonObject:
-        """For a record: `vector` is left out if there is none."""
+        """The fields for a record. `vector` is left out if it is None."""
         return _without_null(super().to_json(), "vector")
 
 
@@ -107,7 +107,7 @@ class Invalid(Contract):
     """The reason."""
 
     def to_json(self) -> JsonObject:
-        """For a record, with the empty fields that a measured round has."""
+        """The fields for a record, with empty ones for those that a measured round has."""
         return {**super().to_json(), "objective": None, "accuracy": {}}
 
 
@@ -115,8 +115,9 @@ RoundResult: TypeAlias = Measured | Invalid
 
 
 def parse_round(metrics: JsonObject, where: str) -> RoundResult:
-    """A round from a record's metrics; `where` names the record. Raises StoreError if they are
-    neither kind of round.
+    """A round from the metrics of a record. where: names the record in errors.
+
+    Raises StoreError if the metrics are neither kind of round.
     """
     if "invalid" in metrics:
         return Invalid.from_json(metrics, where)
@@ -124,16 +125,17 @@ def parse_round(metrics: JsonObject, where: str) -> RoundResult:
 
 
 class Outcome(Contract):
-    """A candidate after its last round: that round's result, and what all rounds took."""
+    """A candidate after its last round: the result of that round, and the cost of all rounds."""
 
     invalid: str | None = None
-    """Why it could not be measured; `coefficient` and the like are empty then. Null if it was."""
+    """Why the candidate could not be measured (`coefficient` and so on are then empty); null if it
+    was measured."""
     stopped: bool = False
-    """It ended before the last round because others of its size were better."""
+    """Whether it ended before the last round, because others of its size were better."""
     objective: float | None = None
-    """Of the last round; null where that was invalid."""
+    """Objective of the last round; null if that round was invalid."""
     objectives: tuple[float | None, ...] = ()
-    """Of every round."""
+    """Objective of every round."""
     share: float | None = None
     """Share of the validation images of the last round."""
     coefficient: dict[int, float] = Field(default_factory=dict)
@@ -144,7 +146,7 @@ class Outcome(Contract):
     images: int = 0
     chosen: bool = False
     front: bool = False
-    """It is on the Pareto front of accuracy and bytes."""
+    """Whether it is on the Pareto front of accuracy and bytes."""
     stored_bytes: int = 0
 
     def setting(self, size: int) -> Setting:
@@ -156,9 +158,9 @@ class Choice(Contract):
     """What a search chose, and how much it measured."""
 
     name: str | None
-    """The chosen basis; null where no basis is better than the pretrained model."""
+    """The chosen basis; null if no basis is better than the pretrained model."""
     reason: str | None = None
-    """Why there is none."""
+    """Why no basis was chosen."""
     best: str | None
     """The most accurate basis, whatever its bytes."""
     objective_of: str
@@ -169,17 +171,17 @@ class Choice(Contract):
     """Candidates that no other one beats in both accuracy and bytes."""
     stopped: tuple[str, ...]
     invalid: dict[str, str]
-    """Reasons, by candidate."""
+    """Why candidates could not be measured, by candidate."""
     candidates: int
     evaluations: int
     images: int
     selection: str
-    """Which images the choice was made on."""
+    """The images that the choice was made on, in words."""
     test: str
-    """When the test split was read."""
+    """When the test split is read, in words."""
 
     def to_json(self) -> JsonObject:
-        """For a record: `reason` is left out if a basis was chosen."""
+        """The fields for a record. `reason` is left out if a basis was chosen."""
         return _without_null(super().to_json(), "reason")
 
 

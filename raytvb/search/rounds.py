@@ -1,4 +1,4 @@
-"""Rounds, outcomes and choices of searches, read from a store."""
+"""Reads the rounds, outcomes and choices of searches from a store."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def round_prefix(candidate: Candidate, number: int) -> str:
 
 
 def known_rounds(store: Store, experiment: Experiment, candidate: Candidate) -> list[RoundResult]:
-    """The rounds of a candidate that have been measured, from the first up to the first one that is
-    missing.
+    """The measured rounds of a candidate, from the first up to the first one that is missing.
 
-    Rounds of another search do not count. Objectives are those of this experiment, which may differ
-    from the one in force when the round was measured. Raises StoreError for a record that cannot be
-    read.
+    Rounds with another identity do not count. The objectives are computed again for this
+    experiment, for its objective may have changed since the rounds were measured. Raises StoreError
+    for a record that cannot be read.
     """
     rounds: list[RoundResult] = []
     for number in range(1, len(experiment.search.shares) + 1):
@@ -43,8 +42,9 @@ def known_rounds(store: Store, experiment: Experiment, candidate: Candidate) -> 
 
 
 def find_result(store: Store, experiment: Experiment, candidate: Candidate) -> Outcome | None:
-    """What a finished search says of a candidate; None if it has not been searched. Raises
-    StoreError for a record that cannot be read.
+    """The outcome of a candidate in a finished search; None if there is none.
+
+    Raises StoreError for a record that cannot be read.
     """
     prefix = search_prefix(candidate.name)
     record = records.find(store, prefix)
@@ -56,8 +56,9 @@ def find_result(store: Store, experiment: Experiment, candidate: Candidate) -> O
 def find_choice(
     store: Store, experiment: Experiment, candidates: Sequence[Candidate]
 ) -> Choice | None:
-    """What a finished search chose among the candidates; None if there is no such search. Raises
-    StoreError for a record that cannot be read.
+    """The choice of a finished search among these candidates; None if there is no such search.
+
+    Raises StoreError for a record that cannot be read.
     """
     record = records.find(store, SEARCH)
     if record is None or not record.is_of(choice_identity(experiment, candidates)):

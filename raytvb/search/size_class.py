@@ -1,8 +1,8 @@
-"""Additions of one number of tasks: settings are tried and compared on shares of the validation
-images.
+"""Tries and compares settings for additions of one number of tasks (a size class), on shares of the
+validation images.
 
-`first_round` chooses the settings to try, `SizeClass` measures them, `promising` and
-`most_accurate` compare what was measured.
+`first_round` chooses the settings to try, `SizeClass` measures them, and `promising` and
+`most_accurate` compare the measurements.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ NOTHING_ADDED = Setting(0.0)
 
 
 class SizeClass:
-    """Accuracy of additions of one number of tasks by setting and share, each measured once.
+    """The accuracy of additions of one number of tasks, by setting and share.
 
-    Shares rise. Images are measured from one share to the next, each part once, so a value does not
-    depend on the order in which settings and shares are measured.
+    Shares rise. The images between one share and the next are measured once for each setting, so a
+    value does not depend on the order in which settings and shares are measured.
     """
 
     def __init__(
         self, additions: Additions, subsets: Sequence[Sequence[int]], shares: Sequence[float]
     ) -> None:
-        """subsets: those of one size; shares: rising shares of the images, each above 0."""
+        """subsets: all have the same size. shares: rising shares of the images, above 0."""
         self.size = len(subsets[0])
         self._additions = additions
         self._subsets = subsets
         self._edges = (0.0, *shares)
         self._parts: dict[Setting, list[Counts]] = {}
-        """Counts on the images from each share to the next, of those shares measured so far."""
+        """Counts on the images between one share and the next, for the shares measured so far."""
 
     def value(self, setting: Setting, number: int) -> float:
         """Mean accuracy over all tasks of all subsets, on the first `number` shares."""
         return mean([count.accuracy for count in self._totals(setting, number)])
 
     def expected(self, setting: Setting, number: int) -> float:
-        """Mean expected share of correct answers (see `Count`), otherwise as `value`."""
+        """Like `value`, but the mean of the expected shares of correct answers (see `Count`)."""
         return mean([count.expected / count.total for count in self._totals(setting, number)])
 
     def row(self, setting: Setting, number: int) -> Tried:
-        """What the first `number` shares say of a setting."""
+        """The measurement of a setting on the first `number` shares."""
         total = sum(self._totals(setting, number), Count(0, 0))
         return Tried(
             size=self.size,
@@ -62,7 +62,7 @@ class SizeClass:
         )
 
     def new_images(self, setting: Setting, number: int) -> dict[str, int]:
-        """Images by task of share `number` that are not in the shares before it."""
+        """How many images of each task are in share `number` and not in the shares before it."""
         images: dict[str, int] = {}
         for counts in self._measured(setting, number)[number - 1]:
             for task, count in counts.items():
@@ -70,7 +70,7 @@ class SizeClass:
         return images
 
     def _measured(self, setting: Setting, number: int) -> list[Counts]:
-        """Counts on the first `number` parts of the images; missing ones are measured."""
+        """Counts on the first `number` parts of the images. Measures the parts that are missing."""
         parts = self._parts.setdefault(setting, [])
         while len(parts) < number:
             start, stop = self._edges[len(parts)], self._edges[len(parts) + 1]
@@ -93,7 +93,8 @@ class SizeClass:
 def lengths_to_try(experiment: Experiment, candidate: Candidate, size: int) -> tuple[bool, ...]:
     """Values of `Setting.own_lengths` to try for additions of `size` tasks.
 
-    `auto` tries both, except for the addition of all tasks, whose sum the projection keeps.
+    `auto` tries both values. It tries only projected lengths for the addition of all tasks, because
+    the projection keeps that sum.
     """
     if not candidate.has_lengths:
         return (False,)
@@ -109,7 +110,7 @@ def lengths_to_try(experiment: Experiment, candidate: Candidate, size: int) -> t
 def first_round(
     experiment: Experiment, size_class: SizeClass, addends: int, lengths: Sequence[bool] = (False,)
 ) -> list[Setting]:
-    """The settings to measure on the first share: those of a line search, or the whole grid.
+    """The settings to measure on the first share: those that a line search visits, or a whole grid.
 
     addends: number of vectors that are summed; the best coefficient is near one over it.
     """
@@ -126,9 +127,9 @@ def first_round(
 def _line_search(
     limits: CoefficientConfig, size_class: SizeClass, addends: int, lengths: Sequence[bool]
 ) -> list[Setting]:
-    """The settings that a line search visits, one search for each kind of lengths.
+    """The settings that line searches visit. There is one line search for each kind of lengths.
 
-    It climbs by the expected number of correct answers (see `Count`), which is less noisy than
+    A search climbs by the expected share of correct answers (see `Count`), which is less noisy than
     accuracy on a part of the images. The second search starts at the best coefficient of the first.
     """
     rungs = ladder(addends, limits.low, limits.high)
@@ -147,10 +148,11 @@ def _expected_on_first_share(size_class: SizeClass, own: bool, coefficient: floa
 
 
 def promising(tried: Sequence[Tried], strategy: str) -> list[Setting]:
-    """Settings of a size class that are worth more images, in rising order.
+    """The settings of a size class that are worth more images, in rising order.
 
-    Of a line search: the setting with the most expected answers; also the most accurate one, if its
-    accuracy is higher by more than one standard error. Of a grid: all.
+    For a grid, these are all settings. For a line search, it is the setting with the highest
+    expected share of correct answers. The most accurate setting is added if its accuracy is higher
+    by more than one standard error.
     """
     if strategy == "grid":
         return [row.setting for row in tried]
@@ -164,7 +166,9 @@ def promising(tried: Sequence[Tried], strategy: str) -> list[Setting]:
 
 
 def most_accurate(tried: Sequence[Tried]) -> Tried:
-    """The row with the highest accuracy; among equals that with the smallest coefficient, then that
-    with projected lengths.
+    """The row with the highest accuracy.
+
+    Among equally accurate rows, the one with the smallest coefficient, then the one with projected
+    lengths.
     """
     return min(tried, key=lambda row: (-row.accuracy, row.setting))

@@ -1,10 +1,10 @@
-"""The body of a search trial: the coefficients of one candidate, chosen on growing shares of the
+"""The body of a search trial: chooses the coefficients of one candidate on growing shares of the
 validation images.
 
-A round is a share. The first round searches the coefficient of every size class; later rounds
-measure the promising settings on the images that are new in their share. The rounds of a candidate
-depend on nothing but the candidate, so a trial that is repeated, or continued from known rounds,
-gives the same results.
+There is one round for each share. The first round searches the coefficient of every size class.
+Later rounds measure the promising settings on the images that their share adds. The rounds of a
+candidate do not depend on other candidates, so a trial that is repeated, or that continues from
+known rounds, gives the same results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from raytvb.search.size_class import (
 
 
 class CandidateSearch:
-    """The rounds of one candidate. What a round has measured is kept for the next."""
+    """Measures the rounds of one candidate. Keeps the measurements of a round for the next."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class CandidateSearch:
         return most_accurate([row for row in rows if row.setting in good])
 
     def _images(self, number: int, tried: Sequence[Tried], before: Measured | None) -> int:
-        """Forward passes that the rows of a round took, in images (see `Measured.images`)."""
+        """The forward passes for the rows of a round, in images (see `Measured.images`)."""
         if self._candidate.kind == "zero-shot":
             by_task: dict[str, int] = {}
             for size_class in self._classes.values():
@@ -114,8 +114,10 @@ class CandidateSearch:
         return images
 
     def _tuned(self, number: int, best: Mapping[int, Tried]) -> TunedWeights | None:
-        """The weights of the addition of all tasks that Optuna finds in the last round; None if the
-        experiment does not ask for them or the candidate has none.
+        """The weights of the addition of all tasks that Optuna finds in the last round.
+
+        None in other rounds, if the experiment does not ask for weights, or if the candidate has
+        none.
         """
         coefficients = self._experiment.search.coefficients
         all_tasks = len(self._experiment.tasks)
@@ -157,8 +159,8 @@ class _WeightsValue:
 def objective(experiment: Experiment, accuracy: Mapping[int, float]) -> float:
     """What the search maximises, from the accuracy by number of tasks added.
 
-    A candidate that only adds all tasks has a single size class, which is its objective whatever
-    the experiment asks for.
+    A candidate that can only add all tasks has a single size class. The accuracy of that class is
+    then its objective, whatever the experiment asks for.
     """
     match experiment.search.objective:
         case "subsets":

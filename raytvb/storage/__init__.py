@@ -1,3 +1,4 @@
-"""Files of a store: objects, records, masks, vectors, bases and Gram matrices. The only room that
-imports fsspec.
+"""The files of a store: objects, records, masks, vectors, bases and Gram matrices.
+
+This is the only room that imports fsspec. `store` says in which order to read it.
 """

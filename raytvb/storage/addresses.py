@@ -18,7 +18,7 @@ def parse_url(url: str) -> tuple[str, str]:
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        if not url or re.match(r"\w+:/", url):  # s3:/bucket would else become a folder
+        if not url or re.match(r"\w+:/", url):  # else s3:/bucket would become a folder
             raise StoreError(
                 f"not a store URL: {url!r}; use a folder, s3://bucket/prefix or a URL fsspec knows"
             )
@@ -37,9 +37,9 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 def checked_key(key: str) -> str:
-    """The key itself.
+    """The key itself, if it is valid.
 
-    Raises ValueError unless it means one place below the root on every kind of storage.
+    Raises ValueError unless the key means one place below the root on every kind of storage.
     """
     names = key.split("/")
     characters_are_safe = key.isprintable() and "\\" not in key and "?" not in key

@@ -1,10 +1,10 @@
 """Bases on disk: S = V B in pieces of at most 32 MB, so that no process holds a whole basis.
 
-A basis is a folder of safetensors files, each a range of the coordinates of all its vectors, and an
-index as the Hugging Face hub has it (`weight_map`: tensor to file). A tensor is named after its
-parameter and stacks the M basis vectors: (M, *shape), or (M, kept) where the vectors share a mask.
-A tensor in which a file ends is cut, and its parts are named `parameter[start:stop]` by flat
-positions. Values are float32.
+A basis is a folder of safetensors files with an index. Each file holds a range of the coordinates
+of all basis vectors. The index has the form that the Hugging Face hub uses (`weight_map`: tensor to
+file). A tensor is named after its parameter and stacks the M basis vectors: (M, *shape), or
+(M, kept) where the vectors share a mask. If a file ends inside a tensor, the tensor is cut, and its
+parts are named `parameter[start:stop]` by flat positions. Values are float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from raytvb.storage.vectors import VectorInfo, vector_info
 INDEX = "basis.safetensors.index.json"
 
 SEGMENT = 16 * BLOCK
-"""Coordinates. Files never cross a multiple of it, so that writers can share a basis."""
+"""Number of coordinates in a segment. No file crosses a multiple of it, so that several writers can
+share a basis.
+"""
 
 _FILE_BYTES = 32 * 2**20
 
@@ -35,23 +37,23 @@ class BasisMetadata(Contract):
     size: int
     """Number of basis vectors M."""
     shapes: dict[str, tuple[int, ...]]
-    """Shapes of what is stored of one vector, as `Layout.shapes`."""
+    """Shapes of what is stored for one vector, as `Layout.shapes`."""
     parameters: dict[str, tuple[int, ...]]
     """Shapes of the parameters, as `Layout.parameters`."""
     raytvb: VectorInfo
-    """As in the header of a vector file in the folder of the basis."""
+    """The metadata that the header of a vector file in the folder of the basis would have."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The coordinates that basis vectors have, those of the task vectors they are made of."""
+    """The coordinates of basis vectors, which are those of the task vectors they are made of."""
 
     base: str
     """Fingerprint of the pretrained model."""
     parameters: Mapping[str, tuple[int, ...]]
     """Shapes of the parameters, names sorted."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Shapes of what is stored: those of the parameters, or (kept,) where there is a mask."""
+    """Shapes of the stored tensors: those of the parameters, or (kept,) where there is a mask."""
     mask_key: str | None = None
     """Key of the shared mask in the store."""
     mask: str | None = None
@@ -63,28 +65,28 @@ class Layout:
         return sum(map(prod, self.shapes.values()))
 
     def info(self, prefix: str) -> VectorInfo:
-        """Metadata of files in the folder `prefix`."""
+        """Metadata of vector files in the folder `prefix`."""
         path = None if self.mask_key is None else posixpath.relpath(self.mask_key, prefix)
         return vector_info(self.base, mask_path=path, mask=self.mask)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one file has of one parameter."""
+    """The part of one parameter that one file holds."""
 
     tensor: str
     """Name of the tensor in the file."""
     count: int
     """Number of coordinates."""
     shape: tuple[int, ...]
-    """Of one vector."""
+    """Shape of the part for one vector."""
 
 
 def file_columns(size: int) -> int:
     """Coordinates in each file of a basis of `size` vectors.
 
-    A power of two that divides SEGMENT; the file has at most 32 MB, unless that were less than
-    4,096 coordinates.
+    The number is a power of two that divides SEGMENT, and at least 4,096. A file has at most 32 MB,
+    unless 4,096 coordinates take more.
     """
     fitting = max(1, _FILE_BYTES // (4 * size))
     power_of_two = 1 << (fitting.bit_length() - 1)
@@ -98,7 +100,10 @@ def file_names(size: int, count: int) -> list[str]:
 
 
 def pieces_of(shapes: Mapping[str, tuple[int, ...]], start: int, stop: int) -> Iterator[Piece]:
-    """What lies in coordinates start..stop, in their order; shapes: as `Layout.shapes`."""
+    """The pieces that lie in coordinates start..stop, in their order.
+
+    shapes: as `Layout.shapes`.
+    """
     first = 0
     for name, shape in shapes.items():
         last = first + prod(shape)
@@ -111,7 +116,7 @@ def pieces_of(shapes: Mapping[str, tuple[int, ...]], start: int, stop: int) -> I
 
 
 def index_bytes(layout: Layout, size: int, prefix: str) -> bytes:
-    """The index of a basis of `size` vectors: which file has which tensor, and the coordinates."""
+    """The index file of a basis of `size` vectors: which file has which tensor, and the layout."""
     columns = file_columns(size)
     weight_map: dict[str, str] = {}
     for number, name in enumerate(file_names(size, layout.count)):

@@ -41,9 +41,9 @@ class _Writer:
         self._buffer = torch.empty(size, min(self._columns, max(layout.count, 1)))
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Take weights.T @ rows, rows (T, n), for the coordinates from `start` on.
+        """Put weights.T @ rows into the files, rows (T, n), for the coordinates from `start` on.
 
-        They follow those of the call before.
+        Calls must follow each other: `start` is where the call before ended.
         """
         while rows.shape[1]:
             at = start % self._columns
@@ -58,8 +58,8 @@ class _Writer:
         name = self._names[start // self._columns]
         if not bool(torch.isfinite(self._buffer[:, : stop - start]).all()):
             raise VectorError(
-                f"{self._store.where(self._prefix)} would have NaN or infinite values: a vector "
-                f"has them, or the weights have"
+                f"{self._store.where(self._prefix)} would have NaN or infinite values: a vector or "
+                f"the weights have such values"
             )
         tensors: dict[str, Tensor] = {}
         first = 0
@@ -82,19 +82,20 @@ def write_pieces(
 ) -> dict[str, dict[str, FileInfo]]:
     """Write the files of V @ weights in one pass over the blocks of V.
 
-    blocks: (start, rows (T, n) float32) that follow each other up to coordinate `stop`. They start
-    at a multiple of SEGMENT, and each begins at a multiple of BLOCK. outputs: folders and weights
-    (T, M) float64.
+    blocks: (start, rows (T, n) float32) that follow each other up to coordinate `stop`. The first
+    block starts at a multiple of SEGMENT, and every block at a multiple of BLOCK. outputs: folders
+    and weights (T, M) float64.
 
-    Products are taken over 65,536 coordinates, for each output by itself. So the bits of a file
-    depend neither on the other outputs nor on how the coordinates are shared among writers.
-    Returns checksums by folder and file. Memory: 32 MB for each output.
+    Products are taken over 65,536 coordinates, and separately for each output. So the bits of a
+    file depend neither on the other outputs nor on how the coordinates are shared among writers.
+    Returns checksums by folder and file. Memory: 32 MB for each output. Raises VectorError for
+    values that are not finite.
     """
     writers = {prefix: _Writer(store, prefix, weights, layout, stop) for prefix, weights in outputs}
     for start, rows in blocks:
         if rows.shape[1] == 1:
-            # A column of something wider, as in other blocks: BLAS multiplies a single one another
-            # way.
+            # BLAS multiplies a matrix of one column in another way. As a part of two columns, this
+            # column is multiplied like those of other blocks.
             rows = rows.repeat(1, 2)[:, :1]
         for first in range(0, rows.shape[1], BLOCK):
             for writer in writers.values():
@@ -105,17 +106,17 @@ def write_pieces(
 def write_combinations(
     paths: Sequence[str | PathLike[str]], outputs: Mapping[str, Tensor], url: str | PathLike[str]
 ) -> dict[str, dict[str, FileInfo]]:
-    """Write V @ weights of vector files into the store `url`, a folder for each of the outputs.
+    """Write V @ weights of vector files into the store `url`, one folder for each output.
 
-    outputs: weights (T, M) float64 by name of the folder: bases (B), or K candidate merges (a
-    column each). All are written in one pass over the vectors. Every folder is a basis that
-    `StoredBasis(url, name)` reads; its record is written last. What such a call wrote before into a
-    folder, from as many vectors of that model, is replaced. Memory: two buffers of 64 MB, and 32 MB
-    for each output.
+    outputs: weights (T, M) float64 by name of the folder. They may be bases (B), or candidate
+    merges, one in each column. All are written in one pass over the vectors. Every folder is a
+    basis that `StoredBasis(url, name)` reads; its record is written last. If an earlier call wrote
+    the folder, from as many vectors of the same model, its files are replaced. Memory: two buffers
+    of 64 MB, and 32 MB for each output.
 
-    Raises VectorError for files that are damaged or do not belong together and for results that are
-    not finite, ValueError for weights that do not have a row for each vector, and UserError for a
-    folder with a record of something else.
+    Returns checksums by folder and file. Raises VectorError for files that are damaged or do not
+    belong together and for results that are not finite, ValueError for weights that do not have a
+    row for each vector, and UserError for a folder that holds something else.
     """
     vectors, store = VectorSet([VectorFile.open(p) for p in paths]), Store(fspath(url))
     weights_of = {name: torch.as_tensor(weights) for name, weights in outputs.items()}
@@ -144,7 +145,10 @@ def write_combinations(
 
 
 def _delete_replaced(store: Store, names: Sequence[str], identity: JsonObject) -> None:
-    """Delete what the folders hold. UserError, and nothing deleted, where one is something else."""
+    """Delete what the folders hold.
+
+    If one of them holds something else, raises UserError and deletes nothing.
+    """
     replaced = {name: find(store, name, identity) for name in names}
     for name, record in replaced.items():
         if record is not None:
@@ -153,7 +157,7 @@ def _delete_replaced(store: Store, names: Sequence[str], identity: JsonObject) -
 
 
 def _write_layout(store: Store, vectors: VectorSet) -> Layout:
-    """The coordinates of the vectors; a mask they share is copied into the store."""
+    """The layout of the vectors. If the vectors share a mask, it is copied into the store."""
     first = vectors.files[0]
     shapes = first.shapes if vectors.compact else vectors.parameters
     if vectors.mask is None:

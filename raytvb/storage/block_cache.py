@@ -1,8 +1,8 @@
-"""A local copy of vectors on a range of coordinates: each is fetched once and multiplied often.
+"""A local copy of vectors on a range of coordinates. A vector is fetched once and multiplied often.
 
-Only what is stored is kept: float32 or bfloat16 values of the kept entries, and one bit a
-coordinate where a vector has a mask of its own. That is T * density * (coordinates) * 4 bytes, in
-memory or in an unnamed temporary file that vanishes with its process.
+The copy holds only what is stored: float32 or bfloat16 values of the kept entries, and one bit for
+each coordinate where a vector has its own mask. The values take T * density * (coordinates) * 4
+bytes in float32, in memory or in an unnamed temporary file that vanishes with its process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
 _READERS = 8
-"""Parts that are fetched at a time."""
+"""Number of parts that are fetched at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ class _Entry:
     """One vector in the cache."""
 
     offset: int
-    """Where its values begin in the temporary file, in bytes."""
+    """Where the vector's values begin in the temporary file, in bytes."""
     dtype: torch.dtype
     packed: Tensor | None
-    """The bits of its own mask, uint8; None where the coordinates are the stored values."""
+    """The bits of the vector's own mask, uint8; None where the coordinates are the stored values.
+    """
     before: list[int]
-    """Kept entries before each BLOCK of the coordinates, where it has its own mask."""
+    """Number of kept entries before each BLOCK of the coordinates; empty without an own mask."""
     held: Tensor | None
-    """The values as bytes, where they are in memory."""
+    """The values as bytes, uint8; None where they are in the temporary file."""
 
 
 class BlockCache:
@@ -52,15 +53,15 @@ class BlockCache:
     def __init__(
         self, start: int, stop: int, *, own_masks: bool, folder: str | None = None
     ) -> None:
-        """own_masks: the coordinates are those of all parameters, and every vector has its mask.
+        """own_masks: whether the coordinates are those of all parameters, and vectors may have
+        their own masks. If not, the coordinates are the stored values.
 
-        Else the coordinates are the stored values. folder: where the temporary file is made; None
-        keeps everything in memory.
+        folder: where the temporary file is created; None keeps everything in memory.
         """
         self.start, self.stop = start, stop
         self.kind = "memory" if folder is None else "disk"
         self.bytes = 0
-        """Of all values and bits."""
+        """Size of all values and bits."""
         self._own_masks = own_masks
         self._entries: dict[str, _Entry] = {}
         self._end = 0
@@ -74,8 +75,8 @@ class BlockCache:
     def add(self, name: str, vector: VectorFile, info: FileInfo) -> None:
         """Fetch a vector's part of the coordinates.
 
-        info: as recorded; every byte of the part is compared with its checksums. Raises VectorError
-        that names a file whose bytes differ; nothing of that one is kept.
+        info: the recorded checksums, with which every byte of the part is compared. Raises
+        VectorError that names a file whose bytes differ, and then keeps nothing of the vector.
         """
         packed: Tensor | None = None
         counts = [self.start, self.stop]
@@ -83,8 +84,8 @@ class BlockCache:
             packed, counts = self._own_mask(vector, vector.mask)
         before = [count - counts[0] for count in counts] if packed is not None else []
         low, high = vector.byte_range(counts[0], counts[-1])
-        # torch's allocations begin at multiples of 64 bytes, numpy's do not: sums must not depend
-        # on where.
+        # Sums must not depend on the address of the values. Allocations by torch begin at multiples
+        # of 64 bytes, those by numpy do not.
         held = torch.empty(high - low, dtype=torch.uint8) if self._file is None else None
         entry = _Entry(self._end, vector.dtype, packed, before, held)
         for at, piece in _checked_parts(vector, info, low, high):
@@ -94,10 +95,11 @@ class BlockCache:
         self.bytes += high - low + (0 if packed is None else len(packed))
 
     def _own_mask(self, vector: VectorFile, mask: MaskFile) -> tuple[Tensor, list[int]]:
-        """The bits of a vector's mask here, and the kept entries before each BLOCK and the end.
+        """The bits of a vector's mask in this range, and numbers of kept entries before each BLOCK
+        and before the end of the range.
 
-        The latter count from the first coordinate of the vector. Raises VectorError unless the bits
-        have as many kept entries.
+        The numbers count from the vector's first coordinate. Raises VectorError unless the bits
+        agree with these numbers.
         """
         packed = mask.packed(self.start, self.stop)
         edges = (*range(self.start, self.stop, BLOCK), self.stop)
@@ -108,7 +110,7 @@ class BlockCache:
         return packed, counts
 
     def drop(self, name: str) -> None:
-        """Forget a vector. Its room in a temporary file is not used again, and stays counted."""
+        """Forget a vector. Its space in a temporary file is not reused, and stays in `bytes`."""
         entry = self._entries.pop(name, None)
         if entry is not None:
             for tensor in (entry.held, entry.packed):
@@ -133,7 +135,7 @@ class BlockCache:
         return raw.float()
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
-        """Bytes of the temporary file."""
+        """Fill the buffer with bytes of the temporary file from `offset` on."""
         assert isinstance(self._file, io.RawIOBase)
         self._file.seek(offset)
         done = 0
@@ -148,8 +150,8 @@ class BlockCache:
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Coordinates first..last of a vector, float32; `first` must be a multiple of 8.
 
-        They count from the start of the vector, not of the cache. The result may be a view of the
-        cache: it is not to be written to.
+        Coordinates count from the start of the vector, not of the cache. Do not write to the
+        result: it may be a view of the cache.
         """
         entry, at = self._entries[name], first - self.start
         if entry.packed is None:
@@ -173,7 +175,7 @@ def _checked_parts(
     """
     if low == high:
         return
-    # A file without checksums of its parts is one part, of any size.
+    # A file without checksums of parts counts as one part, of any size.
     size = PART if info.parts else max(info.size, 1)
     digests = info.parts or (info.sha256,)
     numbers = range(low // size, -(-high // size))
@@ -184,7 +186,7 @@ def _checked_parts(
         )
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for group in range(0, len(numbers), _READERS):  # no more than these are held
+        for group in range(0, len(numbers), _READERS):  # no more parts than these are in memory
             chosen = numbers[group : group + _READERS]
             for number, data in zip(chosen, pool.map(fetch, chosen), strict=True):
                 if hashlib.sha256(data).hexdigest() != digests[number]:
@@ -196,7 +198,7 @@ def _checked_parts(
 
 
 def check_header(vector: VectorFile, info: FileInfo) -> None:
-    """Compare the parts that have the vector's names and shapes with their checksums.
+    """Compare the parts of the file that hold its header with their checksums.
 
     Raises as `BlockCache.add`.
     """
@@ -205,7 +207,7 @@ def check_header(vector: VectorFile, info: FileInfo) -> None:
 
 
 def damaged(store: Store, key: str) -> VectorError:
-    """The error for bytes that are not those that were recorded."""
+    """The error for a file whose bytes differ from those recorded."""
     folder = key.rpartition("/")[0]
     return VectorError(
         f"{store.where(key)}: the bytes differ from those recorded",

@@ -18,8 +18,8 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 class Contract(BaseModel):
     """Base of all values that are stored as JSON or handed from room to room.
 
-    A subclass lists its fields with types. Fields that a file has and the class has not are left
-    out, so that files of other versions can be read.
+    A subclass lists its fields with types. A field of the file that the class does not have is
+    ignored, so that files of other versions can be read.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -44,7 +44,7 @@ class Contract(BaseModel):
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The parsed bytes of a file; `where` names it. Raises StoreError where they are not JSON."""
+    """The parsed bytes of a file; `where` names it. Raises StoreError if they are not JSON."""
     try:
         return json.loads(data)
     except ValueError as error:

@@ -15,8 +15,9 @@ from raytvb.storage.store_errors import StoreError
 def filesystem_of(url: str, scheme: str, *, patient: bool = True) -> Any:
     """The filesystem of a URL, shared by the stores of a process.
 
-    A new client would take 0.2 s and a handshake. patient: repeat requests that fail for about a
-    minute; else give up within about 20 seconds.
+    A new client would take 0.2 s and a handshake. patient: whether to repeat failing requests for
+    about a minute; if not, they give up within about 20 seconds. Raises StoreError where the
+    scheme's package is not installed.
     """
     if scheme == "file":
         return fsspec.filesystem("file")
@@ -36,13 +37,13 @@ def _client(url: str, patient: bool, pid: int, settings: tuple[tuple[str, str], 
 
 
 def _s3_filesystem(patient: bool) -> Any:
-    # Imported here because it takes a second, which local stores need not wait.
+    # Imported here because the import takes a second, which local stores need not spend.
     from s3fs import S3FileSystem
 
     class BoundedS3(S3FileSystem):  # type: ignore[misc]
         """Every request has a timeout.
 
-        aiohttp has none while it sends a body or waits for '100 Continue'.
+        aiohttp has no timeout while it sends a body or waits for '100 Continue'.
         """
 
         async def _call_s3(self, method: str, *options: Any, **arguments: Any) -> Any:
@@ -66,6 +67,6 @@ def _s3_filesystem(patient: bool) -> Any:
         "response_checksum_validation": "when_required",
     }
     fs = BoundedS3(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    # s3fs repeats what botocore has repeated: the numbers multiply.
+    # s3fs repeats requests that botocore has repeated already, so the numbers multiply.
     fs.retries = 2 if patient else 1
     return fs

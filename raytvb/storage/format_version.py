@@ -1,8 +1,8 @@
 """The number that says how a file is written: `format` in records and in headers of tensor files.
 
-A store may be opened by an older raytvb than the one that wrote it. Every reader of a record or of
-a header asks here first, so that this ends in one clear message and not in a file that is taken for
-a damaged one and made again.
+A store may be opened by an older raytvb than the one that wrote it. Every reader of a record or a
+header first calls `format_problem`. So the user gets one clear message, and the file is not taken
+for a damaged one and replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FORMAT = 1
-"""The format that is written, and the highest that is read."""
+"""The format that this version writes, and the highest that it reads."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,24 @@ class FormatProblem:
     reason: str
     remedy: str
     newer: bool
-    """It was written by a newer raytvb; else its format is no number, and the file damaged."""
+    """True if a newer raytvb wrote the file. False if its format is not a number of a format, so
+    the file is damaged.
+    """
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.remedy}"
 
 
 def format_problem(fields: Mapping[str, object], where: str) -> FormatProblem | None:
-    """What is wrong with the `format` among the fields of a record or header; None if it is read.
+    """What is wrong with the `format` of a record or header; None if it can be read.
 
-    where: the file, for the message. Files without a `format` are older than the field: they have
-    format 1.
+    fields: those of the record or header. where: the file, for the message. Files without a
+    `format` are older than this field and have format 1.
     """
     number = fields.get("format", 1)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         return FormatProblem(
-            f"{where} has the format {number!r}, which is no format of raytvb",
+            f"{where} has the format {number!r}, which is not a format of raytvb",
             "the file is damaged: delete its folder and run again to make it anew",
             newer=False,
         )

@@ -16,11 +16,13 @@ from raytvb.storage.vectors import VectorFile
 def gram_matrix(paths: Sequence[str | PathLike[str]], *, block: int = BLOCK) -> Tensor:
     """G (T, T) float64 of vector files; paths are local or URLs.
 
-    `block` coordinates of all vectors are read at a time; the default stands for as many as fill 64
-    MB. Memory: two such buffers, whatever the length and number of the vectors. Entries may differ
-    in their last float32 bits with the order of the paths (those of a run's own Gram matrix do
-    not). Raises VectorError for files that are damaged, do not belong together, or hold NaN or
-    infinite values (it names file and tensor).
+    block: number of coordinates of all vectors that are read at a time. The default stands for as
+    many as fill 64 MB. Memory: two such buffers, whatever the length and number of the vectors.
+    Entries may differ in their last float32 bits with the order of the paths. (The Gram matrix of
+    an experiment does not depend on the order.)
+
+    Raises VectorError for files that are damaged, do not belong together, or hold NaN or infinite
+    values (the message names file and tensor), and ValueError for a path that is not in a list.
     """
     if isinstance(paths, (str, PathLike)):
         raise ValueError(f"gram_matrix takes a list of paths, not one: {paths}")

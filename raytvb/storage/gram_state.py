@@ -2,14 +2,14 @@
 
     gram/record.json, gram/<n>.safetensors   snapshot of the first n vectors; the record names the
                                              file
-    gram/rows/<n>.safetensors                rows of the vectors that came when n were there
-    gram/owner.json                          which actor may write: the latest one fences those
-                                             before
+    gram/rows/<n>.safetensors                rows of the vectors that arrived after the first n
+    gram/owner.json                          which writer may write: the latest one locks out all
+                                             earlier ones
 
-A row file says which vectors it belongs to (by a hash over all tasks and checksums so far), so
-whatever was written last, what is read is consistent. Damaged row files are left out, and their
-vectors added again. A snapshot is made when the rows have grown by a quarter: what an arrival
-writes grows with the number of vectors, not with its square.
+A row file says which vectors it belongs to, by a hash over all tasks and checksums so far. So the
+matrix that is read is consistent, whichever file was written last. Damaged row files are ignored,
+and their vectors are added again. A snapshot is written when the number of vectors has grown by a
+quarter. So the bytes written for an arrival grow with the number of vectors, not with its square.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ROWS = f"{PREFIX}/rows"
 
 
 class Arrival(Contract):
-    """What bases could do after some vectors had arrived."""
+    """How good bases could be after some vectors had arrived."""
 
     vectors: int
-    """Number of vectors by then."""
+    """Number of vectors that had arrived."""
     floor: dict[int, float]
     """Least relative squared error of any basis, by its size M."""
 
@@ -51,7 +51,7 @@ class Snapshot(Contract):
     """Metrics of the snapshot's record; its parents are the checksums of the vectors."""
 
     tasks: tuple[str, ...]
-    """In the order of their arrival."""
+    """The tasks, in the order of their arrival."""
     history: tuple[Arrival, ...]
 
 
@@ -59,15 +59,15 @@ class RowsInfo(Contract):
     """Metadata of a row file."""
 
     chain: str
-    """`GramState.chain` of the vectors before."""
+    """`GramState.chain` of the vectors before the new ones."""
     vectors: tuple[tuple[str, str], ...]
     """Tasks and checksums of the new vectors."""
     history: tuple[Arrival, ...]
     sha256: str = ""
-    """Over the rest and the rows."""
+    """Checksum over the other fields and the rows."""
 
     def checksum(self, rows: Tensor) -> str:
-        """What `sha256` must be."""
+        """The value that `sha256` must have for these rows, (new, T + new) float64."""
         fields = self.to_json()
         del fields["sha256"]
         text = json.dumps(fields, sort_keys=True).encode()
@@ -80,23 +80,22 @@ class Owner(Contract):
     generation: int
     """Number of writers so far."""
     token: str
-    """Random, of the latest one."""
+    """Random string that the latest writer chose."""
 
 
 @dataclass
 class GramState:
-    """Tasks in the order of their arrival, the checksum of each one's vector, and their G (T, T).
-
-    G is float64.
+    """Tasks in the order of their arrival, the checksums of their vectors, and the Gram matrix
+    (T, T) float64 of these vectors.
     """
 
     tasks: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     gram: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     history: list[Arrival] = field(default_factory=list)
-    """After some of the arrivals, in their order."""
+    """An item for some of the arrivals, in their order."""
     snapshot: int = 0
-    """Vectors in the stored snapshot."""
+    """Number of vectors in the stored snapshot."""
 
     @property
     def known(self) -> list[tuple[str, str]]:
@@ -109,20 +108,24 @@ class GramState:
         return hashlib.sha256(json.dumps(self.known).encode()).hexdigest()
 
     def extend(self, known: Sequence[tuple[str, str]], rows: Tensor) -> None:
-        """Add vectors; rows (new, T + new) are their inner products with all."""
+        """Add vectors.
+
+        known: their tasks and checksums. rows: (new, T + new), their inner products with all
+        vectors.
+        """
         self.gram = grown(self.gram, rows)
         self.tasks += [task for task, _ in known]
         self.checksums |= dict(known)
 
     def forget(self, tasks: Sequence[str]) -> None:
-        """Leave vectors out, because they were made again."""
+        """Remove the vectors of these tasks, because they were made again."""
         keep = [i for i, task in enumerate(self.tasks) if task not in tasks]
         self.gram = self.gram[keep][:, keep]
         self.tasks = [self.tasks[i] for i in keep]
         self.checksums = {task: self.checksums[task] for task in self.tasks}
 
     def ordered(self, tasks: Sequence[str]) -> Tensor:
-        """G in the order of the given tasks. Raises ValueError that names those it lacks."""
+        """G in the order of the given tasks. Raises ValueError that names the missing tasks."""
         missing = [task for task in tasks if task not in self.checksums]
         if missing:
             raise ValueError(f"vectors not taken in yet: {', '.join(missing)}")
@@ -131,7 +134,7 @@ class GramState:
 
     @classmethod
     def read(cls, store: Store) -> GramState:
-        """What the store has; empty where it has nothing.
+        """The state that the store has; an empty state if the store has none.
 
         Raises UserError and VectorError for files of a newer raytvb.
         """
@@ -152,7 +155,7 @@ class GramState:
         if data is None:  # replaced since the record was read
             return cls._snapshot(store, attempts - 1) if attempts else cls()
         if not info.is_of(data):
-            return cls()  # damaged: the vectors are still there, and will be added again
+            return cls()  # damaged: the vectors are still in the store, and will be added again
         snapshot = record.metrics_as(Snapshot, store.where(PREFIX))
         return cls(
             list(snapshot.tasks),
@@ -165,7 +168,8 @@ class GramState:
     def _append(self, data: bytes, where: str) -> bool:
         """Add the vectors of a row file.
 
-        False where it is damaged or belongs to other vectors: its own will be added again.
+        Returns False if the file is damaged or follows other vectors. Then the vectors in it will
+        be added again.
         """
         parsed = _parse_rows(data, where)
         if parsed is None:
@@ -180,7 +184,10 @@ class GramState:
 
 
 def _parse_rows(data: bytes, where: str) -> tuple[RowsInfo, Tensor] | None:
-    """A row file; None where it is damaged. Raises VectorError where it is of a newer raytvb."""
+    """Metadata and rows of a row file; None if it is damaged.
+
+    Raises VectorError for a file of a newer raytvb.
+    """
     fields = _metadata(data)
     problem = None if fields is None else format_problem(fields, where)
     if problem is not None:
@@ -207,14 +214,14 @@ class GramWriter:
     """The right to write the Gram matrix of a store, until another writer is made."""
 
     def __init__(self, store: Store) -> None:
-        """Takes the right over."""
+        """Takes the right over from the writer before."""
         self._store, self._token = store, uuid.uuid4().hex
         owner = _owner(store)
         generation = 1 if owner is None else owner.generation + 1
         store.write_json(_OWNER, Owner(generation=generation, token=self._token).to_json())
 
     def check(self) -> None:
-        """Raise UserError where another writer has been made since."""
+        """Raise UserError if another writer has been made since."""
         owner = _owner(self._store)
         if owner is None or owner.token != self._token:
             raise UserError(
@@ -229,10 +236,10 @@ class GramWriter:
         rows: Tensor,
         history: Sequence[Arrival],
     ) -> None:
-        """Extend the state by vectors and store that, as rows or as a snapshot.
+        """Extend the state by vectors. Their rows are stored, and a snapshot if it is due.
 
-        known: tasks and checksums of the new vectors. rows (new, T + new) float64: their inner
-        products with all. Raises UserError as `check`.
+        known: tasks and checksums of the new vectors. rows: (new, T + new) float64, their inner
+        products with all vectors. Raises UserError as `check`.
         """
         self.check()
         info = RowsInfo(chain=state.chain, vectors=tuple(known), history=tuple(history))

@@ -22,12 +22,12 @@ from raytvb.storage.store import Store
 Metadata = TypeVar("Metadata", bound=Contract)
 
 _FIRST_READ = 2**16
-"""Bytes that are read at first: the headers of most models fit, which saves a request."""
+"""Number of bytes in the first request. The headers of most models fit, which saves a request."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies; `begin` and `end` are bytes after the header."""
+    """Where one tensor lies; `begin` and `end` count bytes from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Header:
     store: Store
     key: str
     entries: Mapping[str, TensorEntry]
-    """By tensor name, in the order in which the tensors lie in the file."""
+    """The tensors by name, in the order in which they lie in the file."""
     info: JsonObject
     """Our metadata."""
     start: int
@@ -54,10 +54,10 @@ class Header:
 
     @classmethod
     def read(cls, store: Store, key: str) -> Header:
-        """Two requests (three for a header of more than 64 KiB).
+        """Read the header in two requests (three for a header of more than 64 KiB).
 
-        Raises VectorError for a file that is not whole, has no metadata of ours, or was written by
-        a newer raytvb.
+        Raises VectorError for a file that is not whole, has no `raytvb` metadata, or was written by
+        a newer raytvb, and StoreKeyError for a key that is missing.
         """
         size = store.size(key)
         first = store.read_range(key, 0, min(size, _FIRST_READ))
@@ -70,7 +70,7 @@ class Header:
             info = _our_metadata(fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise _not_whole(store, key, str(error)) from None
-        # The rest of the header may be written another way by then.
+        # Checked first, since a newer raytvb may write the rest of the header differently.
         problem = format_problem(info, store.where(key))
         if problem is not None:
             raise VectorError(problem.reason, problem.remedy)
@@ -82,9 +82,9 @@ class Header:
         return cls(store, key, entries, info, stop, size, first)
 
     def info_as(self, contract: type[Metadata], what: str) -> Metadata:
-        """Our metadata as a contract; `what` is the kind of file that has it.
+        """Our metadata as a contract; `what` is the kind of file that has such metadata.
 
-        Raises VectorError that says what the file lacks.
+        Raises VectorError that says which fields are missing or wrong.
         """
         try:
             return contract.model_validate(self.info)
@@ -92,12 +92,12 @@ class Header:
             missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
             problem = f" has no {', '.join(missing)}" if missing else f": {problem_of(error)}"
             where = self.store.where(self.key)
-            raise VectorError(f"{where} is no {what}: its metadata{problem}") from None
+            raise VectorError(f"{where} is not a {what}: its metadata{problem}") from None
 
     def tensor_bytes(self, name: str) -> bytes:
-        """The values of one tensor; no request where they lie close behind the header.
+        """The bytes of one tensor's values. Values close behind the header need no request.
 
-        Raises KeyError where there is no such tensor.
+        Raises KeyError if there is no such tensor.
         """
         entry = self.entries[name]
         begin, end = self.start + entry.begin, self.start + entry.end
@@ -107,7 +107,10 @@ class Header:
 
 
 def _not_whole(store: Store, key: str, reason: str) -> VectorError:
-    return VectorError(f"{store.where(key)} is not a whole raytvb safetensors file: {reason}")
+    return VectorError(
+        f"{store.where(key)} is not a whole raytvb safetensors file: {reason}",
+        "copy it again, or delete its folder and run again to make it anew",
+    )
 
 
 def _header_end(first: bytes, size: int) -> int:
@@ -129,7 +132,7 @@ def _our_metadata(fields: dict[str, dict[str, str]]) -> JsonObject:
 
 
 def _entries(fields: dict[str, JsonObject]) -> dict[str, TensorEntry]:
-    """The tensors of a parsed header in the order in which they lie."""
+    """The tensors of a parsed header, in the order in which they lie in the file."""
     entries = []
     for name, entry in fields.items():
         if name == "__metadata__":
@@ -138,7 +141,7 @@ def _entries(fields: dict[str, JsonObject]) -> dict[str, TensorEntry]:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
                 entries.append((name, TensorEntry(dtype, _whole_numbers(shape), begin, end)))
             case _:
-                raise ValueError("its header leaves dtype, shape or place of a tensor out")
+                raise ValueError("its header lacks dtype, shape or place of a tensor")
     entries.sort(key=lambda item: item[1].begin)
     return dict(entries)
 
@@ -153,7 +156,7 @@ def _whole_numbers(shape: Sequence[object]) -> tuple[int, ...]:
 
 
 def _check_size(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
-    """ValueError unless the tensors end where the file ends."""
+    """Raise ValueError unless the tensors end where the file ends."""
     end = start
     for entry in entries.values():
         end = max(end, start + entry.end)

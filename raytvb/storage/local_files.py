@@ -1,4 +1,4 @@
-"""Files of this machine: written beside their place and renamed to it when they are whole."""
+"""Files of this machine, written under a temporary name and renamed when they are whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 TEMPORARY = ".raytvb-tmp-"
-"""How the names of unfinished files begin; no listing has them."""
+"""How the names of unfinished files begin. Listings leave such files out."""
 
 
 @contextmanager
@@ -23,16 +23,16 @@ def local_writer(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def published_file(path: str) -> Iterator[str]:
-    """A temporary path beside `path`, whose folder is made.
+    """A temporary path beside `path`. The folder is created if it is missing.
 
-    After the block it is renamed to `path`; on an error it is deleted.
+    After the block the temporary file is renamed to `path`; on an error it is deleted.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         yield temporary
-        # Before the rename: else a power cut may leave the name without the bytes.
+        # Synced before the rename, else a power cut may leave the name without the bytes.
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(folder)
@@ -51,7 +51,7 @@ def _fsync(path: str) -> None:
 
 
 def check_folder(path: str) -> None:
-    """Raise OSError unless files can be written into the folder, or the folder can be made.
+    """Raise OSError unless files can be written into the folder, or the folder can be created.
 
     Changes nothing.
     """
@@ -65,7 +65,7 @@ def check_folder(path: str) -> None:
 
 
 def files_below(path: str) -> list[str]:
-    """Paths of all files in a folder and below, or the path itself where it is a file."""
+    """Paths of all files in a folder and below, or the path itself if it is a file."""
     if os.path.isfile(path):
         return [path]
     walk = os.walk(path, onerror=_raise_unless_missing, followlinks=True)
@@ -78,7 +78,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def sizes_below(path: str) -> dict[str, int]:
-    """Bytes by path of all files in a folder and below, as `files_below` lists them."""
+    """Size in bytes by path, of all files that `files_below` lists."""
     sizes = {}
     for name in files_below(path):
         with suppress(FileNotFoundError):  # deleted since it was listed
@@ -87,7 +87,7 @@ def sizes_below(path: str) -> dict[str, int]:
 
 
 def delete_local(path: str) -> None:
-    """Delete a file, or a folder with all in it; no error where there is nothing."""
+    """Delete a file, or a folder with everything in it. A missing path is not an error."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

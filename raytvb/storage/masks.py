@@ -1,8 +1,8 @@
 """Mask files: which parameters a task trains, one bit each.
 
-A mask file packs D parameters to D/8 bytes and counts the kept ones per 65,536 coordinates, so that
-it can be read from the middle. A coordinate is a position in all parameters laid end to end, names
-sorted.
+A mask file packs D bits, one for each parameter, into D/8 bytes. It also has the number of kept
+parameters in each 65,536 coordinates, so that it can be read from the middle. A coordinate is a
+position in all parameters laid end to end, names sorted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MaskInfo(Contract):
     """Metadata of a mask file."""
 
     fingerprint: str
-    """As `Mask.fingerprint`."""
+    """The fingerprint of the mask, see `Mask.fingerprint`."""
     kept: int
     """Number of kept parameters K."""
     shapes: dict[str, tuple[int, ...]]
@@ -56,7 +56,7 @@ class Mask:
 
     @classmethod
     def of(cls, mask: Mapping[str, Tensor]) -> Mask:
-        """From one bool tensor a parameter."""
+        """The mask that one bool tensor for each parameter describes."""
         return cls({n: tuple(mask[n].shape) for n in sorted(mask)}, flatten(mask))
 
     @property
@@ -65,7 +65,7 @@ class Mask:
         return int(self.bits.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """One bool tensor a parameter."""
+        """One bool tensor for each parameter, of its shape."""
         parts = self.bits.split([prod(s) for s in self.shapes.values()])
         return {n: p.view(s) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
 
@@ -99,7 +99,7 @@ class MaskFile:
     def __init__(self, store: Store, key: str) -> None:
         """Reads the header and the block counts.
 
-        Raises VectorError for a file that is not a whole mask, or of a newer raytvb.
+        Raises VectorError for a file that is not a whole mask file, or is of a newer raytvb.
         """
         self._store, self._key = store, key
         header = Header.read(store, key)
@@ -110,7 +110,7 @@ class MaskFile:
             self._bits = header.start + header.entries["bits"].begin
             counts = np.frombuffer(header.tensor_bytes("block_counts"), dtype="<i8")
         except KeyError as error:
-            raise VectorError(f"{store.where(key)} is no mask file: it has no {error}") from None
+            raise VectorError(f"{store.where(key)} is not a mask file: it has no {error}") from None
         self._before = np.concatenate([[0], np.cumsum(counts)])
         if len(counts) != -(-self.total // BLOCK) or self._before[-1] != self.kept:
             raise VectorError(
@@ -122,9 +122,9 @@ class MaskFile:
         return unpack_bits(self.packed(start, stop), stop - start)
 
     def packed(self, start: int, stop: int) -> Tensor:
-        """The same range as it is stored: uint8, eight coordinates a byte.
+        """The bits of the same range as they are stored: uint8, eight coordinates in a byte.
 
-        What is left of the last byte is zero.
+        Bits of the last byte beyond the last coordinate of the mask are zero.
         """
         data = self._store.read_range(
             self._key, self._bits + start // 8, self._bits + (stop + 7) // 8
@@ -132,7 +132,7 @@ class MaskFile:
         return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
 
     def kept_before(self, start: int) -> int:
-        """Number of kept entries in front of coordinate `start`."""
+        """Number of kept entries before coordinate `start`."""
         if start == self.total:
             return self.kept
         whole = start // BLOCK
@@ -140,7 +140,7 @@ class MaskFile:
         return int(self._before[whole]) + rest
 
     def load(self) -> Mask:
-        """The whole mask in memory, D bytes."""
+        """The whole mask in memory, D bytes. Raises VectorError if the bits are damaged."""
         mask = Mask(self.shapes, self.bits(0, self.total))
         if mask.fingerprint != self.fingerprint:
             raise VectorError(
@@ -150,9 +150,9 @@ class MaskFile:
 
 
 class OpenMasks:
-    """Masks that are open already: vectors with the same mask read its header once.
+    """Masks that are open already, so that vectors with the same mask read its header once.
 
-    It may be used by several threads.
+    Several threads may use one object.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class OpenMasks:
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     def open(self, store: Store, key: str, fingerprint: str) -> MaskFile:
-        """The mask under `key`; read anew where the one that is open has another fingerprint."""
+        """The mask under `key`. It is read again if the open mask has another fingerprint."""
         where = store.where(key)
         with self._locks[where]:
             mask = self._masks.get(where)
@@ -170,10 +170,10 @@ class OpenMasks:
 
 
 def mask_intersections(masks: Sequence[MaskFile]) -> Tensor:
-    """Number of entries that each two masks both keep, (T, T) int64.
+    """Number of entries that two masks both keep, for all pairs of masks: (T, T) int64.
 
-    The diagonal is what each mask keeps. Reads every file once, T * 128 kB at a time. Raises
-    VectorError for masks over different numbers of parameters.
+    The diagonal has the number of entries that each mask keeps. Reads every file once, T * 128 kB
+    at a time. Raises VectorError for masks over different numbers of parameters.
     """
     totals = {m.total for m in masks}
     if len(totals) > 1:

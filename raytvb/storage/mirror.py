@@ -1,4 +1,4 @@
-"""Local copies of store files for reading them often."""
+"""Local copies of store files that are read often."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from raytvb.storage.vectors import VectorFile, mask_key_of
 
 
 class Mirror:
-    """Local copies of store files, deleted with the process. A local store needs no copies."""
+    """Local copies of store files, deleted when the process ends. A local store needs no copies."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._folder = None if store.is_local else tempfile.TemporaryDirectory(prefix="raytvb-")
         self.local = store if self._folder is None else Store(self._folder.name)
-        """Where the copies are; the store itself where it is local."""
+        """A store with the copies; the original store if that is local."""
 
     def fetch(self, key: str) -> None:
         """Make the key readable through `local`."""
@@ -28,7 +28,7 @@ class Mirror:
             self._store.download(key, str(Path(self._folder.name) / key))
 
     def basis(self, prefix: str) -> StoredBasis:
-        """Open a basis. All of its files and its mask are fetched."""
+        """Open a basis. All its files and its mask are fetched. Raises as `StoredBasis`."""
         remote = StoredBasis(self._store, prefix)
         if self._folder is None:
             return remote
@@ -39,9 +39,9 @@ class Mirror:
         return StoredBasis(self.local, prefix)
 
     def vector(self, key: str) -> VectorFile:
-        """Open a vector file. All of it and its mask are fetched.
+        """Open a vector file. The whole file and its mask are fetched. Raises as `VectorFile`.
 
-        To look at headers and masks only, open it in the store itself (`VectorSet.open`).
+        To read only headers and masks, open the file in the store itself (`VectorSet.open`).
         """
         try:
             self.fetch(key)

@@ -1,8 +1,8 @@
-"""Records: a thing in the store exists when its `record.json` does. Data first, record last.
+"""Records: a thing in the store exists when its `record.json` does. The record is written last.
 
 A record says what the thing depends on (its identity), what it was made of (its parents), what was
-measured meanwhile (its metrics), and the checksum of each of its files. `commit` writes one, `find`
-reads one, `find_all` reads those of a whole store.
+measured while it was made (its metrics), and the checksum of each of its files. `commit` writes a
+record, `find` reads one, and `find_all` reads those of a whole store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Metrics = TypeVar("Metrics", bound=Contract)
 RECORD = "record.json"
 
 PART = 4 * 2**20
-"""Bytes of a part of a file that has a checksum of its own."""
+"""Number of bytes in a part of a file. Each part has its own checksum."""
 
 
 class FileInfo(Contract):
@@ -40,12 +40,12 @@ class FileInfo(Contract):
     parts: tuple[str, ...] = ()
     """Checksums of the consecutive parts of 4 MiB, so that a range can be checked without the rest.
 
-    Empty where the file is no longer than one part.
+    Empty if the file is not longer than one part.
     """
 
     @classmethod
     def of(cls, data: bytes) -> FileInfo:
-        """Of bytes in memory."""
+        """Checksum and size of a file with these bytes."""
         view = memoryview(data)
         parts: list[str] = []
         if len(data) > PART:
@@ -55,18 +55,18 @@ class FileInfo(Contract):
 
     @model_serializer
     def _fields(self) -> JsonObject:
-        """Without `parts` where there are none."""
+        """The fields for JSON, without `parts` if there are none."""
         fields: JsonObject = {"sha256": self.sha256, "size": self.size}
         return {**fields, "parts": list(self.parts)} if self.parts else fields
 
     def is_of(self, data: bytes) -> bool:
-        """The bytes are those of the file."""
+        """Whether these are the bytes of the file."""
         return len(data) == self.size and hashlib.sha256(data).hexdigest() == self.sha256
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     installed = {"python": platform.python_version()}
     for name in ("raytvb", "torch", "open_clip_torch", "ray", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):  # raytvb itself, where a job was given its source only
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 def differences(stored: object, requested: object, path: str = "") -> list[str]:
     """Fields in which two identities differ, one line each: `field: stored x, asked for y`.
 
-    Lists of things with a `name` (tasks) are compared thing by thing, and then in their order.
+    Lists whose items have a `name` (tasks) are compared item by item, and then in their order.
     """
     if isinstance(stored, dict) and isinstance(requested, dict):
         lines = []
@@ -94,19 +94,19 @@ def differences(stored: object, requested: object, path: str = "") -> list[str]:
 
 
 def _by_name(value: object) -> dict[str, object]:
-    """A list of things with names as a dictionary; empty for anything else."""
-    things: dict[str, object] = {}
-    for thing in value if isinstance(value, list) else ():
-        if not isinstance(thing, dict) or "name" not in thing:
+    """A list of items with names as a dictionary; empty for anything else."""
+    items: dict[str, object] = {}
+    for item in value if isinstance(value, list) else ():
+        if not isinstance(item, dict) or "name" not in item:
             return {}
-        things[thing["name"]] = thing
-    return things
+        items[item["name"]] = item
+    return items
 
 
 def _differences_by_name(
     stored: dict[str, object], requested: dict[str, object], path: str
 ) -> list[str]:
-    """As `differences`, of two different lists of things with names."""
+    """As `differences`, for two different lists of items with names."""
     lines = []
     for ours, theirs, where in (
         (stored, requested, "stored only"),
@@ -127,9 +127,9 @@ class Record(Contract):
     """What `record.json` says of a stored thing."""
 
     identity: JsonObject
-    """All that the thing depends on: it is made again only where this changes."""
+    """All that the thing depends on. The thing is made again only if this changes."""
     parents: dict[str, str] = Field(default_factory=dict)
-    """Checksums of what it was made of, by the name of that."""
+    """Checksums of the things that it was made of, by their names."""
     metrics: JsonObject = Field(default_factory=dict)
     """What was measured while it was made; `metrics_as` gives it a type."""
     files: dict[str, FileInfo] = Field(default_factory=dict)
@@ -137,7 +137,7 @@ class Record(Contract):
     versions: dict[str, str] = Field(default_factory=dict)
     """Versions of the packages that made it."""
     format: int = 1
-    """Version of the store's format; records without one are of the first."""
+    """Version of the store's format. Records without this field have format 1."""
 
     def metrics_as(self, contract: type[Metrics], where: str) -> Metrics:
         """The metrics as a contract; `where` names the thing. Raises StoreError as `from_json`."""
@@ -156,7 +156,7 @@ class Record(Contract):
 def parse_record(data: bytes, where: str) -> Record:
     """The record in the bytes of a file; `where` names the file.
 
-    Raises StoreError for bytes that are no record, and UserError for a record of a newer raytvb.
+    Raises StoreError for bytes that are not a record, and UserError for a record of a newer raytvb.
     """
     fields = parse_json(data, where)
     problem = format_problem(fields, where) if isinstance(fields, dict) else None
@@ -168,7 +168,7 @@ def parse_record(data: bytes, where: str) -> Record:
 def read_record(store: Store, key: str) -> Record:
     """The record in one file of a store.
 
-    Raises StoreKeyError where there is none, else as `parse_record`.
+    Raises StoreKeyError if there is no such file, else as `parse_record`.
     """
     return parse_record(store.read(key), store.where(key))
 
@@ -181,7 +181,7 @@ def record_keys(store: Store, prefix: str = "") -> list[str]:
 def find_all(store: Store, prefix: str = "") -> dict[str, Record]:
     """The records in the folder `prefix` and below, by the folder of each thing.
 
-    One listing, then several reads at a time. Raises as `read_record`.
+    The files are listed once, then several are read at a time. Raises as `read_record`.
     """
     keys = record_keys(store, prefix)
     records = {}
@@ -193,9 +193,9 @@ def find_all(store: Store, prefix: str = "") -> dict[str, Record]:
 def find(
     store: Store, prefix: str, identity: Mapping[str, JsonValue] | None = None
 ) -> Record | None:
-    """The record under `prefix`, or None where the thing does not exist (yet). One request.
+    """The record under `prefix`, or None if the thing does not exist (yet). One request.
 
-    Raises UserError where it exists with another identity (the message shows the fields that
+    Raises UserError if the thing exists with another identity (the message shows the fields that
     differ), and as `parse_record`.
     """
     key = f"{prefix}/{RECORD}"
@@ -224,9 +224,9 @@ def commit(
     parents: Mapping[str, str] | None = None,
     metrics: Contract | None = None,
 ) -> Record:
-    """Write `files` (name to bytes), then the record that makes them exist.
+    """Write `files` (name to bytes), then the record that makes the thing exist.
 
-    `written` names files of the thing that are in the store already.
+    `written` describes files of the thing that are in the store already.
     """
     infos = dict(written or {})
     for name, data in (files or {}).items():

@@ -1,20 +1,20 @@
 """Where experiments live: one URL that holds files under string keys.
 
-The URL is a folder, s3://bucket/prefix, or of any scheme that fsspec knows. What a store adds to
-fsspec: a key is either there in full or not there, listings are never stale, a store pickles as its
-URL, and an error says which key of which store it is about and the way out.
+The URL is a folder, s3://bucket/prefix, or has any scheme that fsspec knows. A store adds this to
+fsspec: a file is either there in full or not at all, listings are never stale, a store pickles as
+its URL, and an error names the store and the key and says what the user can do.
 
 S3 takes endpoint and credentials from the usual AWS variables. A writer that was killed leaves no
 key but may leave bytes: a hidden temporary file in a folder, an unfinished upload in a bucket (a
 lifecycle rule removes those).
 
-The room is read in this order. This module and what it stands on: `addresses` (URLs and keys),
+Read the room in this order. First this module and the modules it uses: `addresses` (URLs and keys),
 `filesystems` (the S3 client), `local_files` (atomic writes), `store_errors`. Then `records`: a
 thing exists when its `record.json` does. Then the tensor files: `header` (and `format_version`),
 `masks`, `vectors`, `vector_set` (many vectors as one matrix, read in blocks), `basis_layout` with
 `basis_writer` and `stored_basis`, and `gram_state`, the Gram matrix as it grows. `mirror`,
-`block_cache` and `verify` use them. Modules from here to `records`, and `verify`, import neither
-torch nor numpy, so that a command which only looks at a store starts at once.
+`block_cache` and `verify` use all of these. The modules up to `records`, and `verify`, import
+neither torch nor numpy, so that a command that only looks at a store starts at once.
 """
 
 from __future__ import annotations
@@ -49,20 +49,19 @@ _READERS = 16
 class Store:
     """Files under relative keys ('vectors/a/record.json') below one URL.
 
-    It may be used by several threads, sent to other processes, and pickled.
-    Every method that reaches the storage raises StoreError where that fails, StoreKeyError where a
-    key to read is missing, and ValueError for a key that is empty, absolute, not normalised or
-    reserved.
+    A store may be used by several threads, sent to other processes, and pickled. Every method that
+    uses the storage raises StoreError if that fails, StoreKeyError if a key to read is missing, and
+    ValueError for a key that is empty, absolute, not normalised or reserved.
     """
 
     def __init__(self, url: str) -> None:
-        """Touches no storage. A relative path becomes absolute: workers run in other folders.
+        """Touches no storage. A relative path becomes absolute, since workers run in other folders.
 
         Raises StoreError for an unknown scheme and for an S3 URL without a bucket.
         """
         self.url, self._scheme = parse_url(url)
         self.is_local = self._scheme == "file"
-        """The store is a folder of this machine's file system."""
+        """Whether the store is a folder of this machine's file system."""
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
@@ -88,11 +87,11 @@ class Store:
         return f"{self.url.rstrip('/')}/{key}" if key else self.url
 
     def local_path(self, key: str) -> str | None:
-        """The key's path on this machine's file system, None where the store is elsewhere."""
+        """The key's path on this machine's file system; None if the store is elsewhere."""
         return self.path(key) if self.is_local else None
 
     def check_writable(self) -> None:
-        """Write, read back and delete a small hidden file; makes the folder of a local store.
+        """Write, read back and delete a small hidden file. Creates the folder of a local store.
 
         Gives up within about 20 seconds. Raises StoreError that says why the store cannot be used.
         """
@@ -113,8 +112,8 @@ class Store:
     def check_reachable(self) -> None:
         """Check as much of `check_writable` as can be checked without changing anything.
 
-        A folder must be writable, or the nearest existing one above it. A server must answer; that
-        it takes files as well is not checked. Raises StoreError as `check_writable`.
+        A folder must be writable, or the nearest existing one above it. A server must answer;
+        whether it also accepts files is not checked. Raises StoreError as `check_writable`.
         """
         with self._explained("", "use"):
             if self.is_local:
@@ -132,12 +131,12 @@ class Store:
         return True
 
     def is_file(self) -> bool:
-        """Whether the URL is that of a file. Such a URL is no store."""
+        """Whether the URL is that of a file. Such a URL cannot be a store."""
         with self._explained("", "read"):
             return bool(self.fs.isfile(self.path("")))
 
     def size(self, key: str) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         path = self.path(checked_key(key))
         with self._reading(key):
             info = self.fs.info(path)
@@ -150,7 +149,7 @@ class Store:
         return self._read_whole(key, self.path(checked_key(key)))
 
     def find(self, key: str) -> bytes | None:
-        """The whole file; None where there is none. One request."""
+        """The whole file, or None if the key is missing. One request."""
         try:
             return self.read(key)
         except StoreKeyError:
@@ -159,8 +158,8 @@ class Store:
     def read_many(self, keys: Sequence[str]) -> list[bytes]:
         """Whole files in the order of the keys, all in memory.
 
-        Several requests are under way at a time. Takes every key that `keys` lists, also one with
-        characters that `write` refuses: others may have named these files.
+        Several requests are under way at a time. Every key that `keys` lists is accepted, even one
+        with characters that `write` refuses, since another program may have named the file.
         """
         with ThreadPoolExecutor(1 if self.is_local else _READERS) as pool:
             return list(pool.map(self.read_listed, keys))
@@ -170,7 +169,7 @@ class Store:
         return self._read_whole(key, f"{self.path('').rstrip('/')}/{key}")
 
     def _read_whole(self, key: str, path: str) -> bytes:
-        # Left to itself, s3fs asks for the size first, to read large files in pieces at a time.
+        # By default, s3fs first requests the size, in order to read large files in several pieces.
         options = {"max_concurrency": 1} if self._scheme == "s3" else {}
         with self._reading(key):
             return bytes(self.fs.cat_file(path, **options))
@@ -178,7 +177,7 @@ class Store:
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes start..stop-1. An empty range takes no request.
 
-        Raises StoreError where the file ends before `stop`, ValueError unless 0 <= start <= stop.
+        Raises StoreError if the file ends before `stop`, and ValueError unless 0 <= start <= stop.
         """
         path = self.path(checked_key(key))
         if not 0 <= start <= stop:
@@ -192,7 +191,7 @@ class Store:
             return data
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Bytes from `start` on until `buffer` is full; a local file is read without a copy.
+        """Read bytes from `start` on until `buffer` is full. A local file is read without a copy.
 
         Raises as `read_range`.
         """
@@ -220,9 +219,9 @@ class Store:
                 self.fs.pipe_file(path, data)
 
     def download(self, key: str, local_path: str | os.PathLike[str]) -> None:
-        """Copy the file to a path of this machine, whose folder is made.
+        """Copy the file to a path of this machine. The path's folder is created if it is missing.
 
-        The path appears only when it is complete.
+        The path appears only when the file is complete.
         """
         path = self.path(checked_key(key))
         copy = shutil.copyfile if self.is_local else self.fs.get_file
@@ -234,10 +233,10 @@ class Store:
             copy(path, temporary)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """All keys in the folder `prefix` and below, sorted; [] where nothing is.
+        """All keys in the folder `prefix` and below, sorted; [] if there are none.
 
-        Where `prefix` is a file, its key. A bucket that does not exist is an error, not an empty
-        store.
+        If `prefix` is a file, the result is its key. A bucket that does not exist is an error, not
+        an empty store.
         """
         path = self.path(prefix.rstrip("/"))
         with self._explained(prefix, "list"):
@@ -245,7 +244,7 @@ class Store:
         return sorted(self._keys_of(paths))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of the files that `keys` lists, by key, from one listing."""
+        """Sizes in bytes, by key, of the files that `keys` lists. They come from one listing."""
         path = self.path(prefix.rstrip("/"))
         with self._explained(prefix, "list"):
             if self.is_local:
@@ -257,7 +256,7 @@ class Store:
         return {key: sizes[keys[key]] for key in sorted(keys)}
 
     def _keys_of(self, paths: Iterable[str]) -> dict[str, str]:
-        """Paths of a listing by their keys, without unfinished files and markers of folders."""
+        """The paths of a listing by their keys, without unfinished files and folder markers."""
         root = self.path("").rstrip("/") + "/"
         keys = {}
         for path in paths:
@@ -268,9 +267,9 @@ class Store:
         return keys
 
     def delete(self, key_or_prefix: str) -> None:
-        """Delete a file, or a folder and all in it in no particular order.
+        """Delete a file, or a folder and everything in it, in no particular order.
 
-        No error where there is nothing.
+        A missing key is not an error.
         """
         path = self.path(checked_key(key_or_prefix))
         with self._explained(key_or_prefix, "delete"):
@@ -278,8 +277,8 @@ class Store:
                 delete_local(path)
                 return
             paths = [self.path(key) for key in self.keys(key_or_prefix)]
-            # A request for each key: s3fs drops the errors of a bulk deletion, and takes '*' in a
-            # key for a pattern.
+            # One request for each key, since s3fs ignores errors of a bulk deletion and takes '*'
+            # in a key as a pattern.
             with ThreadPoolExecutor(_DELETERS) as pool:
                 list(pool.map(self._delete_remote, paths))
 
@@ -288,11 +287,11 @@ class Store:
             self.fs.rm_file(path)
 
     def read_json(self, key: str) -> Any:
-        """The parsed file. Raises StoreError where it is not JSON."""
+        """The parsed file. Raises StoreError if it is not JSON."""
         return parse_json(self.read(key), self.where(key))
 
     def write_json(self, key: str, obj: Any) -> None:
-        """Write as JSON; equal objects give equal bytes.
+        """Write an object as JSON; equal objects give equal bytes.
 
         Raises ValueError for NaN and infinity, which JSON does not have.
         """
@@ -301,13 +300,13 @@ class Store:
 
     @contextmanager
     def _explained(self, key: str, action: str) -> Iterator[None]:
-        """Turn errors of the storage into StoreError."""
+        """Turn errors of the storage into a StoreError that names the action and the key."""
         try:
             yield
         except StoreError:
             raise
         except Exception as error:
-            # Libraries of other schemes may raise anything; ValueError is a malformed endpoint.
+            # Libraries of other schemes may raise anything. ValueError means a malformed endpoint.
             foreign = self._scheme not in ("file", "s3")
             if isinstance(error, (OSError, ValueError)) or library_code(error) or foreign:
                 self._explain(error, key, action)
@@ -332,4 +331,4 @@ class Store:
 
 
 def _too_short(start: int, stop: int, count: int) -> OSError:
-    return OSError(f"bytes {start}..{stop} were asked for, {count} came: the file is too short")
+    return OSError(f"only {count} of the bytes {start}..{stop} exist: the file is too short")

@@ -1,4 +1,4 @@
-"""Errors of a store, each with the way out."""
+"""Errors of a store, and what a user can do about them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WAYS_OUT = {
     "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
     "ExpiredToken": "the credentials have expired: renew them (AWS_SESSION_TOKEN)",
     "InvalidRange": "the file is too short",
-    "404": "no such bucket, or no S3 server: check the URL and AWS_ENDPOINT_URL",
-    "501": "this is no S3 server: check AWS_ENDPOINT_URL",
+    "404": "no such bucket, or not an S3 server: check the URL and AWS_ENDPOINT_URL",
+    "501": "this is not an S3 server: check AWS_ENDPOINT_URL",
     # Classes of errors of the S3 client.
     "NoCredentialsError": f"no credentials found: set {_VARIABLES}, or use a role or ~/.aws",
     "EndpointConnectionError": (
@@ -33,25 +33,25 @@ WAYS_OUT = {
     "FSTimeoutError": _NO_ANSWER,
     "ReadTimeoutError": _NO_ANSWER,
     "ValueError": "check the URL and AWS_ENDPOINT_URL (http://host:port)",
-    # Of the Hugging Face hub and other servers.
+    # Errors of the Hugging Face hub and other servers.
     "ConnectError": _NO_SERVER,
     "ConnectionError": _NO_SERVER,
     "RepositoryNotFoundError": (
         "no such repository on the hub, or a private one: check the URL, set HF_TOKEN"
     ),
     "GatedRepoError": "accept the data set's terms on the hub, and set HF_TOKEN",
-    # Of the file system.
+    # Errors of the file system.
     "PermissionError": (
         "access denied: check the permissions, or the credentials and the bucket's policy"
     ),
     "NotADirectoryError": "a part of the path is a file, not a folder: choose another place",
     "IsADirectoryError": "there is a folder of this name: choose another key, or delete the folder",
 }
-"""What a user can do, by `library_code` or the name of the error's class."""
+"""What a user can do about an error, by its `library_code` or the name of its class."""
 
 
 class StoreError(OSError):
-    """A store cannot do what was asked; the message names the store and key, and the way out."""
+    """A store cannot do an operation. The message names store and key, and what a user can do."""
 
 
 class StoreKeyError(StoreError, FileNotFoundError):

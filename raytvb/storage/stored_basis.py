@@ -1,4 +1,4 @@
-"""Bases read in pieces."""
+"""Stored bases, read file by file."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class StoredBasis:
     def __init__(self, store: Store | str | PathLike[str], prefix: str) -> None:
         """Reads the index (and the mask's header).
 
-        store: or its URL; prefix: the folder of the basis in it. Raises VectorError where there is
-        no basis, or one of a newer raytvb.
+        store: the store or its URL. prefix: the folder of the basis in the store. Raises
+        VectorError for a folder without a basis index, a basis of a newer raytvb, and a mask that
+        does not match the basis; StoreKeyError if the index is missing.
         """
         store = store if isinstance(store, Store) else Store(fspath(store))
         self.store, self.prefix = store, prefix
@@ -58,14 +59,14 @@ class StoredBasis:
 
     @property
     def files(self) -> list[str]:
-        """Keys of its files, in the order of their coordinates."""
+        """Keys of the basis's tensor files, in the order of their coordinates."""
         return [f"{self.prefix}/{name}" for name in file_names(self.size, self.count)]
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Consecutive (start, rows (M, n) float32), a file at a time.
+        """Consecutive (start, rows (M, n) float32), one file at a time.
 
-        `start` and `stop` (default: the last coordinate) are where files begin or end. Raises
-        VectorError that names a file which does not hold what the index says.
+        `start` and `stop` (default: the end) must be where files begin or end. Raises VectorError
+        that names a file whose contents do not match the index.
         """
         columns = file_columns(self.size)
         stop = self.count if stop is None else stop
@@ -87,16 +88,15 @@ class StoredBasis:
         return torch.cat(parts, dim=1)
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Coordinates from `start` on of all vectors into `out` (M, n).
+        """Read coordinates from `start` on of all basis vectors into `out` (M, n) float32.
 
-        The last file is kept in memory for the next call.
+        The last file is kept in memory for the next call. Raises ValueError for coordinates that
+        the basis does not have, and VectorError as `blocks`.
         """
         columns, done = file_columns(self.size), 0
         if not 0 <= start <= self.count - out.shape[1]:
             stop = start + out.shape[1]
-            raise ValueError(
-                f"{self.prefix} has {self.count} coordinates; {start}..{stop} asked for"
-            )
+            raise ValueError(f"{self.prefix} has {self.count} coordinates, not {start}..{stop}")
         while done < out.shape[1]:
             first = (start + done) // columns * columns
             if self._held is None or self._held[0] != first:
@@ -112,7 +112,7 @@ class StoredBasis:
         return out
 
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
-        """As `VectorSet.combinations`, of the basis vectors: weights (M, K)."""
+        """As `VectorSet.combinations`, for the basis vectors; weights: (M, K)."""
         return combinations(self.blocks, self.count, weights)
 
 

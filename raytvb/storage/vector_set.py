@@ -1,6 +1,6 @@
-"""Several vectors of one base as a matrix V (D, T), which is never in memory as a whole.
+"""Several vectors of one pretrained model as a matrix V (D, T), never in memory as a whole.
 
-It is read in blocks of coordinates, so that memory is bounded by the block.
+The matrix is read in blocks of coordinates, so the size of a block bounds the memory.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
 BUFFER_BYTES = 64 * 2**20
-"""Of the values of one block. Two blocks are held: one is read while the other is used."""
+"""Size of the values of a block. Two blocks are in memory: one is read while one is used."""
 
 COMBINED_BYTES = 512 * 2**20
-"""Of the sums of vectors that are made in one pass."""
+"""Size of the sums of vectors that are computed in one pass."""
 
 _LOCAL_READERS, _REMOTE_READERS = 1, 16
-"""Threads that fill a block. A second one that copies from the disk's cache would only take the
-interpreter from the thread that multiplies."""
+"""Number of threads that fill a block. For a local store, a second thread that copies from the
+disk's cache would only hold up the thread that multiplies."""
 
 
 def block_columns(rows: int, budget: int = BUFFER_BYTES) -> int:
-    """Coordinates of a block of `rows` float32 vectors.
+    """Number of coordinates in a block of `rows` float32 vectors.
 
-    A multiple of BLOCK, or a power of two where one BLOCK is more than the budget (bytes).
+    It is a multiple of BLOCK, or a power of two if one BLOCK exceeds the budget (bytes).
     """
     columns = budget // (4 * max(1, rows))
     return columns // BLOCK * BLOCK if columns >= BLOCK else max(8, 1 << (columns.bit_length() - 1))
@@ -63,20 +63,22 @@ class Coordinates(Protocol):
 
 
 class VectorSet:
-    """T vectors of one base on common coordinates.
+    """T vectors of one pretrained model on common coordinates.
 
-    These are the stored values where all vectors share a mask, else all D parameters.
+    The coordinates are the stored values if all vectors share a mask, else all D parameters.
     """
 
     def __init__(self, files: Sequence[VectorFile]) -> None:
-        """Raises VectorError that names two vectors which do not belong together."""
+        """Raises VectorError if there are no files, or if two do not belong together; it names
+        these two.
+        """
         if not files:
             raise VectorError("no vectors given")
         self.files = list(files)
         first = files[0]
         fingerprints = {file.info.mask_fingerprint for file in files}
         self.compact = len(fingerprints) == 1
-        """The coordinates are the stored values."""
+        """Whether the coordinates are the stored values."""
         for file in files[1:]:
             check_pair(first, file, compact=self.compact)
         self.parameters = first.parameters
@@ -85,10 +87,10 @@ class VectorSet:
 
     @classmethod
     def open(cls, store: Store, keys: Sequence[str]) -> VectorSet:
-        """Open vector files of one store by their keys, several at a time where it is remote.
+        """Open vector files of one store by their keys, several at a time if the store is remote.
 
-        Reads the headers and the counts of the masks, no values. Raises VectorError as `VectorFile`
-        and the constructor.
+        Reads the headers and the counts of the masks, but no values. Raises VectorError as
+        `VectorFile` and the constructor.
         """
         masks = OpenMasks()
 
@@ -101,16 +103,18 @@ class VectorSet:
     def subset(self, indices: Sequence[int]) -> VectorSet:
         """Some of the vectors, on the coordinates of all of them.
 
-        Opened by themselves they could have fewer: those of a mask which only they share.
+        If these vectors were opened alone they could have fewer coordinates: those of a mask that
+        only they share.
         """
         chosen = copy.copy(self)
         chosen.files = [self.files[index] for index in indices]
         return chosen
 
     def read_into(self, index: int, start: int, out: Tensor) -> None:
-        """Coordinates from `start` on of vector `index` into `out`.
+        """Read coordinates from `start` on of vector `index` into `out` (n,) float32.
 
-        They are zero where the vector's own mask keeps nothing.
+        Entries that the vector's own mask does not keep are zero. If vectors have their own masks,
+        `start` must be a multiple of 8.
         """
         file = self.files[index]
         if self.compact or file.mask is None:
@@ -132,9 +136,10 @@ class VectorSet:
     def blocks(self, columns: int | None = None) -> Generator[tuple[int, Tensor], None, None]:
         """All coordinates as consecutive (start, rows (T, n) float32).
 
-        The next block is read while one is used. The rows are a buffer that is written again: they
-        are good until the next block is asked for. Memory: two blocks of T * columns float32 values
-        (64 MB each by default). Raises ValueError unless `columns` is a multiple of 8.
+        The next block is read while one is used. The rows are a buffer that is used again, so they
+        are valid only until the next block is taken. Memory: two blocks of T * columns float32
+        values (64 MB each by default). Raises ValueError unless `columns` is a positive multiple
+        of 8.
         """
         count = len(self.files)
         step = block_columns(count) if columns is None else columns
@@ -145,7 +150,7 @@ class VectorSet:
 
         def read(number: int) -> tuple[Tensor, list[Future[None]]]:
             width = min(step, self.count - starts[number])
-            # The last block is narrower: its rows still follow each other without gaps.
+            # The last block is narrower, and its rows too follow each other without gaps.
             rows = buffers[number % 2][: count * width].view(count, width)
             return rows, [
                 pool.submit(self.read_into, i, starts[number], rows[i]) for i in range(count)
@@ -167,8 +172,8 @@ class VectorSet:
     def combinations(self, weights: Tensor) -> Iterator[Tensor]:
         """sum_t weights[t, k] * v_t over the common coordinates, for each k in turn.
 
-        weights: (T, K) float64. Each sum is float32 (count,). As many as fit in 512 MB are made in
-        one pass over the vectors; a vector without weight in any of them is not read.
+        weights: (T, K) float64. Each sum is float32 (count,). One pass over the vectors computes as
+        many sums as fit in 512 MB. It does not read a vector whose weights in all of them are 0.
         """
         for part in weights.split(_together(self.count), dim=1):
             used = part.any(dim=1).nonzero()[:, 0].tolist()
@@ -181,16 +186,17 @@ def _readers(store: Store) -> int:
 
 
 def _together(count: int) -> int:
-    """Directions of `count` float32 values that are held at a time."""
+    """Number of sums of `count` float32 values that are in memory at a time."""
     return max(1, COMBINED_BYTES // (4 * max(1, count)))
 
 
 def combinations(
     blocks: Callable[[], Iterator[tuple[int, Tensor]]], count: int, weights: Tensor
 ) -> Iterator[Tensor]:
-    """Columns of V @ weights (count,) float32 one after the other.
+    """The columns of V @ weights, (count,) float32, one after the other.
 
-    blocks: called for each pass over the vectors; gives (start, rows of V' (T, n) float32).
+    blocks: called for each pass over the vectors; yields (start, rows of V' (T, n) float32).
+    weights: (T, K).
     """
     for part in weights.split(_together(count), dim=1):
         factors = part.T.to(torch.float32).contiguous()
@@ -202,9 +208,9 @@ def combinations(
 
 
 def check_pair(first: VectorFile, file: VectorFile, *, compact: bool) -> None:
-    """Raise VectorError that names both where two vectors do not belong together.
+    """Raise VectorError that names both vectors if they do not belong together.
 
-    compact: the stored values are to be the common coordinates, so the masks must be the same.
+    compact: whether the stored values are the common coordinates, so that the masks must be equal.
     """
     if file.info.base != first.info.base:
         raise VectorError(

@@ -3,7 +3,8 @@
 A vector file is a safetensors file of one dtype with tensors in the order of their sorted names, so
 its data section is one flat array and a range of coordinates is a range of bytes. Its only metadata
 key, `raytvb`, is JSON without times, URLs or machine names, so equal vectors are equal files. A
-sparse vector has per parameter the 1-D kept values and names its mask file relative to itself.
+sparse vector has the kept values of each parameter as a 1-D tensor, and names its mask file by a
+path relative to itself.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class VectorInfo(Contract):
 
     @model_serializer
     def _fields(self) -> JsonObject:
-        """Without the fields of the mask where the vector is dense."""
+        """The fields for JSON, without those of the mask if the vector is dense."""
         fields: JsonObject = {"base": self.base, "format": self.format, "kind": self.kind}
         if self.mask is None:
             return fields
@@ -54,8 +55,8 @@ class VectorInfo(Contract):
 def vector_info(base: str, *, mask_path: str | None = None, mask: str | None = None) -> VectorInfo:
     """Metadata of a vector file.
 
-    base: fingerprint of the pretrained model. mask: fingerprint of the mask of a sparse vector, and
-    mask_path the path of its file relative to the vector file.
+    base: fingerprint of the pretrained model. mask: fingerprint of the mask of a sparse vector.
+    mask_path: path of the mask file relative to the vector file.
     """
     if mask is None:
         return VectorInfo(base=base)
@@ -63,9 +64,9 @@ def vector_info(base: str, *, mask_path: str | None = None, mask: str | None = N
 
 
 def vector_bytes(values: Mapping[str, Tensor], info: VectorInfo) -> bytes:
-    """A vector file: dense parameter tensors, or per parameter the 1-D kept values.
+    """A vector file of the given tensors by parameter: dense ones, or the 1-D kept values.
 
-    Raises ValueError unless all have one dtype, float32 or bfloat16.
+    Raises ValueError unless all tensors have one dtype, float32 or bfloat16.
     """
     dtypes = {t.dtype for t in values.values()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16}:
@@ -77,7 +78,7 @@ def vector_bytes(values: Mapping[str, Tensor], info: VectorInfo) -> bytes:
 
 
 def mask_key_of(store: Store, key: str) -> str | None:
-    """Key of the mask file of a vector file; None where it is dense. Raises as `VectorFile`."""
+    """Key of a vector file's mask file; None if the vector is dense. Raises as `VectorFile`."""
     info = Header.read(store, key).info_as(VectorInfo, "vector file")
     return _mask_key(store, key, info) if info.kind == "sparse" else None
 
@@ -86,7 +87,7 @@ def _mask_key(store: Store, key: str, info: VectorInfo) -> str:
     where = store.where(key)
     if info.mask is None or info.mask_fingerprint is None:
         missing = "mask" if info.mask is None else "mask_fingerprint"
-        raise VectorError(f"{where} is no vector file: its metadata has no {missing}")
+        raise VectorError(f"{where} is not a vector file: its metadata has no {missing}")
     mask_key = posixpath.normpath(posixpath.join(posixpath.dirname(key), info.mask))
     if mask_key.startswith(("../", "/")):
         raise VectorError(f"{where}: its mask {info.mask} lies outside of {store.url}")
@@ -94,13 +95,13 @@ def _mask_key(store: Store, key: str, info: VectorInfo) -> str:
 
 
 class VectorFile:
-    """One vector in a store, read by ranges; opening it reads its header (and its mask's) only."""
+    """One vector in a store, read by ranges. Opening it reads only its header and its mask's."""
 
     def __init__(self, store: Store, key: str, masks: OpenMasks | None = None) -> None:
-        """masks: where other vectors are opened too, so that a mask they share is read once.
+        """masks: the masks that other vectors have opened, so that a shared mask is read once.
 
         Raises VectorError for a file that is truncated, of mixed dtype, not a vector file, or of a
-        newer raytvb.
+        newer raytvb, and for a mask that does not match. Raises StoreKeyError for a missing file.
         """
         self.store, self.key = store, key
         header = Header.read(store, key)
@@ -124,7 +125,7 @@ class VectorFile:
         return _DTYPES[names.pop()]
 
     def _check_order(self, header: Header) -> None:
-        """VectorError unless the tensors follow each other, names sorted, without gaps."""
+        """Raise VectorError unless the tensors lie without gaps, in the order of their names."""
         if list(self.shapes) != sorted(self.shapes):
             raise VectorError(f"{self.where}: tensors are not in the order of their names")
         end = 0
@@ -146,17 +147,18 @@ class VectorFile:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> VectorFile:
-        """From a path or URL outside of any experiment.
+        """Open a vector file by its path or URL, outside of any experiment.
 
-        The store is rooted where the mask can be reached too. Raises as the constructor.
+        The root of the file's store is chosen so that the mask is in the store too. Raises as the
+        constructor.
         """
         folder, name = posixpath.split(os.fspath(url))
-        folder = Store(folder or ".").url  # absolute, so that the levels below are all there
+        folder = Store(folder or ".").url  # absolute, so that the path has all its levels
         levels: list[str] = []
         info = Header.read(Store(folder), name).info
         for _ in range(str(info.get("mask", "")).count("../")):
             above, last = posixpath.split(folder)
-            if not last or above.endswith(":/"):  # the root, or a bucket
+            if not last or above.endswith(":/"):  # `folder` is the root, or a bucket
                 break
             folder = above
             levels.insert(0, last)
@@ -169,24 +171,24 @@ class VectorFile:
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters by name, also where only some of their entries are stored."""
+        """Shapes of the whole parameters by name, even if only some entries are stored."""
         return self.shapes if self.mask is None else self.mask.shapes
 
     def byte_range(self, start: int, stop: int) -> tuple[int, int]:
-        """Where stored values start..stop lie in the file."""
+        """First and last byte (exclusive) of the stored values start..stop in the file."""
         width = self.dtype.itemsize
         return self.data_start + start * width, self.data_start + stop * width
 
     def read_into(self, start: int, out: Tensor) -> None:
-        """Stored values start..start + len(out) into `out`, float32 and contiguous.
+        """Read stored values start..start + len(out) into `out` (n,), float32 and contiguous.
 
-        Raises VectorError where the vector ends before.
+        Raises VectorError if the vector ends before.
         """
         raw = out if self.dtype == out.dtype else torch.empty(len(out), dtype=self.dtype)
         first, last = self.byte_range(start, start + len(out))
         if start + len(out) > self.stored:
             raise VectorError(
-                f"{self.where} has {self.stored} values; {start}..{start + len(out)} were asked for"
+                f"{self.where} has {self.stored} values, not {start}..{start + len(out)}"
             )
         self.store.read_into(self.key, first, raw.view(torch.uint8).numpy().data[: last - first])
         if raw is not out:
@@ -218,7 +220,7 @@ class VectorFile:
         return True
 
     def complain(self) -> VectorError:
-        """The error for a vector whose inner products are not finite; it names the tensors."""
+        """The error for a vector whose inner products are not finite. It names the bad tensors."""
         bad = self.not_finite()
         if not bad:
             return VectorError(f"{self.where} has values so large that their products are infinite")

@@ -1,4 +1,4 @@
-"""Stored files against their recorded checksums."""
+"""Checks of stored files against their recorded checksums."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError, StoreKeyError
 
 _READ_BYTES = 64 * 2**20
-"""What is read of a file at a time."""
+"""Number of bytes of a file that are read at a time."""
 
 
 def check_files(store: Store, prefix: str, names: Sequence[str] | None = None) -> None:
-    """Compare the files of the thing under `prefix`, or those of the names, with its record.
+    """Compare the files of the thing under `prefix` with its record.
 
-    Raises UserError that names the first file which is not as recorded.
+    names: the files to compare; None: all. Raises UserError that names the first file that differs
+    from its record.
     """
     record = records.find(store, prefix)
     if record is None:
@@ -31,7 +32,7 @@ def check_files(store: Store, prefix: str, names: Sequence[str] | None = None) -
 
 
 def _problem(store: Store, key: str, info: FileInfo) -> str | None:
-    """What is wrong with a stored file, and the way out; None where it is as recorded."""
+    """What is wrong with a stored file and what to do; None if the file is as recorded."""
     folder = key.rpartition("/")[0]
     way_out = f"delete the folder {folder} and run again to make it anew"
     try:
@@ -46,7 +47,7 @@ def _problem(store: Store, key: str, info: FileInfo) -> str | None:
 
 
 def _checksum(store: Store, key: str, size: int) -> str:
-    """sha256 of a file of `size` bytes, which is never in memory as a whole."""
+    """sha256 of a file of `size` bytes. The file is never in memory as a whole."""
     digest = hashlib.sha256()
     for start in range(0, size, _READ_BYTES):
         digest.update(store.read_range(key, start, min(start + _READ_BYTES, size)))
@@ -54,15 +55,15 @@ def _checksum(store: Store, key: str, size: int) -> str:
 
 
 def verify(store: Store) -> tuple[int, list[str]]:
-    """Check every recorded file against its checksum. Returns as `verify_records`."""
+    """Check every recorded file of a store against its checksum. Returns as `verify_records`."""
     return verify_records(store, records.record_keys(store))
 
 
 def verify_records(store: Store, keys: Sequence[str]) -> tuple[int, list[str]]:
     """Check the files of some records, given by the keys of the records.
 
-    Returns the number of files checked, and the problems, each naming its file. A record that
-    cannot be read is a problem too; those of a newer raytvb are told as one.
+    Returns the number of files checked, and the problems, each of which names its file. A record
+    that cannot be read is a problem too. All records of a newer raytvb count as one problem.
     """
     checked = 0
     problems: list[str] = []

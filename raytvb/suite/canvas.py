@@ -1,5 +1,5 @@
-"""The canvas that foregrounds are drawn on: four times the side of an image, averaged down when the
-drawing is placed.
+"""The canvas that foregrounds are drawn on. Its side is four times that of an image, and it is
+averaged down when the drawing is placed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ SIZE = 32
 """Side of an image in pixels."""
 
 SUPERSAMPLE = 4
+"""Pixels of the canvas along the side of a pixel of the image."""
 
 CANVAS = SIZE * SUPERSAMPLE
 """Side of the canvas in its own pixels."""
@@ -32,13 +33,13 @@ def blank_canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
 def box(
     radius: float, x: float = CANVAS / 2, y: float = CANVAS / 2
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a square with this centre and half its side."""
+    """(left, top, right, bottom) of a square with centre (x, y); `radius` is half its side."""
     return x - radius, y - radius, x + radius, y + radius
 
 
 def polygon(radii: Sequence[float]) -> list[tuple[float, float]]:
-    """Corners at these distances from the canvas's centre, at even angles; the first one straight
-    up.
+    """Corners at these distances from the canvas's centre, at even angles. The first one is
+    straight above the centre.
     """
     corners = []
     for k, radius in enumerate(radii):
@@ -52,8 +53,10 @@ def polygon(radii: Sequence[float]) -> list[tuple[float, float]]:
 def place(
     image: Image.Image, rng: np.random.Generator, *, turn: float = 5.0, shift: float = 1.5
 ) -> np.ndarray:
-    """Rotate a canvas by up to `turn` degrees, move it by up to `shift` pixels of the image, scale
-    it by up to 8 %, and average it down to (32, 32) float32 in [0, 1].
+    """The coverage mask (32, 32) float32 in [0, 1] of a canvas.
+
+    The canvas is rotated by up to `turn` degrees, moved by up to `shift` pixels of the image,
+    scaled by up to 8 %, and averaged down.
     """
     angle = math.radians(rng.uniform(-turn, turn))
     scale = rng.uniform(0.92, 1.08)

@@ -1,5 +1,5 @@
-"""Characters: those of the DejaVu fonts that matplotlib ships, and the handwritten digits of
-scikit-learn.
+"""Drawings of characters, from the DejaVu fonts that matplotlib ships, and of handwritten digits,
+from scikit-learn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def _has_all(font_file: Path, characters: str) -> bool:
 
 @cache
 def _glyph(character: str, font_file: str) -> Image.Image:
-    """The character on a canvas, centred by its bounding box; 1 em is 0.6 of the canvas."""
+    """The character on a canvas, centred by its bounding box. 1 em is 0.6 of the canvas, or less if
+    the character is too large for that.
+    """
     font = ImageFont.truetype(font_file, int(CANVAS * 0.6))
     left, top, right, bottom = font.getbbox(character)
     scale = min(1.0, 0.72 * CANVAS / max(right - left, bottom - top, 1))
@@ -72,8 +74,9 @@ def drawing_of(characters: str) -> Draw:
 
 @cache
 def handwritten_digits(split: str) -> dict[int, np.ndarray]:
-    """scikit-learn's digits by label, (n, 8, 8) in [0, 1]. An image is in one split only: 60 % are
-    in train, 15 % in val, 25 % in test.
+    """scikit-learn's digits by label, (n, 8, 8) in [0, 1].
+
+    Each image is in only one split: 60 % are in train, 15 % in val, 25 % in test.
     """
     from sklearn.datasets import load_digits  # a heavy import that only this source needs
 

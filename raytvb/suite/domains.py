@@ -1,8 +1,8 @@
 """Domains of the embedded suite: how an image looks.
 
-A domain degrades an image: it is a function (image (32, 32, 3) float32 in [0, 1], strength in
-[0, 1], rng) -> image of the same shape. Tasks use strength 1. Pretraining sees strengths up to 0.4
-only, so that fine-tuning has something to learn.
+A domain is a function that degrades an image: (image (32, 32, 3) float32 in [0, 1], strength in
+[0, 1], rng) -> image of the same shape. Tasks use strength 1. Pretraining uses only strengths up to
+0.4, so that fine-tuning has something to learn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _from_pil(image: Image.Image) -> np.ndarray:
 
 
 def _edge_colour(image: np.ndarray) -> tuple[int, int, int]:
-    """Colour of the first pixel: what fills the corners of an image that was turned or slanted."""
+    """Colour of the first pixel. It fills the corners of an image that was turned or slanted."""
     red, green, blue = image[0, 0].clip(0, 1)
     return int(255 * red), int(255 * green), int(255 * blue)
 
@@ -48,7 +48,7 @@ def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
 
 
 def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Separable Gaussian of sigma up to 2.2 px."""
+    """Separable Gaussian blur with sigma up to 2.2 pixels."""
     sigma = max(strength * rng.uniform(1.8, 2.2), 1e-3)
     reach = np.arange(SIZE)[:, None] - np.arange(SIZE)[None, :]
     kernel = np.exp(-0.5 * (reach / sigma) ** 2).astype(np.float32)
@@ -66,7 +66,7 @@ def stripes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.
 
 
 def contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Contrast down to 12 %, and a little noise that does not shrink with it."""
+    """Contrast reduced to as little as 12 %, plus a little noise that is not reduced."""
     mean = image.mean(axis=(0, 1), keepdims=True)
     flat = mean + (image - mean) * (1.0 - 0.88 * strength)
     return flat + rng.standard_normal(image.shape, dtype=np.float32) * (0.03 * strength)
@@ -83,14 +83,14 @@ def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 
 def pixelation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Averaged down to 8 or 9 pixels a side, and back with hard edges."""
+    """Averaged down to 8 or 9 pixels on a side, and enlarged again with hard edges."""
     side = round(SIZE - strength * (SIZE - rng.integers(8, 10)))
     small = _to_pil(image).resize((side, side), Image.Resampling.BOX)
     return _from_pil(small.resize((SIZE, SIZE), Image.Resampling.NEAREST))
 
 
 def saltpepper(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Up to 35 % of the pixels black or white."""
+    """Up to 35 % of the pixels set to black or white."""
     image = image.copy()
     hit = rng.random(image.shape[:2]) < 0.35 * strength
     image[hit] = (rng.random(int(hit.sum())) < 0.5)[:, None]
@@ -156,4 +156,4 @@ DOMAINS: dict[str, Domain] = {
     "rotation": rotation,
     "photo": photo,
 }
-"""Every domain by its name, in the order of `names.DOMAIN_NAMES`."""
+"""Every domain by its name, in the order of `task_names.DOMAIN_NAMES`."""

@@ -1,4 +1,4 @@
-"""The images of the embedded suite: a drawing of a task's source, degraded as its domain does."""
+"""The images of the embedded suite: drawings of a task's source, degraded by its domain."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from raytvb.suite.sources import SOURCES, Source
 from raytvb.suite.task_names import CONTROL, SPLITS, all_classes, class_names, source_and_domain
 
 SPLIT_SIZES = {"train": 1280, "val": 96, "test": 300}
-"""Images of each split of a task."""
+"""Number of images in each split of a task."""
 
 CONTROL_SIZES = {"train": 0, "val": 480, "test": 960}
-"""Images of each split of the control, over all classes."""
+"""Number of images in each split of the control, over all classes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rendered:
 
 
 def render(task: str, split: str, count: int | None = None) -> Rendered:
-    """Draw a split of a task, always the same images: the seed is the task's name and the split.
+    """Draw a split of a task. The images are always the same: task name and split are the seed.
 
     Draws `count` images, or as many as the split has. Classes are balanced to within one image and
     shuffled. Raises KeyError for an unknown task or split.
@@ -47,7 +47,7 @@ def render(task: str, split: str, count: int | None = None) -> Rendered:
 
 
 def _task_image(task: str, label: int, rng: np.random.Generator, split: str) -> np.ndarray:
-    """One image of a task or of the control, which is not degraded."""
+    """One image of a task, or one of the control, whose images are not degraded."""
     if task == CONTROL:
         source, source_label, _ = all_classes()[label]
         return draw(SOURCES[source], source_label, rng, split)
@@ -56,8 +56,9 @@ def _task_image(task: str, label: int, rng: np.random.Generator, split: str) -> 
 
 
 def draw(source: Source, label: int, rng: np.random.Generator, split: str) -> np.ndarray:
-    """One undegraded image (32, 32, 3) float32: the foreground lighter than the background, and
-    slight noise, which may leave [0, 1].
+    """One undegraded image (32, 32, 3) float32.
+
+    The foreground is lighter than the background. Slight noise may take values out of [0, 1].
     """
     mask = source.draw(label, rng, split)[..., None]
     if source.colours is None:
@@ -70,5 +71,5 @@ def draw(source: Source, label: int, rng: np.random.Generator, split: str) -> np
 
 
 def quantise(image: np.ndarray) -> np.ndarray:
-    """Float image to uint8; what lies outside [0, 1] is clipped."""
+    """A float image as uint8. Values outside [0, 1] are clipped."""
     return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)

@@ -1,10 +1,10 @@
-"""Make the weights of the suite's tiny CLIP: `python -m raytvb.suite.pretrain` (about an hour on
+"""Trains the weights of the suite's tiny CLIP: `python -m raytvb.suite.pretrain` (about an hour on
 one core).
 
 The model is trained from scratch on all classes of the suite, with CLIP's loss from image to text.
-Equal captions in a batch are one text, so an image is never pushed away from its own class. 70 % of
-the images are clean; 30 % are degraded, at strength up to 0.4. All are drawings of the train split.
-A line is printed every minute. The weights are written in half precision.
+Equal captions in a batch count as one text, so an image is never pushed away from its own class.
+70 % of the images are clean; 30 % are degraded, at strengths up to 0.4. All images are drawings of
+the train split. A line is printed every minute. The weights are written in half precision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def write_tokenizer(folder: Path, merges: int = 2000) -> None:
-    """The first merges of open_clip's own BPE file, compressed without a time stamp."""
+    """Write the first merges of open_clip's BPE file, compressed without a time stamp."""
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[: merges + 1]
     (folder / BPE_FILE).write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
@@ -62,7 +62,7 @@ def normalise(images: np.ndarray) -> torch.Tensor:
 def clean_accuracy(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     """Zero-shot accuracy on the clean validation set over all classes.
 
-    `tokens` (templates, classes, context) are the captions of every class.
+    tokens: (templates, classes, context), the captions of every class.
     """
     control = glyphs.render(CONTROL, "val")
     heads = [model.encode_text(t, normalize=True) for t in tokens]  # type: ignore[operator]
@@ -75,9 +75,9 @@ def clean_accuracy(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     "--images", default=120_000, show_default=True, help="How many training images are drawn."
 )
 @click.option("--steps", default=32_000, show_default=True, help="How many batches are trained on.")
-@click.option("--batch-size", default=64, show_default=True, help="Images a batch.")
+@click.option("--batch-size", default=64, show_default=True, help="Number of images in a batch.")
 @click.option("--lr", default=1.2e-3, show_default=True, help="Learning rate after warm-up.")
-@click.option("--seed", default=0, show_default=True, help="Of weights, images and batches.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights, images and batches.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -136,7 +136,7 @@ def _captions() -> torch.Tensor:
 
 
 def _optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices, but neither biases nor gains."""
+    """AdamW with weight decay for weight matrices, but not for biases and gains."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -144,7 +144,7 @@ def _optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate: 100 steps of warm-up, and a cosine to zero."""
+    """Factor of the learning rate: 100 steps of warm-up, times a cosine that falls to zero."""
     warm = min(1.0, (step + 1) / 100)
     return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -152,7 +152,7 @@ def _schedule(step: int, steps: int) -> float:
 def _loss(
     model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP's loss from image to text among the batch's classes; `tokens` (classes, context)."""
+    """CLIP's loss from image to text among the batch's classes; tokens: (classes, context)."""
     present, target = np.unique(labels, return_inverse=True)
     texts = tokens[torch.from_numpy(present)]
     image_features = model.encode_image(normalise(images), normalize=True)  # type: ignore[operator]
@@ -162,7 +162,7 @@ def _loss(
 
 
 def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of the optimizer; the temperature is kept between 1/100 and 1, as in CLIP."""
+    """One step of the optimizer. The temperature stays between 1/100 and 1, as in CLIP."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

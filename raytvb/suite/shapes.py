@@ -22,7 +22,7 @@ def draw_shape(label: int, rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def draw_any_shape(label: int, rng: np.random.Generator, split: str) -> np.ndarray:
-    """A random one of SHAPES, whatever the label: the source `colours` gives it its colour."""
+    """A random one of SHAPES. The label only decides the colour, which the source `colours` has."""
     return draw_shape(int(rng.integers(len(SHAPES))), rng, split)
 
 
@@ -84,7 +84,7 @@ def _cell(number: int) -> float:
 
 
 def draw_clock(label: int, rng: np.random.Generator, split: str) -> np.ndarray:
-    """A clock face whose one hand points to label + 1."""
+    """A clock face with one hand, which points to label + 1."""
     image, pen = blank_canvas()
     radius = CANVAS * rng.uniform(0.36, 0.42)
     pen.ellipse(box(radius), outline=255, width=SUPERSAMPLE + 1)
@@ -96,7 +96,7 @@ def draw_clock(label: int, rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def draw_position(label: int, rng: np.random.Generator, split: str) -> np.ndarray:
-    """A block, and a disc in one of POSITIONS from it."""
+    """A block, and a disc in one of POSITIONS relative to the block."""
     image, pen = blank_canvas()
     dx, dy = list(POSITIONS.values())[label]
     distance = CANVAS * 0.36

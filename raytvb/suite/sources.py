@@ -1,6 +1,6 @@
 """Sources of the embedded suite: what an image shows, before a domain changes how it looks.
 
-A source has 8 to 16 classes, and draws the coverage mask of one image a call.
+A source has 8 to 16 classes. Each call of its `draw` gives the coverage mask of one image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Source:
     classes: tuple[str, ...]
     draw: Draw
     colours: tuple[tuple[int, int, int], ...] | None = None
-    """Colour of each class, red, green and blue of 255; None where colours are random."""
+    """Colour of each class: red, green and blue, 0 to 255. None: colours are random."""
 
 
 DRAWINGS: dict[str, Draw] = {

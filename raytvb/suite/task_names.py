@@ -1,11 +1,11 @@
 """Names of the embedded suite `glyphs`: its tasks, and their classes and prompts.
 
 A task `glyphs/<source>-<domain>` shows one kind of drawing (greek letters, handwritten digits,
-clock hands...) under one degradation (blur, fog...). `glyphs/clean` is the undegraded set of all
-classes: the control for negation. The suite is a test bed. A network as small as its CLIP merges
-worse than a ViT-B/32, so results on it say nothing about which published method is better.
+clock hands...) under one degradation (blur, fog...). `glyphs/clean` has undegraded images of all
+classes and is the control for negation. The suite is a test bed. A network as small as its CLIP
+merges worse than a ViT-B/32, so results on it say nothing about which published method is better.
 
-Nothing here draws, and nothing but the standard library is imported: an experiment file is checked
+This module draws nothing and imports only the standard library, since experiment files are checked
 against these names.
 """
 
@@ -44,7 +44,7 @@ ALPHABETS = {
     "dingbats": "✂✈✉✌✎✔✖✞✡✪❄❤❥✿",
     "trigrams": "☰☱☲☳☴☵☶☷",
 }
-"""Sources that show a character of a font: source to its characters, one a class."""
+"""Sources that show a character of a font: source to its characters, one for each class."""
 
 SHAPES = (
     "circle",
@@ -104,8 +104,8 @@ COLOURS = {
     "white": (248, 248, 248),
     "grey": (150, 150, 150),
 }
-"""Red, green and blue of 255. Every colour is light enough to stand out from the dark backgrounds
-that go with it."""
+"""Red, green and blue, 0 to 255. Every colour is light enough to stand out from the dark
+backgrounds that it is drawn on."""
 
 POSITIONS = {
     "right of": (1, 0),
@@ -117,7 +117,7 @@ POSITIONS = {
     "above": (0, -1),
     "above right of": (1, -1),
 }
-"""Direction from the block to the disc: steps to the right and down."""
+"""Direction from the block to the disc: steps to the right, and steps down."""
 
 DOMAIN_NAMES = (
     "noise",
@@ -134,8 +134,8 @@ DOMAIN_NAMES = (
     "photo",
 )
 
-# Addition shows best on these sixteen tasks: that is why they were chosen. Their order was chosen
-# by the same measure, so that the first eight are the best eight of them.
+# These sixteen tasks were chosen because addition shows best on them. Their order was chosen by the
+# same measure, so that the first eight are the best eight of them.
 SHOWCASE = tuple(
     f"{SUITE}/{task}"
     for task in (
@@ -160,8 +160,8 @@ SHOWCASE = tuple(
 
 
 def _character_name(character: str) -> str:
-    """Its Unicode name. Braille names are cut to what tells them apart: the text tower reads 20
-    tokens.
+    """The character's Unicode name. Braille names are shortened to the part in which they differ,
+    since the text tower reads only 20 tokens.
     """
     return unicodedata.name(character).lower().replace("pattern dots-", "dots ")
 
@@ -209,7 +209,7 @@ def all_classes() -> tuple[tuple[str, int, str], ...]:
 
 
 def source_and_domain(task: str) -> tuple[str, str]:
-    """The two parts of a task's name. Raises KeyError for a name that is no such task's."""
+    """The two parts of a task's name. Raises KeyError if the suite has no task of this name."""
     if task not in task_names():
         raise KeyError(task)
     source, domain = task.removeprefix(f"{SUITE}/").split("-")

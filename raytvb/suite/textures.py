@@ -15,24 +15,24 @@ from raytvb.suite.task_names import TEXTURES
 
 @cache
 def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of every pixel of the canvas, from its centre; (128, 128) float32 each."""
+    """x and y of every pixel, relative to the canvas's centre; both are (128, 128) float32."""
     y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32)
     return x - CANVAS / 2, y - CANVAS / 2
 
 
 @dataclass(frozen=True)
 class _Wave:
-    """What repeats along a coordinate; period and phase in pixels of the canvas."""
+    """A pattern that repeats along a coordinate; period and phase in pixels of the canvas."""
 
     period: float
     phase: float
 
     def bars(self, u: np.ndarray) -> np.ndarray:
-        """The first half of every period of u."""
+        """Whether u is in the first half of its period."""
         return ((u + self.phase) / self.period) % 1.0 < 0.5
 
     def lines(self, u: np.ndarray, every: float = 1.0) -> np.ndarray:
-        """A line of 0.3 periods, once in `every` periods of u."""
+        """Whether u is on a line. Lines are 0.3 periods wide, one in `every` periods."""
         return ((u + self.phase) / (self.period * every)) % 1.0 < 0.3 / every
 
     def from_middle(self, u: np.ndarray) -> np.ndarray:
@@ -41,7 +41,7 @@ class _Wave:
 
 
 def _pattern(name: str, wave: _Wave) -> np.ndarray:
-    """Boolean canvas (128, 128): where the texture covers it."""
+    """Boolean canvas (128, 128): where the texture covers it. Raises KeyError for other names."""
     x, y = _grid()
     rising, falling = (x + y) / math.sqrt(2.0), (x - y) / math.sqrt(2.0)
     match name:

@@ -15,7 +15,7 @@ from raytvb.maths.basis_registry import BASIS_METHODS, online_methods
 
 
 def _each_once(given: object) -> object:
-    """Names, one or many, without those that are given again."""
+    """One name or several, without repetitions."""
     names = one_or_many(given)
     return tuple(dict.fromkeys(map(str, names))) if isinstance(names, list | tuple) else given
 
@@ -24,28 +24,28 @@ class BasisConfig(Frozen):
     """Which bases are built."""
 
     method: Annotated[tuple[str, ...], BeforeValidator(_each_once)] = Field(
-        ("ae",), description="Basis methods, one or several."
+        ("ae",), description="One basis method or several."
     )
     prepare: Literal["none", "trimmed", "dropped", "sparsified"] = Field(
         "none",
         description=(
-            "What bases are made of. none: the task vectors. trimmed: their largest entries, as in "
-            "TIES. dropped: a random part of their entries, as in DARE. sparsified: their entries "
-            "without both tails, as in Breadcrumbs."
+            "What bases are made of. none: the task vectors. trimmed: only their largest entries, "
+            "as in TIES. dropped: only a random part of their entries, as in DARE. sparsified: "
+            "their entries without both tails, as in Breadcrumbs."
         ),
     )
     online: bool = Field(
         False,
         description=(
-            "Also build bases that see each vector once, in bounded memory, with the methods that "
-            "have an online form."
+            "Also build bases that see each vector once and need bounded memory. Only some methods "
+            "have such an online form."
         ),
     )
     buffer: Count = Field(
         1,
         description=(
-            "How many task vectors an online basis takes in at a time. It holds these and its own "
-            "M vectors in memory."
+            "How many task vectors an online basis takes in at a time. It holds these and its M "
+            "basis vectors in memory."
         ),
     )
 

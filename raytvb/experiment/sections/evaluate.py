@@ -1,4 +1,4 @@
-"""What is evaluated once the search has chosen, in an experiment file."""
+"""The section `evaluate` of an experiment file: what is measured after the search has chosen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from raytvb.suite.task_names import CONTROL
 
 
 class UnseenConfig(Frozen):
-    """Tasks without a task vector. Coefficients of the basis vectors, and of all task vectors, are
-    learned for them on few images.
+    """Tasks without a task vector.
+
+    Coefficients of the basis vectors, and of all task vectors, are learned for them on few images.
     """
 
     tasks: Tasks = Field(description="The tasks, or the name of a preset.")
@@ -22,21 +23,23 @@ class UnseenConfig(Frozen):
     lr: Positive = Field(
         0.02,
         description=(
-            "Learning rate of the coefficients, of vectors that are scaled to equal length."
+            "Learning rate of the coefficients. The vectors are first scaled to equal length."
         ),
     )
-    batch_size: Count = Field(64, description="Images a step.")
+    batch_size: Count = Field(64, description="Images in each step.")
 
 
 class DisentanglementConfig(Frozen):
     """Weight disentanglement error of pairs of tasks, over a grid of two coefficients."""
 
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="Pairs of names of tasks. Default: the first two tasks."
+        (), description="Pairs of task names. Default: the first two tasks."
     )
     low: float = Field(-1.0, description="Least coefficient of the grid.")
     high: float = Field(2.0, description="Greatest coefficient of the grid.")
-    points: int = Field(7, ge=2, description="Points a side of the grid, low and high included.")
+    points: int = Field(
+        7, ge=2, description="Points on each side of the grid, low and high included."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> DisentanglementConfig:
@@ -46,12 +49,12 @@ class DisentanglementConfig(Frozen):
 
 
 def _control_task(given: object) -> object:
-    """A name of a task, or a preset of one task, as the fields of that task."""
+    """The name of a task, or a preset with a single task, as the fields of that task."""
     if not isinstance(given, str | dict):
         return given
     tasks = expanded_tasks(given)
     if not isinstance(tasks, list) or len(tasks) != 1:
-        raise ValueError("one task, not the tasks of a preset")
+        raise ValueError("give a single task, not a preset of several")
     return tasks[0]
 
 
@@ -61,7 +64,7 @@ def _unseen_section(given: object) -> object:
 
 
 def _disentanglement_section(given: object) -> object:
-    """`disentanglement: true` means its defaults; `false` that it is not measured."""
+    """`disentanglement: true` means the defaults, and `false` means that it is not measured."""
     if isinstance(given, bool):
         return {} if given else None
     return given
@@ -73,27 +76,27 @@ class EvaluateConfig(Frozen):
     control: Annotated[TaskConfig | None, BeforeValidator(_control_task)] = Field(
         None,
         description=(
-            f"The task on which a model must stay accurate when another is negated. Default: "
-            f"{CONTROL} on the embedded model, else none. `imagenet`: the validation images of "
-            f"ImageNet-1k. `none`: nothing is negated."
+            f"The task on which a model must stay accurate while another task is negated. Default: "
+            f"{CONTROL} for the embedded model, otherwise none. `imagenet`: the validation images "
+            f"of ImageNet-1k. `none`: nothing is negated."
         ),
     )
     negation: bool = Field(True, description="Negate each task. false: nothing is negated.")
     keep: Fraction = Field(
         0.95,
-        description="Share of its zero-shot accuracy that the control keeps in a negation.",
+        description="Share of its zero-shot accuracy that the control must keep in a negation.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description=(
-            "Of the forward pass. bf16: where it gives at least 99.5 % of the same answers, else "
-            "fp32. auto: as bf16 on GPUs, fp32 on CPUs."
+            "Number format of the forward pass. bf16: use bf16 if at least 99.5 % of the answers "
+            "stay the same, otherwise fp32. auto: like bf16 on GPUs, fp32 on CPUs."
         ),
     )
     additions: tuple[tuple[str, ...], ...] = Field(
         (),
         description=(
-            "Lists of tasks to add, besides the seeded subsets; each has a coefficient of its own."
+            "Lists of tasks to add, besides the seeded subsets. Each has its own coefficient."
         ),
     )
     unseen: Annotated[UnseenConfig | None, BeforeValidator(_unseen_section)] = Field(
@@ -104,7 +107,7 @@ class EvaluateConfig(Frozen):
     ] = Field(
         None,
         description=(
-            "Weight disentanglement of pairs of tasks. true: of the first two. Default: none."
+            "Weight disentanglement of pairs of tasks. true: the first two tasks. Default: none."
         ),
     )
 

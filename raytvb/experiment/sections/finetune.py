@@ -14,26 +14,27 @@ from raytvb.experiment.fields import (
 
 
 class FinetuneConfig(Frozen):
-    """Fine-tuning with AdamW, warm-up and cosine; the zero-shot head is frozen."""
+    """Fine-tuning with AdamW, a warm-up and a cosine schedule. The zero-shot head is frozen."""
 
-    epochs: Positive = Field(10, description="For tasks that do not give their own.")
-    batch_size: Count = Field(128, description="Images a step.")
+    epochs: Positive = Field(10, description="Epochs of tasks that do not give their own.")
+    batch_size: Count = Field(128, description="Images in each step.")
     accumulate: Count = Field(
         1,
         description=(
-            "Parts that a batch is computed in, to need less memory. The gradient is the same."
+            "In how many parts a batch is computed. More parts need less memory; the gradient is "
+            "the same."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description=(
-            "bf16: forward and backward pass in bfloat16 where that is safe (autocast). Weights "
-            "and AdamW stay float32."
+            "Number format of training. bf16: forward and backward pass in bfloat16 where that is "
+            "safe (autocast). Weights and AdamW stay in float32."
         ),
     )
     lr: Positive | None = Field(
         None,
-        description="Learning rate. Default: 1e-5; on the embedded model a value tuned for it.",
+        description="Learning rate. Default: 1e-5; for the embedded model, a value tuned for it.",
     )
     weight_decay: float = Field(
         0.1, ge=0.0, description="Decoupled weight decay, on the trained entries only."
@@ -41,10 +42,10 @@ class FinetuneConfig(Frozen):
     warmup: float = Field(
         0.1,
         ge=0.0,
-        description="Steps of warm-up: below 1 a share of all steps, from 1 on a number.",
+        description="Warm-up: below 1 a share of all steps, from 1 on a number of steps.",
     )
     clip: Positive = Field(1.0, description="Norm that gradients are clipped to.")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="Of the cross entropy.")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="For the cross entropy.")
 
     @model_validator(mode="after")
     def _whole_parts(self) -> FinetuneConfig:

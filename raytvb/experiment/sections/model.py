@@ -17,14 +17,14 @@ class ModelConfig(Frozen):
         TINY_MODEL,
         description=(
             f"Name of an open_clip model, hf-hub:OWNER/NAME, local-dir:PATH, or {TINY_MODEL}, the "
-            f"embedded one."
+            f"model of the embedded suite."
         ),
     )
     pretrained: str | None = Field(
         None,
         description=(
-            "Weights: a tag of open_clip or a checkpoint file. Only with the name of an open_clip "
-            "model; the others bring their own."
+            "Weights: a tag of open_clip or a checkpoint file. Give it only with the name of an "
+            "open_clip model; the other kinds of models bring their own weights."
         ),
     )
 

@@ -13,14 +13,14 @@ from raytvb.experiment.fields import (
 
 
 class ResourceConfig(Frozen):
-    """What Ray gives to each task. None of it changes a result."""
+    """The resources of the run. None of them changes a result."""
 
     cpus_per_task: float = Field(1.0, ge=0.0, description="CPUs of a Ray task.")
     gpus_per_task: float = Field(
-        0.0, ge=0.0, description="GPUs of a Ray task. 0.25: four tasks share one."
+        0.0, ge=0.0, description="GPUs of a Ray task. 0.25: four tasks share a GPU."
     )
     max_retries: int = Field(
-        20, ge=0, description="How often a task is restarted whose worker or node died."
+        20, ge=0, description="How often a task is restarted after its worker or node has died."
     )
     checkpoint_s: float = Field(
         300.0, gt=0.0, description="Seconds between the checkpoints of a fine-tune."
@@ -28,12 +28,12 @@ class ResourceConfig(Frozen):
     concurrent_trials: int = Field(
         0,
         ge=0,
-        description="Trials of the search at a time. 0: as many as the cluster has room for.",
+        description="Trials of the search that run at once. 0: as many as the cluster can run.",
     )
     shards: Count = Field(
         1,
         description=(
-            "Actors that build a basis side by side; each has a part of the vectors' coordinates."
+            "Actors that build the bases together. Each has a part of the vectors' coordinates."
         ),
     )
     cache: Literal["auto", "memory", "disk"] = Field(
@@ -46,7 +46,7 @@ class ResourceConfig(Frozen):
     wait_s: float = Field(
         0.0,
         ge=0.0,
-        description="Seconds to wait for an autoscaler to bring the resources.",
+        description="Seconds to wait until an autoscaler has added the resources.",
     )
 
     @model_validator(mode="after")

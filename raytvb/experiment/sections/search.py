@@ -17,26 +17,27 @@ from raytvb.maths.merge_registry import compared_merges
 
 
 class CoefficientConfig(Frozen):
-    """The merge coefficient alpha. The best one is near one over the number of vectors added."""
+    """The merge coefficient alpha. Its best value is near one over the number of vectors added."""
 
     low: float = Field(0.0, ge=0.0, description="Least coefficient that is tried.")
     high: Positive = Field(4.0, description="Greatest coefficient that is tried.")
     strategy: Literal["line", "grid"] = Field(
         "line",
         description=(
-            "How it is searched. line: coarse to fine, on multiples of one over the number of "
-            "tasks added, as accuracy has one maximum. grid: `points` even steps."
+            "How the coefficient is searched. line: from coarse to fine, on multiples of one over "
+            "the number of tasks added; this assumes that accuracy has a single maximum. grid: "
+            "`points` values at even steps."
         ),
     )
     points: int = Field(21, ge=2, description="Points of the grid, low and high included.")
     vector: Literal["none", "per-task", "per-basis"] = Field(
         "none",
         description=(
-            "Search also a coefficient for each task, or for each basis vector, for the addition "
-            "of all tasks. Optuna does it."
+            "Let Optuna also search a coefficient for each task, or for each basis vector, for the "
+            "addition of all tasks."
         ),
     )
-    trials: Count = Field(60, description="How many such vectors of coefficients Optuna tries.")
+    trials: Count = Field(60, description="How many vectors of coefficients Optuna tries.")
 
     @model_validator(mode="after")
     def _ordered(self) -> CoefficientConfig:
@@ -46,7 +47,7 @@ class CoefficientConfig(Frozen):
 
 
 class SearchConfig(Frozen):
-    """What Ray Tune searches: every basis method at every size, coefficients within each trial."""
+    """What Ray Tune searches: a trial for every basis method and size, which finds coefficients."""
 
     sizes: Annotated[tuple[Count, ...], OneOrMany] = Field(
         (), description="Basis sizes M, at most T, the number of tasks. Default: T/4 and T/2."
@@ -54,15 +55,16 @@ class SearchConfig(Frozen):
     objective: Literal["subsets", "all", "single"] = Field(
         "subsets",
         description=(
-            "The mean accuracy by which a basis is chosen. subsets: of seeded subsets of 1, T/4, "
-            "T/2 and T tasks, each added. all: of all tasks added. single: of each task alone."
+            "The mean accuracy by which a basis is chosen. subsets: after adding seeded subsets of "
+            "1, T/4, T/2 and T tasks. all: after adding all tasks. single: after adding each task "
+            "alone."
         ),
     )
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None,
         description=(
-            "Choose the smallest basis whose accuracy is at most this much below the best one's "
-            "(0.01: one point). Default: choose the best one."
+            "Choose the smallest basis whose accuracy is at most this much below that of the best "
+            "basis (0.01: one point). Default: choose the best basis."
         ),
     )
     coefficients: CoefficientConfig = Field(
@@ -72,14 +74,14 @@ class SearchConfig(Frozen):
         (0.25, 1.0),
         description=(
             "Shares of the validation images, rising to 1. Coefficients are searched on the first "
-            "share; after each, the poorer methods of a size drop out."
+            "share. After each share, the poorer methods of a size drop out."
         ),
     )
     keep: Fraction = Field(
         0.5,
         description=(
-            "Share of the methods of a size that go on to the next share of images, at least two "
-            "methods. 1 keeps all."
+            "Share of the methods of a size that go on to the next share of images. At least two "
+            "methods go on. 1 keeps all."
         ),
     )
     lengths: Literal["auto", "projected", "own"] = Field(
@@ -87,16 +89,16 @@ class SearchConfig(Frozen):
         description=(
             "Length of the vectors that are decoded from a basis. projected: as the projection "
             "gives them. own: scaled to the length of the task vector. auto: whichever is better "
-            "on validation images, for each number of tasks added; the sum of all tasks is always "
-            "as projected."
+            "on validation images, for each number of tasks added; always projected for the sum of "
+            "all tasks."
         ),
     )
     random_subsets: Count = Field(
-        1, description="How many seeded draws of each random baseline there are at each size."
+        1, description="How many seeded draws each random baseline has at each size."
     )
     merges: Annotated[tuple[str, ...], OneOrMany] = Field(
         (),
-        description="Other merge methods to compare with, on the full vectors and on each basis.",
+        description="Other merge methods to compare, on the full vectors and on each basis.",
     )
 
     @model_validator(mode="after")

@@ -14,13 +14,13 @@ from raytvb.experiment.fields import (
 
 
 class TalosConfig(Frozen):
-    """Which parameters are trained (TaLoS): those to which a task's answers are least sensitive."""
+    """Which parameters are trained. TaLoS trains those to which the answers are least sensitive."""
 
     density: Fraction = Field(
         0.1,
         description=(
-            "Share of the parameters that is trained. 1.0 trains all of them, without a mask, and "
-            "writes dense vectors."
+            "Share of the parameters that is trained. 1.0 trains all parameters, without a mask, "
+            "and writes dense vectors."
         ),
     )
     mask: Literal["shared", "per-task"] = Field(
@@ -32,15 +32,15 @@ class TalosConfig(Frozen):
     select: Literal["lowest", "highest", "magnitude", "random"] = Field(
         "lowest",
         description=(
-            "Which entries are trained. lowest: those of lowest sensitivity (TaLoS). To compare "
-            "with: highest (sensitivity), magnitude (largest weights), random."
+            "Which entries are trained. lowest: those of lowest sensitivity (TaLoS). For "
+            "comparison: highest (sensitivity), magnitude (largest weights) and random."
         ),
     )
     rounds: Count = Field(
         4,
         description=(
-            "Rounds in which the mask is thinned down to the density; each scores anew. Only where "
-            "entries are selected by sensitivity."
+            "Rounds in which the mask is thinned to the density. Each round computes new scores. "
+            "Used only if entries are selected by sensitivity."
         ),
     )
     damping: float = Field(
@@ -48,25 +48,27 @@ class TalosConfig(Frozen):
         ge=0.0,
         le=1.0,
         description=(
-            "Factor on the weights that are rejected already, while later rounds score. 1.0 leaves "
-            "them as they are."
+            "Factor on the weights that earlier rounds have rejected, while a later round scores. "
+            "1.0 leaves them as they are."
         ),
     )
     images: Count = Field(256, description="Training images that are scored, for each task.")
     draws: Count | Literal["exact"] = Field(
         1,
         description=(
-            "How many labels are drawn from the model's answer to each image. exact: the "
-            "expectation over all classes."
+            "How many labels are drawn from the model's answer to each image. exact: use the "
+            "expectation over all classes instead."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of the forward and backward pass of the scores."
+        "fp32", description="Number format of the passes that compute the scores."
     )
 
     @property
     def stages(self) -> int:
-        """Rounds that are made: one where sensitivity does not count, as damping would change
+        """How many rounds the mask takes.
+
+        If entries are not selected by sensitivity, one round is enough, for damping would change
         nothing.
         """
         return self.rounds if self.select in ("lowest", "highest") else 1

@@ -1,4 +1,4 @@
-"""Tasks of an experiment file: where the images are, their classes and prompts."""
+"""The tasks of an experiment file: where their images are, their classes and their prompts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from raytvb.suite.task_names import CONTROL, SHOWCASE, TEMPLATES, task_names
 
 
 class SplitsConfig(Frozen):
-    """Which images are train, val and test: the name of a split that the data have, or (val and
-    test) a share of train's images.
+    """Which images are train, val and test.
+
+    Each is the name of a split that the data have. val and test may also be a share of the images
+    of train.
     """
 
     train: str | None = Field(None, description="Name of the training split. Default: train.")
@@ -22,14 +24,14 @@ class SplitsConfig(Frozen):
         None,
         description=(
             "Name of the validation split, or a share of train's images. Default: val, valid, "
-            "validation or dev, whichever the data have; else 0.1."
+            "validation or dev, whichever the data have; otherwise 0.1."
         ),
     )
     test: str | float | None = Field(
         None,
         description=(
-            "Name of the test split, or a share of train's images. Default: test; 0.2 where the "
-            "data have no named splits."
+            "Name of the test split, or a share of train's images. Default: test; 0.2 if the data "
+            "have no named splits."
         ),
     )
     seed: int = Field(
@@ -58,8 +60,9 @@ class SplitsConfig(Frozen):
 
 
 class TaskConfig(Frozen):
-    """One classification task. A task of the embedded suite needs a name only; any other needs
-    `data`.
+    """One classification task.
+
+    A task of the embedded suite needs only a name. Any other task needs `data`.
     """
 
     name: str = Field(
@@ -99,7 +102,7 @@ class TaskConfig(Frozen):
         10,
         ge=0,
         description=(
-            "How many images of a split may be unreadable. They are skipped; more are an error."
+            "How many images of a split may be unreadable. These are skipped. More are an error."
         ),
     )
 
@@ -115,7 +118,7 @@ class TaskConfig(Frozen):
     def _sound_prompts(self) -> TaskConfig:
         classes = self.classes
         if classes is not None and (not classes or len(set(classes)) < len(classes)):
-            raise ValueError("classes: give at least one name, and each once")
+            raise ValueError("classes: give at least one name, and each name once")
         for template in self.templates or ():
             if template.count("{}") != 1:
                 raise ValueError(
@@ -125,7 +128,7 @@ class TaskConfig(Frozen):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The templates that are used: the given ones or the default of the task's kind."""
+        """The templates of the task, or else the defaults for its kind of task."""
         if self.templates:
             return self.templates
         return TEMPLATES if self.data is None else DEFAULT_TEMPLATES
@@ -142,9 +145,10 @@ def _unknown_task(name: str) -> str:
 
 
 def expanded_tasks(given: object) -> object:
-    """Names of tasks and presets in a list of tasks, or one of them alone, as the fields of tasks.
+    """The tasks of an experiment file as lists of fields.
 
-    What is no list, name or fields is left to be refused. Raises ValueError for a preset that is
+    given: a list of names of tasks, names of presets, and fields; or one of these alone. Anything
+    else is returned as it is, and pydantic then refuses it. Raises ValueError for a preset that is
     unknown or wrongly used.
     """
     tasks = one_or_many(given)
@@ -174,4 +178,4 @@ def _tasks_of_preset(given: dict[str, object]) -> list[dict[str, object]]:
 
 
 Tasks = Annotated[tuple[TaskConfig, ...], Field(min_length=1), BeforeValidator(expanded_tasks)]
-"""Tasks, at least one: a list of names, presets and fields, or one of these alone."""
+"""At least one task: a list of names, presets and fields, or one of these alone."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def refit(atoms: Atoms, size: int) -> Tensor:
     """Convex combinations spread around the mean of all tasks, moved towards the incremental SVD.
 
-    It is moved only as far as every task keeps its least share: see `online_refit`.
+    The mean is moved only as far as every task keeps its least share: see `online_refit`.
     """
     from raytvb.maths.online_refit import moved_towards, spread_around
 
@@ -33,7 +33,7 @@ def refit(atoms: Atoms, size: int) -> Tensor:
     online=refit,
 )
 def ae(vectors: GramFactor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Columns of B on the simplex with the least loss, as well conditioned as that allows."""
+    """B has columns on the simplex with the least loss, as well conditioned as that loss allows."""
     from raytvb.maths.simplex_columns import least_loss_columns
 
     B_TM = least_loss_columns(vectors, size, generator)

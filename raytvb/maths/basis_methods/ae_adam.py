@@ -25,8 +25,8 @@ RATE = 0.02
 def ae_adam(vectors: GramFactor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Joint Adam on the logits of B and on W, as in Zeng et al. (arXiv 2502.01015).
 
-    Here it runs on the normalised Gram matrix: the authors' code does not divide by the trace, and
-    collapses on small vectors.
+    Here it runs on the Gram matrix divided by its trace. The authors' code does not divide by the
+    trace, and collapses on small vectors.
     """
     import torch
 

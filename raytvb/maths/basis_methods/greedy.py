@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     convex=True,
 )
 def greedy(vectors: GramFactor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """M of the vectors themselves: each time the one that is worst explained by those before.
+    """M of the task vectors, chosen one after the other: always the vector that those chosen before
+    explain worst.
 
     These are the pivots of a column-pivoted Cholesky factorisation of G.
     """

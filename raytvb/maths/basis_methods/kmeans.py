@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def kmeans(vectors: GramFactor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The means of the clusters that k-means finds.
 
-    The columns of F stand in for the task vectors, whose distances they have.
+    The columns of F stand in for the task vectors: they have the same distances, up to the scale.
     """
     from raytvb.maths.clustering import cluster_means, kmeans_labels, sklearn_seed
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def spectral(vectors: GramFactor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The means of the clusters that spectral clustering finds.
 
-    The affinity is (1 + cosine) / 2, which is never negative. It knows no norms, but the loss does:
-    so the k-means of the embedding weighs each vector by its squared norm.
+    The affinity is (1 + cosine) / 2, which is never negative. The affinity ignores the norms of the
+    vectors, but the loss does not. So the k-means of the embedding weighs each vector by its
+    squared norm.
     """
     import torch
     from sklearn.manifold import spectral_embedding

@@ -18,7 +18,7 @@ def refit(atoms: Atoms, size: int) -> Tensor:
     """Incremental SVD: the top left singular vectors of all tasks so far, times their values.
 
     Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV
-    2002. Where all tasks are zero it is one of them, for a basis has at least one vector.
+    2002. If all tasks are zero, the mix is the first task, since a basis has at least one vector.
     """
     mix_KM = atoms.principal(size)
     return mix_KM if mix_KM.shape[1] else atoms.P_Kn[:, :1]

@@ -25,11 +25,14 @@ def consensus(
 
     Args:
         vectors: (T, *shape).
-        least: how many tasks must use an entry. 2 removes what no task uses (catastrophic) and
-            what one uses (selfish). More than T removes everything, so one task alone needs 1.
+        least: how many tasks must use an entry. 2 removes entries that no task uses (catastrophic)
+            and entries that one task uses (selfish). More than T removes everything, so a single
+            task needs 1.
         strength: lambda, one number or (T,). Simplified: the paper picks it per task on validation
             data.
         merged: (*shape), tau_merged; default: the sum of the vectors.
+
+    Returns (*shape) float32. Raises ValueError for a negative strength and for other shapes.
     """
     import torch
 

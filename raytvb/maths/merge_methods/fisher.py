@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 def fisher(vectors: Tensor, *, fishers: Tensor, weights: Tensor | None = None) -> Tensor:
     """Fisher-weighted averaging (Matena & Raffel, arXiv 2111.09832).
 
-    It is sum_t l_t F_t tau_t / sum_t l_t F_t, with sums in float64. An entry where all l_t F_t are
-    0 is the average with weights l_t; the authors' code takes a floor of 1e-6 for the first model's
-    Fisher instead.
+    The result (*shape) is sum_t l_t F_t tau_t / sum_t l_t F_t, with sums in float64. An entry where
+    all l_t F_t are 0 becomes the average with weights l_t. The authors' code has a floor of 1e-6
+    under the first model's Fisher instead.
 
     Args:
         vectors: (T, *shape). Averaging differences is averaging weights, since all have the same
             theta_0.
         fishers: (T, *shape) >= 0, the diagonal Fisher information of each task at its own
             fine-tuned weights.
-        weights: (T,) >= 0, the l_t; default: equal. The authors' code divides each by its Fisher's
-            norm over the whole vector, which is not done here, and searches them on validation
-            data.
+        weights: (T,) >= 0, the l_t; default: equal. The authors' code divides each weight by its
+            Fisher's norm over the whole vector, and searches the weights on validation data.
+            Neither is done here.
 
     Raises ValueError for other shapes, and for negative or not finite values.
     """
@@ -51,11 +51,11 @@ def fisher(vectors: Tensor, *, fishers: Tensor, weights: Tensor | None = None) -
 
 
 def _check_inputs(vectors: Tensor, fishers: Tensor, weights: Tensor) -> None:
-    """Raises ValueError for inputs that `fisher` cannot use."""
+    """Raise ValueError for inputs that `fisher` cannot use."""
     same = fishers.shape == vectors.shape
     if not same or not fishers.isfinite().all() or (fishers < 0).any():
         raise ValueError(
-            f"the Fishers must be finite, >= 0 and {tuple(vectors.shape)}, as the vectors"
+            f"the Fishers must be finite, >= 0 and {tuple(vectors.shape)} like the vectors"
         )
     one_each = weights.shape == (len(vectors),)
     if not one_each or not weights.isfinite().all() or (weights < 0).any() or not weights.any():

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 def iso_c(vectors: Tensor) -> Tensor:
     """Iso-C (Marczak et al., arXiv 2502.04959, sec. 4): the task sum, all singular values equal.
 
-    With sum_t tau_t = U S V^T of shape (m, n) the result is mean(diag S) U V^T, all min(m, n)
-    directions alike. Where the sum has a lower rank, the others are arbitrary, as in the authors'
-    code. Vectors of other than two dimensions are averaged, as there. The SVD is in float32.
+    With sum_t tau_t = U S V^T of shape (m, n) the result is mean(diag S) U V^T: all min(m, n)
+    directions have the same singular value. If the sum has a lower rank, the remaining directions
+    are arbitrary, as in the authors' code. Parameters of other than two dimensions are averaged, as
+    in the authors' code. The SVD is in float32.
 
-    Iso-CTS, with task-specific directions, is not here.
+    Iso-CTS, with task-specific directions, is not implemented.
     """
     import torch
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @merge_method("sum", summary="task arithmetic: the plain sum", coefficient="sum")
 def task_sum(vectors: Tensor) -> Tensor:
-    """Task arithmetic (Ilharco et al., arXiv 2212.04089): sum_t tau_t. Accumulated in float64."""
+    """Task arithmetic (Ilharco et al., arXiv 2212.04089): sum_t tau_t, accumulated in float64."""
     from raytvb.maths.row_sums import sum_rows
     from raytvb.maths.thresholds import check_vectors
 

@@ -21,6 +21,6 @@ def tall(
 ) -> Tensor:
     """The sum where any TALL mask has an entry: `consensus` with least = 1.
 
-    It removes the entries that no task uses, which the paper calls catastrophic weights.
+    It sets the entries that no task uses to zero. The paper calls these catastrophic weights.
     """
     return consensus(vectors, least=1, strength=strength, merged=merged)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def ties(vectors: Tensor, *, thresholds: Tensor) -> Tensor:
     """TIES (Yadav et al., arXiv 2306.01708, algorithm 1): trim, elect signs, average what agrees.
 
-    With t_t the `trimmed` vectors and s = sgn(sum_t t_t), it is the mean over {t : sgn(t_t) = s} of
-    t_t, entry by entry. Sums are in float64.
+    With t_t the `trimmed` vectors and s = sgn(sum_t t_t), the result (*shape) is the mean over
+    {t : sgn(t_t) = s} of t_t, entry by entry. Sums are in float64.
 
-    thresholds (T,): from `global_thresholds`. The paper's default density is 0.2, its alpha 1.
+    thresholds (T,): from `global_thresholds`. The paper's default density is 0.2, and its alpha is
+    1.
 
     An entry whose trimmed values cancel exactly has no sign and becomes 0, as in the paper's
     formula; the authors' code gives it the sign that prevails over the whole vector.

@@ -24,12 +24,13 @@ def tsv_m(vectors: Tensor) -> Tensor:
     With U (m, Tk) and V (n, Tk) side by side and S (Tk, Tk) diagonal, the result is U' S V'^T;
     U' and V' are the orthonormal matrices nearest to U and V (Procrustes). The paper's alpha is 1.
 
-    Simplified: vectors of other than two dimensions (biases, convolutions) are averaged, as in the
-    authors' code.
+    Simplified: parameters of other than two dimensions (biases, convolutions) are averaged, as in
+    the authors' code.
 
-    Different where theirs depends on arbitrary directions: triplets of singular value 0 are left
-    out (all-zero or low-rank vectors), directions that U or V has twice count once (equal vectors),
-    and k is at least 1 where they would have 0 for T > min(m, n).
+    This function differs from the authors' code where theirs depends on arbitrary directions.
+    Triplets of singular value 0 are left out (all-zero or low-rank vectors). Directions that U or V
+    has twice count once (equal vectors). k is at least 1; the authors' k would be 0 for
+    T > min(m, n).
 
     The SVDs are in float32. Time: T SVDs of m x n and two of m x Tk and n x Tk.
     """
