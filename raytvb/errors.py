@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """Bad input or a missing resource.
@@ -32,3 +34,22 @@ class VectorError(ValueError):
     def with_remedy(self, remedy: str) -> VectorError:
         """The same reason with this remedy, or the error itself if it already has a remedy."""
         return self if self.remedy else VectorError(self.reason, remedy)
+
+
+def raised_at(error: BaseException, file: str = "") -> str:
+    """Where an error was raised, as in `basis.py:12`.
+
+    This is the innermost line in `file`, or the innermost of all if none is in that file. '' for an
+    error without a traceback.
+    """
+    places = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        places.append((frame.f_code.co_filename, line))
+    places = [place for place in places if place[0] == file] or places
+    return f"{places[-1][0]}:{places[-1][1]}" if places else ""
+
+
+def described(error: BaseException) -> str:
+    """The type and the text of an error of any kind, as in `KeyError: 'svd'`."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

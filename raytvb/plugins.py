@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, described, raised_at
 
 PLUGINS = "RAYTVB_PLUGINS"
 """The environment variable with names of modules, separated by commas."""
@@ -21,7 +22,7 @@ def import_plugins() -> None:
     """Import the modules that RAYTVB_PLUGINS names. Modules that are already imported are not run
     again.
 
-    Raises UserError that names the module whose import fails.
+    Raises UserError that names the module whose import fails, and says why.
     """
     for name in os.environ.get(PLUGINS, "").split(","):
         module = name.strip()
@@ -29,9 +30,36 @@ def import_plugins() -> None:
             continue
         try:
             import_module(module)
-        except Exception as error:  # the module is the user's, so it may raise anything
-            raise UserError(
-                f"{PLUGINS} names the module {module}, which cannot be imported "
-                f"({type(error).__name__}: {error}). Install it on every machine, or put its "
-                f"folder on PYTHONPATH"
-            ) from error
+        except (Exception, SystemExit) as error:  # the module is the user's: it may raise any
+            raise UserError(f"{PLUGINS} names the module {module}, {_reason(module, error)}") from (
+                error
+            )
+
+
+def _reason(module: str, error: BaseException) -> str:
+    """Why the import of a module failed, and what to do about it."""
+    if isinstance(error, ModuleNotFoundError):
+        missing = error.name or ""
+        if module == missing or module.startswith(f"{missing}."):
+            if module.endswith(".py"):
+                return "which is the name of a file: write the module's name, without `.py`"
+            return (
+                f"which cannot be found ({error}). Install it on every machine, or put its folder "
+                f"on PYTHONPATH"
+            )
+        return (
+            f"which imports another module that cannot be found ({error}) [{_place(module, error)}]"
+            f". Install that on every machine, or put its folder on PYTHONPATH"
+        )
+    if isinstance(error, SyntaxError):
+        return f"which is not valid Python: {error.msg} [{error.filename}:{error.lineno}]"
+    return f"whose import fails: {described(error)} [{_place(module, error)}]"
+
+
+def _place(module: str, error: BaseException) -> str:
+    """The line of the module that failed, or the innermost line if there is none."""
+    try:
+        spec = find_spec(module)
+    except Exception:  # the module's package may fail in the same way
+        spec = None
+    return raised_at(error, (spec.origin if spec else None) or "")

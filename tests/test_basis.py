@@ -43,7 +43,8 @@ def gram(kind: str, tasks: int, seed: int = 0, strength: float = 1.0) -> torch.T
 
 def square_root(Q: torch.Tensor) -> torch.Tensor:
     values, U = torch.linalg.eigh(Q)
-    return (U * values.clamp(min=0).sqrt()) @ U.T
+    root: torch.Tensor = (U * values.clamp(min=0).sqrt()) @ U.T
+    return root
 
 
 def quietly(G: torch.Tensor, size: int, method: str) -> BasisFit:
@@ -74,7 +75,7 @@ def floor_is_reachable(G: torch.Tensor, size: int) -> bool:
     found = linprog(
         cost, A_ub=bounds, b_ub=np.zeros(len(U)), A_eq=total, b_eq=[1], bounds=(None, None)
     )
-    return found.status == 0 and found.x[-1] > 1e-9
+    return bool(found.status == 0 and found.x[-1] > 1e-9)
 
 
 def best_softmax_loss(G: torch.Tensor, size: int, restarts: int = 8) -> float:
@@ -96,9 +97,10 @@ def best_softmax_loss(G: torch.Tensor, size: int, restarts: int = 8) -> float:
         for seed in range(restarts)
     ]
     options = {"maxiter": 500, "ftol": 1e-12}
-    return min(
+    losses: list[float] = [
         minimize(objective, x, jac=True, method="L-BFGS-B", options=options).fun for x in starts
-    )
+    ]
+    return min(losses)
 
 
 @pytest.mark.parametrize("method", list(BASIS_METHODS))

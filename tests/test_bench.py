@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["bench", *arguments, "--model", "glyphs-tiny", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert (
         found["machine"]["cores"] >= 1
         and found["machine"]["threads"] == 1

@@ -127,7 +127,8 @@ CONTAINER = {
 
 @pytest.fixture
 def aws() -> Fields:
-    return yaml.safe_load((CLUSTER / "aws.yaml").read_text())
+    fields: Fields = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
+    return fields
 
 
 @pytest.fixture
@@ -148,11 +149,9 @@ def launcher_accepts(config: Fields) -> None:
 
 def ec2_report(node_config: Fields, shape: Any) -> str:
     """EC2's complaints about a node. Ray fills in SubnetIds, SecurityGroupIds and the counts."""
-    return (
-        ParamValidator()
-        .validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
-        .generate_report()
-    )
+    found = ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
+    report: str = found.generate_report()
+    return report
 
 
 def unknown_fields(job: Fields) -> list[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 from raytvb.data.image_source import SPLITS
 from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.splits import check_task, task_classes
+from raytvb.data.splits import Split, check_task, task_classes
 from raytvb.errors import UserError
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
@@ -65,7 +65,7 @@ def own_task(folder: Path, **fields: Any) -> TaskConfig:
     return TaskConfig.model_validate({"name": "own", "data": str(folder), **fields})
 
 
-def pixels(split: Any) -> np.ndarray:
+def pixels(split: Split) -> np.ndarray:
     return split.images.permute(0, 2, 3, 1).numpy()
 
 

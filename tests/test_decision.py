@@ -15,10 +15,21 @@ from raytvb.experiment.parsing import parse_experiment
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate, basis_candidates
 from raytvb.search.choice import commit_decision, decide, halving_state, is_measured
 from raytvb.search.identities import search_identity
-from raytvb.search.results import Invalid, Measured, Outcome, RoundResult, Tried
+from raytvb.search.results import (
+    Choice,
+    Invalid,
+    InvalidOutcome,
+    Measured,
+    MeasuredOutcome,
+    RoundResult,
+    Tried,
+    parse_outcome,
+)
 from raytvb.search.rounds import find_choice, find_result, known_rounds, round_prefix
 from raytvb.storage import records
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
 from raytvb.suite.task_names import task_names
 
 TASKS = list(task_names()[:4])
@@ -112,16 +123,17 @@ def test_outcomes_and_the_choice_follow_from_the_rounds(
     assert choice.invalid == {"kmeans-m2": "its vectors are NaN"}
     assert (choice.candidates, choice.images, choice.evaluations) == (6, 90, 18)
     assert choice.zero_shot == 0.3
-    assert outcomes["kmeans-m2"] == Outcome(
-        invalid="its vectors are NaN", objectives=(None,), stored_bytes=200
+    assert outcomes["kmeans-m2"] == InvalidOutcome(
+        invalid="its vectors are NaN", objectives=(None,), evaluations=0, images=0, stored_bytes=200
     )
-    svd = outcomes["svd-m2"]
+    measured = {n: o for n, o in outcomes.items() if isinstance(o, MeasuredOutcome)}
+    svd = measured["svd-m2"]
     assert (svd.stopped, svd.share, svd.objectives, svd.images) == (True, 0.25, (0.375,), 10)
-    ae = outcomes["ae-m2"]
-    assert ae.chosen and ae.front and not ae.stopped and ae.invalid is None
+    ae = measured["ae-m2"]
+    assert ae.chosen and ae.front and not ae.stopped and ae.stored_bytes == 200
     assert ae.objectives == (0.6, 0.625) and ae.objective == 0.625
     assert ae.setting(1).own_lengths and ae.setting(4).coefficient == 0.25
-    assert [name for name, outcome in outcomes.items() if outcome.chosen] == ["ae-m2"]
+    assert [name for name, outcome in measured.items() if outcome.chosen] == ["ae-m2"]
 
 
 def test_a_decision_is_written_once(store: Store, candidates: list[Candidate]) -> None:
@@ -155,6 +167,89 @@ def test_records_say_what_earlier_versions_said(store: Store, candidates: list[C
     assert "vector" not in store.read_json("search/ae-m2/round-2/record.json")["metrics"]
 
 
+OLD_MEASURED: JsonObject = {
+    "invalid": None,
+    "stopped": False,
+    "objective": 0.5,
+    "objectives": [0.25, 0.5],
+    "share": 1.0,
+    "coefficient": {"1": 1.0, "4": 0.25},
+    "own_lengths": {"1": False, "4": True},
+    "accuracy": {"1": 0.75, "4": 0.25},
+    "vector": None,
+    "evaluations": 4,
+    "images": 20,
+    "chosen": True,
+    "front": True,
+    "stored_bytes": 200,
+}
+OLD_INVALID: JsonObject = {
+    "invalid": "its vectors are NaN",
+    "stopped": False,
+    "objective": None,
+    "objectives": [0.25, None],
+    "share": None,
+    "coefficient": {},
+    "own_lengths": {},
+    "accuracy": {},
+    "vector": None,
+    "evaluations": 2,
+    "images": 10,
+    "chosen": False,
+    "front": False,
+    "stored_bytes": 200,
+}
+
+
+def test_outcomes_are_written_as_they_are_read() -> None:
+    assert isinstance(parse_outcome(OLD_MEASURED, "a record"), MeasuredOutcome)
+    assert isinstance(parse_outcome(OLD_INVALID, "a record"), InvalidOutcome)
+    for fields in (OLD_MEASURED, OLD_INVALID):
+        assert parse_outcome(fields, "a record").to_json() == fields
+
+
+@pytest.mark.parametrize("missing", sorted(OLD_MEASURED.keys() - {"invalid"}))
+def test_an_outcome_without_a_field_is_an_error_that_names_it(missing: str) -> None:
+    fields = {name: value for name, value in OLD_MEASURED.items() if name != missing}
+    with pytest.raises(StoreError, match=rf"a/record\.json cannot be read: {missing}: "):
+        parse_outcome(fields, "a/record.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "field"),
+    [
+        ({"coefficient": {}}, "coefficient"),
+        ({"own_lengths": {"1": False}}, "own_lengths"),
+        ({"accuracy": {}}, "accuracy"),
+        ({"objectives": [0.25, None]}, r"objectives\.1"),
+        ({"objective": None}, "objective"),
+    ],
+)
+def test_a_measured_outcome_has_every_number(damage: JsonObject, field: str) -> None:
+    with pytest.raises(StoreError, match=f"cannot be read: {field}: "):
+        parse_outcome({**OLD_MEASURED, **damage}, "a record")
+
+
+def test_errors_of_a_search_name_the_record(store: Store, candidates: list[Candidate]) -> None:
+    experiment = asked(store)
+    decision = decide(store, experiment, candidates, SIZES)
+    commit_decision(store, experiment, candidates, decision)
+    for key in ("search/full", "search/full/round-1", "search"):
+        path = f"{key}/record.json"
+        store.write_json(path, {**store.read_json(path), "metrics": {}})
+    problem = r"record\.json cannot be read: \w+: Field required"
+    with pytest.raises(StoreError, match=f"{store.url}/search/full/{problem}"):
+        find_result(store, experiment, FULL)
+    with pytest.raises(StoreError, match=f"{store.url}/search/full/round-1/{problem}"):
+        known_rounds(store, experiment, FULL)
+    with pytest.raises(StoreError, match=f"{store.url}/search/{problem}"):
+        find_choice(store, experiment, candidates)
+    fields = decision.choice.to_json()
+    for missing in fields:
+        with pytest.raises(StoreError, match=f"cannot be read: {missing}: Field required"):
+            Choice.from_json({n: v for n, v in fields.items() if n != missing}, "a record")
+
+
 def test_the_tables_have_a_row_for_each_candidate_and_setting(
     store: Store, candidates: list[Candidate]
 ) -> None:
@@ -176,7 +271,8 @@ def test_another_objective_chooses_anew_from_the_same_rounds(
     store: Store, candidates: list[Candidate]
 ) -> None:
     single, every = asked(store, objective="single"), asked(store, objective="all")
-    assert decide(store, single, candidates, SIZES).outcomes["full"].objective == 0.9
+    full = decide(store, single, candidates, SIZES).outcomes["full"]
+    assert isinstance(full, MeasuredOutcome) and full.objective == 0.9
     (first, _) = known_rounds(store, every, FULL)
     assert isinstance(first, Measured) and first.objective == 0.6
     state = halving_state(store, every, candidates)

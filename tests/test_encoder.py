@@ -35,7 +35,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def state(seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return open_clip.create_model(NAME, load_weights=False).state_dict()
+    tensors: dict[str, Tensor] = open_clip.create_model(NAME, load_weights=False).state_dict()
+    return tensors
 
 
 def written(path: Path, content: dict[str, Any]) -> ModelConfig:

@@ -10,7 +10,7 @@ from raytvb.evaluation.plan import evaluations, is_tested, subjects
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate, basis_candidates
-from raytvb.search.results import Choice, Outcome, TunedWeights
+from raytvb.search.results import Choice, InvalidOutcome, MeasuredOutcome, Outcome, TunedWeights
 from raytvb.suite.task_names import task_names
 
 FIRST, SECOND, UNSEEN = task_names()[:3]
@@ -18,6 +18,7 @@ CHOICE = Choice(
     name="svd-m1",
     best="svd-m1",
     objective_of="subsets",
+    tolerance=None,
     zero_shot=0.1,
     front=("svd-m1",),
     stopped=(),
@@ -28,15 +29,24 @@ CHOICE = Choice(
     selection="validation split only",
     test="once",
 )
-OUTCOME = Outcome(
+OUTCOME = MeasuredOutcome(
     objective=0.5,
     objectives=(0.5,),
     share=1.0,
     coefficient={1: 1.0, 2: 0.75, 16: 0.1},
     own_lengths={1: True, 2: False, 16: False},
     accuracy={1: 0.5, 2: 0.5, 16: 0.5},
+    stopped=False,
+    vector=None,
+    evaluations=1,
+    images=1,
+    chosen=False,
+    front=False,
+    stored_bytes=1,
 )
-INVALID = Outcome(invalid="its vectors are NaN", objectives=(None,))
+INVALID = InvalidOutcome(
+    invalid="its vectors are NaN", objectives=(None,), evaluations=0, images=0, stored_bytes=1
+)
 
 
 def asked(**evaluate: Any) -> Experiment:

@@ -134,7 +134,8 @@ class Tokens(nn.Module):
             .flatten(1, 2)
         )
         x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
-        return self.last(torch.tanh(3 * x).square().mean(dim=1))
+        logits: Tensor = self.last(torch.tanh(3 * x).square().mean(dim=1))
+        return logits
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -260,7 +261,8 @@ class Odd(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.first(nn.functional.avg_pool2d(images, 4).flatten(1))
         x = self.tied(torch.tanh(self.tied(x)))
-        return self.last(torch.sigmoid(x) ** self.power)
+        logits: Tensor = self.last(torch.sigmoid(x) ** self.power)
+        return logits
 
 
 def test_what_has_no_rule_is_scored_image_by_image_and_a_warning_says_so() -> None:

@@ -5,7 +5,7 @@ in between.
 import copy
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -234,6 +234,20 @@ def test_what_is_read_is_a_prefix_where_a_file_is_lost(store: Store, lost: str, 
     assert same(GramState.read(store), found)
 
 
+def test_a_snapshot_that_names_no_file_is_damaged_and_its_vectors_are_added_again(
+    store: Store,
+) -> None:
+    writer, state = GramWriter(store), GramState()
+    append(writer, state, range(3))
+    writer.save(state)
+    record = store.read_json("gram/record.json")
+    store.write_json("gram/record.json", {**record, "files": {}})
+    again = GramState.read(store)
+    assert again.tasks == []
+    append(GramWriter(store), again, range(3))
+    assert GramState.read(store).tasks == state.tasks
+
+
 def test_a_changed_row_file_is_left_out(store: Store) -> None:
     """A row file with a flipped bit, in its header or in its numbers, is ignored."""
     states, writer, key = [GramState()], GramWriter(store), "gram/rows/000002.safetensors"
@@ -288,7 +302,12 @@ def test_a_writer_is_fenced_by_a_later_one(store: Store) -> None:
     new, state = GramWriter(store), GramState.read(store)
     append(new, state, [1])
     before, files = copy.deepcopy(stale), {k: store.read(k) for k in store.keys()}
-    for write in (lambda: append(old, stale, [2]), lambda: old.save(stale), old.check):
+    writes: list[Callable[[], object]] = [
+        lambda: append(old, stale, [2]),
+        lambda: old.save(stale),
+        old.check,
+    ]
+    for write in writes:
         with pytest.raises(UserError, match=f"another run works on {store.url}"):
             write()
     assert same(stale, before) and {k: store.read(k) for k in store.keys()} == files

@@ -135,12 +135,13 @@ def inverse_root(gram: np.ndarray) -> np.ndarray:
     """gram^(-1/2) where it has an inverse, 0 elsewhere."""
     values, vectors = np.linalg.eigh(gram)
     kept = values > 1e-8 * values.max()
-    return (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+    root: np.ndarray = (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+    return root
 
 
 def reference_tsv(flat: np.ndarray) -> np.ndarray:
     """With U' = U (U'U)^(-1/2), and singular vectors from the eigenvectors of A'A."""
-    out = flat.mean(axis=0)
+    out: np.ndarray = flat.mean(axis=0)
     for name, where in slices():
         if len(SHAPES[name]) != 2:
             continue
@@ -163,7 +164,7 @@ def reference_iso(flat: np.ndarray) -> np.ndarray:
     """U V' = A (A'A)^(-1/2), with A'A or AA' whichever is smaller; the mean singular value is their
     trace norm / r.
     """
-    out = flat.mean(axis=0)
+    out: np.ndarray = flat.mean(axis=0)
     for name, where in slices():
         if len(SHAPES[name]) == 2:
             A = flat[:, where].sum(axis=0).reshape(SHAPES[name])

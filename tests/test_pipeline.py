@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -544,7 +545,7 @@ def test_quickstart_shows_what_the_readme_says(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "here/report/summary.json").read_text())
     addition = summary["addition"]
 
-    def mean(values: Any) -> float:
+    def mean(values: Collection[float]) -> float:
         return sum(values) / len(values)
 
     assert len(summary["tasks"]) == 8

@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from raytvb.cli.printing import print_summary
 from raytvb.errors import UserError
 from raytvb.evaluation.rows import Row
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SUMMARY
+from raytvb.experiment.layout import SUMMARY, TIMINGS
 from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.maths.counts import Count, mean, wilson
@@ -49,6 +50,7 @@ from raytvb.report.summary_contracts import (
 from raytvb.search.results import Choice
 from raytvb.storage.gram_state import Arrival
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 IMAGES = 200
@@ -656,6 +658,39 @@ def test_a_finished_store_has_the_same_summary_again(
     assert again == written
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"basis": "long"}', b'{"basis": NaN}', b"\xff"])
+def test_damaged_timings_count_as_absent(
+    finished_store: tuple[Store, Experiment], data: bytes
+) -> None:
+    store, experiment = finished_store
+    assert summarise(store, experiment).seconds
+    store.write(TIMINGS, data)
+    assert summarise(store, experiment).seconds == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "damage", "problem"),
+    [
+        ("base", {"metrics": {}}, "parameters: Field required"),
+        ("base", {"parents": {}}, "parents.fingerprint: Field required"),
+        ("basis/svd-m2", {"metrics": {}}, "tasks: Field required"),
+        ("search/full", {"metrics": {}}, "objective: Field required"),
+        ("search", {"metrics": {"name": "ae-m99"}}, "name: ae-m99 is not among the tested"),
+    ],
+)
+def test_a_damaged_record_is_named(
+    finished_store: tuple[Store, Experiment], key: str, damage: dict[str, Any], problem: str
+) -> None:
+    store, experiment = finished_store
+    record = store.read_json(f"{key}/record.json")
+    if damage.get("metrics"):
+        damage = {"metrics": record["metrics"] | damage["metrics"]}
+    store.write_json(f"{key}/record.json", record | damage)
+    where = re.escape(store.where(f"{key}/record.json"))
+    with pytest.raises(StoreError, match=f"{where} cannot be read: {problem}"):
+        summarise(store, experiment)
+
+
 @pytest.mark.parametrize(
     "name", ["models", "svd-m2", "online/svd-m2-online", "negation-full/glyphs/greek-blur"]
 )
@@ -683,3 +718,17 @@ def test_where_no_basis_is_chosen_the_full_vectors_are_merged(tmp_path: Path) ->
         merge(store, Tasks({"a": 1.0}), tmp_path / "out")
     with pytest.raises(UserError, match="`--merge sum` and --vector need the vectors of a basis"):
         merge(store, BasisSum(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["search", "basis/svd-m2", "search/svd-m2"])
+def test_a_merge_names_the_record_that_lacks_its_metrics(
+    finished_store: tuple[Store, Experiment], key: str, tmp_path: Path
+) -> None:
+    """Otherwise a merge would silently have another coefficient than the search chose."""
+    store, experiment = finished_store
+    path = f"{key}/record.json"
+    store.write_json(path, store.read_json(path) | {"metrics": {}})
+    tasks = Tasks(dict.fromkeys(experiment.task_names, 1.0))
+    basis = None if key == "search" else "svd-m2"
+    with pytest.raises(StoreError, match=f"{re.escape(store.where(path))} cannot be read: "):
+        merge(store, tasks, tmp_path / "out", basis=basis)

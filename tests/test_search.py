@@ -26,7 +26,7 @@ from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.maths.counts import Count, wilson
 from raytvb.maths.subsets import task_subsets
-from raytvb.search.results import Choice, Outcome
+from raytvb.search.results import Choice, MeasuredOutcome, parse_outcome
 from raytvb.storage import records
 from raytvb.storage.store import Store
 
@@ -47,10 +47,12 @@ def table(store: Store, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def outcome_of(store: Store, name: str) -> Outcome:
+def outcome_of(store: Store, name: str) -> MeasuredOutcome:
     record = records.find(store, f"search/{name}")
     assert record is not None
-    return record.metrics_as(Outcome, name)
+    outcome = parse_outcome(record.metrics, name)
+    assert isinstance(outcome, MeasuredOutcome)
+    return outcome
 
 
 def choice_of(store: Store) -> Choice:
@@ -107,7 +109,7 @@ def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path,
 def test_the_front_is_what_nothing_smaller_beats(finished: tuple[Path, Store]) -> None:
     _, store = finished
     front = [outcome_of(store, name) for name in choice_of(store).front]
-    objectives = [row.objective for row in front if row.objective is not None]
+    objectives = [row.objective for row in front]
     full = outcome_of(store, "full").objective
     assert len(objectives) == len(front) and full is not None and max(objectives) >= full
     sizes = [row.stored_bytes for row in front]
@@ -236,7 +238,7 @@ def test_more_may_be_asked_of_a_finished_store_and_a_kill_changes_no_choice(
     methods = more["basis"]["method"]
     for size in (1, 2):
         group = {f"{m}-m{size}": outcome_of(store, f"{m}-m{size}") for m in methods}
-        first = {n: o.objectives[0] or 0.0 for n, o in group.items()}
+        first = {n: o.objectives[0] for n, o in group.items()}
         stopped = {n for n, o in group.items() if o.stopped}
         assert stopped == {n for n, value in first.items() if value < median(first.values())}
         assert len(stopped) <= 1

@@ -330,7 +330,8 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
 
         def forward(self, images: Tensor) -> Tensor:
             self.calls += 1
-            return self.net(images) * (torch.nan if self.calls == 4 else 1.0)
+            logits: Tensor = self.net(images) * (torch.nan if self.calls == 4 else 1.0)
+            return logits
 
     net = Breaks()
     with pytest.raises(UserError, match=r"loss is nan at step 4 of 20.*finetune\.lr \(0\.01\)"):

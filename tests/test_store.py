@@ -189,7 +189,7 @@ class TestEveryKindOfStore:
         with pytest.raises(ValueError, match="JSON"):
             store.write_json("x.json", float("nan"))
         store.write("x.json", b"{")
-        with pytest.raises(StoreError, match=r"x\.json is not JSON"):
+        with pytest.raises(StoreError, match=r"x\.json cannot be read: it is not JSON"):
             store.read_json("x.json")
 
 

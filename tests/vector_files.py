@@ -149,7 +149,9 @@ def truncate(store: Store, key: str, size: int) -> None:
 
 def metadata(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file."""
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    fields: dict[str, str] = header["__metadata__"]
+    return fields
 
 
 def dense(store: Store, key: str) -> Tensor:

@@ -262,6 +262,7 @@ class BasisBuilder:
             convex=_is_convex(state.H),
             relative_error=relative_loss(gram, state.H, state.W),
             floor=self._floors(gram).get(basis.spec.size, 0.0),
+            condition=None,
             error_bounds=basis.error_bounds(),
         )
         self._commit(basis.spec, state.H, state.W, basis.written, metrics)

@@ -18,12 +18,14 @@ def list_methods() -> None:
     \b
     raytvb methods
     """
+    # Both are looked up before anything is printed: a module of RAYTVB_PLUGINS may be wrong.
+    basis_methods, merge_methods = list(BASIS_METHODS.values()), list(MERGE_METHODS.values())
     print("Basis methods: T task vectors become M basis vectors")
-    for basis in BASIS_METHODS.values():
+    for basis in basis_methods:
         print(f"  {basis.name:<18} {basis.summary}{_basis_notes(basis)}")
         print(f"  {'':<18} time: {basis.cost}")
     print("\nMerge methods: T task vectors become one")
-    for merge in MERGE_METHODS.values():
+    for merge in merge_methods:
         print(f"  {merge.name:<18} {merge.summary}{_merge_notes(merge)}")
 
 

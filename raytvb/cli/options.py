@@ -19,10 +19,14 @@ from raytvb.suite.task_names import task_names
 if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
 
+    NameType = click.ParamType[str]
+else:
+    NameType = click.ParamType  # older versions of click take no type argument
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class MethodName(click.ParamType):
+class MethodName(NameType):
     """The name of a registered method.
 
     The names are looked up only when they are needed, because that imports the user's plugins.

@@ -33,7 +33,8 @@ class Preprocess:
 
     def to_json(self) -> JsonObject:
         """`config` as JSON values, with lists instead of tuples."""
-        return json.loads(self.config_text)
+        values: JsonObject = json.loads(self.config_text)
+        return values
 
     @property
     def config_text(self) -> str:

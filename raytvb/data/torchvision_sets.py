@@ -119,7 +119,8 @@ class TorchvisionSource:
         # ImageNet passes its keywords on, but has no `download`.
         if "download" in parameters or ("kwargs" in parameters and entry.name != "ImageNet"):
             arguments["download"] = True
-        return data_set_class(str(self._root), **arguments)
+        data_set: _ImageDataSet = data_set_class(str(self._root), **arguments)
+        return data_set
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from raytvb.experiment.sections.search import CoefficientConfig
 from raytvb.maths.subsets import task_subsets
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
-from raytvb.search.results import Outcome, Setting, TunedWeights
+from raytvb.search.results import MeasuredOutcome, Setting, TunedWeights
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try, most_accurate
 from raytvb.storage.contract import JsonObject
 
@@ -31,7 +31,7 @@ class SubsetAdditions(Evaluation):
     """
 
     candidate: Candidate
-    outcome: Outcome
+    outcome: MeasuredOutcome
 
     @property
     def name(self) -> str:

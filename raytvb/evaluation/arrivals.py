@@ -21,7 +21,7 @@ from raytvb.maths.mixes import length_ratios
 from raytvb.maths.online_basis import arrivals, watched
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
-from raytvb.search.results import Outcome
+from raytvb.search.results import MeasuredOutcome
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.vector_set import VectorSet
@@ -32,7 +32,7 @@ class _Decoded:
     """The n tasks that have arrived, as combinations of stored vectors."""
 
     model: str
-    outcome: Outcome
+    outcome: MeasuredOutcome
     """What the search chose for this source, with all tasks present."""
     vectors: VectorSet
     """The vectors of all T tasks."""
@@ -69,9 +69,9 @@ class OnlineArrivals(Evaluation):
     """
 
     candidate: Candidate
-    online: Outcome
-    offline: Outcome
-    full: Outcome
+    online: MeasuredOutcome
+    offline: MeasuredOutcome
+    full: MeasuredOutcome
 
     @property
     def name(self) -> str:

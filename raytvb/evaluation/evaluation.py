@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from raytvb.experiment.config import Experiment
 from raytvb.models.evaluator import Evaluator
-from raytvb.search.results import Outcome
+from raytvb.search.results import MeasuredOutcome
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
 
@@ -66,7 +66,7 @@ class Evaluation(ABC):
         """Measure, and write the rows."""
 
 
-def chosen_settings(outcome: Outcome) -> JsonObject:
+def chosen_settings(outcome: MeasuredOutcome) -> JsonObject:
     """The settings of an outcome as part of an identity. Keys are strings, as in the store."""
     fields = outcome.to_json()
     return {"coefficient": fields["coefficient"], "own_lengths": fields["own_lengths"]}

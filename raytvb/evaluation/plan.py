@@ -19,7 +19,7 @@ from raytvb.evaluation.single_models import SingleModels
 from raytvb.evaluation.unseen import UnseenTask
 from raytvb.experiment.config import Experiment, half
 from raytvb.search.candidates import FULL, Candidate
-from raytvb.search.results import Choice, Outcome
+from raytvb.search.results import Choice, InvalidOutcome, MeasuredOutcome, Outcome
 
 
 def is_tested(experiment: Experiment, candidate: Candidate, outcome: Outcome) -> bool:
@@ -28,7 +28,7 @@ def is_tested(experiment: Experiment, candidate: Candidate, outcome: Outcome) ->
     It is read if the candidate went through all rounds of the search. It is also read if the
     candidate has the size M = T/2, for the report shows every method at that size.
     """
-    if outcome.invalid is not None or candidate.kind == "zero-shot":
+    if isinstance(outcome, InvalidOutcome) or candidate.kind == "zero-shot":
         return False
     return not outcome.stopped or candidate.size == half(len(experiment.tasks))
 
@@ -54,11 +54,12 @@ def evaluations(
     """All evaluations of the experiment, whether made already or not. outcomes: by candidate."""
     planned: list[Evaluation] = [SingleModels(precision)]
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
+    measured = {n: o for n, o in outcomes.items() if isinstance(o, MeasuredOutcome)}
     for candidate in tested:
-        planned.append(SubsetAdditions(precision, candidate, outcomes[candidate.name]))
+        planned.append(SubsetAdditions(precision, candidate, measured[candidate.name]))
     for candidate in tested:
         if candidate.online and candidate.is_basis:
-            planned += _arrivals(candidate, outcomes, precision)
+            planned += _arrivals(candidate, measured, precision)
     for candidate in subjects(candidates, choice):
         planned += _operations(experiment, candidate, precision)
     basis, learning = chosen_basis(candidates, choice), experiment.evaluate.unseen
@@ -69,13 +70,13 @@ def evaluations(
 
 
 def _arrivals(
-    candidate: Candidate, outcomes: Mapping[str, Outcome], precision: str
+    candidate: Candidate, measured: Mapping[str, MeasuredOutcome], precision: str
 ) -> list[Evaluation]:
     """The arrivals of an online basis, unless a source that it is compared with is invalid."""
-    online = outcomes[candidate.name]
-    offline = outcomes[candidate.offline.name]
-    full = outcomes[FULL.name]
-    if offline.invalid is not None or full.invalid is not None:
+    online = measured[candidate.name]
+    offline = measured.get(candidate.offline.name)
+    full = measured.get(FULL.name)
+    if offline is None or full is None:
         return []
     return [OnlineArrivals(precision, candidate, online, offline, full)]
 

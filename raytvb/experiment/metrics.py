@@ -45,9 +45,9 @@ class VectorMetrics(Contract):
     final_loss: float
     seconds: float
     images: int
-    skipped: int = 0
+    skipped: int
     """Training images that could not be read."""
-    classes_without_images: int = 0
+    classes_without_images: int
     norm: float
     """Euclidean norm of the task vector."""
 
@@ -75,11 +75,11 @@ class TwinMetrics(Contract):
 class OnlineMetrics(Contract):
     """State of an online basis while it takes in the tasks."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
     """The tasks taken in so far, in the order in which they were taken in."""
-    folder: str | None = None
+    folder: str | None
     """Folder of the M basis vectors; null before the first task."""
-    written: dict[str, FileInfo] = Field(default_factory=dict)
+    written: dict[str, FileInfo]
     """The files in that folder."""
 
     def to_json(self) -> JsonObject:
@@ -101,10 +101,10 @@ class BasisMetrics(Contract):
     """Share of the squared norm of all task vectors that the reconstructions lose."""
     floor: float
     """The least relative error that any M vectors can have."""
-    condition: float | None = None
+    condition: float | None
     """Condition number of the normalised basis; null if it is infinite or not computed."""
     error_bounds: dict[str, float] | None = None
-    """For an online basis: an upper bound of each task's relative error (a norm, not squared)."""
+    """Of an online basis only: upper bounds of the tasks' relative errors (a norm, not squared)."""
 
     def to_json(self) -> JsonObject:
         """The fields for a record. Only an online basis has bounds, and JSON has no infinity."""
@@ -119,7 +119,7 @@ class BasisMetrics(Contract):
 class PrecisionMetrics(Contract):
     """The number format of evaluations, and how well bf16 agreed with fp32 if that was measured."""
 
-    use: str = Field("fp32", pattern="^(fp32|bf16)$")
+    use: str = Field(pattern="^(fp32|bf16)$")
     device: str = "cpu"
     agreement: float | None = None
     """Share of equal answers, for the worse of two models; null if bf16 was not tried."""

@@ -33,7 +33,7 @@ class CheckpointFolder:
         Raises UserError for a checkpoint of a fine-tune with other settings.
         """
         record = records.find(self._store, self._prefix, self._task_store.identity)
-        if record is None:
+        if record is None or len(record.files) != 1:
             return None
         ((name, file),) = record.files.items()
         try:

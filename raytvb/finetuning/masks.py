@@ -161,7 +161,8 @@ def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
     The caller adds up all tasks in a tree that depends only on the order of the tasks.
     """
-    return left + right
+    total: np.ndarray = left + right
+    return total
 
 
 def select_round(

@@ -18,6 +18,7 @@ divided by its trace first, so a fit does not depend on the scale of the vectors
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Sequence
@@ -28,9 +29,13 @@ from torch import Tensor
 
 from raytvb.maths.basis_registry import BASIS_METHODS, BasisMethod
 from raytvb.maths.gram_factor import GramFactor, condition, factor, least_squares
+from raytvb.maths.method_registry import described_type
 
 EXACT = 1e-12
 """A basis with a loss below this is exact: the loss is only rounding."""
+
+ROUNDING = 1e-9
+"""How far entries and sums of a convex basis may be off."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class BasisFit:
     @property
     def convex(self) -> bool:
         """True if every basis vector is a convex combination of task vectors (to 1e-9)."""
-        return bool((self.B >= -1e-9).all()) and bool(((self.B.sum(0) - 1).abs() <= 1e-9).all())
+        return bool((self.B >= -ROUNDING).all()) and bool(
+            ((self.B.sum(0) - 1).abs() <= ROUNDING).all()
+        )
 
 
 def fit_basis(
@@ -97,7 +104,8 @@ def fit_bases(
             None stands for a generator seeded with 0.
 
     Raises ValueError for an unknown method, a size below 1, and a Gram that is not square, finite,
-    symmetric, positive semi-definite and non-zero.
+    symmetric, positive semi-definite and non-zero. Raises MethodError, a ValueError, if the method
+    raises an error or returns what it must not return.
     """
     entry = BASIS_METHODS.lookup(method)
     sizes = list(sizes)
@@ -160,22 +168,79 @@ def _exact(
 def _run(
     vectors: GramFactor, size: int, method: BasisMethod, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """B (T, M) and W (M, T) from the method. Raises ValueError if the method returns tables of
-    another shape or dtype.
+    """B (T, M) and W (M, T) from the method.
+
+    Raises MethodError if the method raises anything, returns anything but such tables of finite
+    float64, returns a B that is not convex although it is registered as convex, or changes the
+    vectors it was given.
     """
-    B_TM, W_MT = method.fit(vectors, size, generator)
-    tasks, double = len(vectors.G_TT), torch.float64
-    if B_TM.shape != (tasks, size) or W_MT.shape != (size, tasks):
-        raise ValueError(
-            f"basis method {method.name!r} ({method.place}) gave B {tuple(B_TM.shape)} and W "
-            f"{tuple(W_MT.shape)} for {tasks} vectors and {size} basis vectors"
+    before = _copies(vectors)
+    result = method.run(method.fit, vectors, size, generator)
+    changed = [name for name, was in before.items() if not _equal(was, getattr(vectors, name))]
+    if changed:
+        raise method.fault(
+            f"changed {', '.join(changed)} of the vectors it was given",
+            "work on a copy (tensor.clone())",
         )
-    if B_TM.dtype != double or W_MT.dtype != double:
-        raise ValueError(
-            f"basis method {method.name!r} ({method.place}) gave B {B_TM.dtype} and W "
-            f"{W_MT.dtype}: both must be float64"
-        )
+    tasks = len(vectors.G_TT)
+    pair = f"it must return a pair of tensors, B ({tasks}, {size}) and W ({size}, {tasks})"
+    if not isinstance(result, tuple | list):
+        raise method.fault(f"returned {described_type(result)}", pair)
+    if len(result) != 2:
+        raise method.fault(f"returned {len(result)} values", pair)
+    B_TM = _checked_table(method, "B", result[0], (tasks, size))
+    W_MT = _checked_table(method, "W", result[1], (size, tasks))
+    if method.convex:
+        _check_convex(method, B_TM)
     return B_TM, W_MT
+
+
+def _copies(vectors: GramFactor) -> dict[str, object]:
+    """Copies of all that the vectors hold so far, by name."""
+    kinds = (Tensor, tuple, list, int)
+    return {n: copy.deepcopy(v) for n, v in vars(vectors).items() if isinstance(v, kinds)}
+
+
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return type(left) is type(right) and left == right
+
+
+def _checked_table(method: BasisMethod, name: str, table: object, shape: tuple[int, int]) -> Tensor:
+    """A table that the method returned. Raises MethodError unless it is as it must be."""
+    expected = f"{name} must be a float64 tensor {shape} on the CPU with finite values"
+    if not isinstance(table, Tensor):
+        raise method.fault(f"returned {described_type(table)} as {name}", expected)
+    if table.shape != shape:
+        raise method.fault(f"returned {name} of shape {tuple(table.shape)}", expected)
+    if table.dtype != torch.float64 or table.device.type != "cpu" or table.is_sparse:
+        layout = "sparse " if table.is_sparse else ""
+        raise method.fault(
+            f"returned {name} as {layout}{table.dtype} on {table.device}", f"{expected}, not sparse"
+        )
+    if not table.isfinite().all():
+        count = int((~table.isfinite()).sum())
+        raise method.fault(
+            f"returned {name} with {count} entries of {table.numel()} that are NaN or infinite",
+            expected,
+        )
+    return table.detach()
+
+
+def _check_convex(method: BasisMethod, B_TM: Tensor) -> None:
+    """Raise MethodError that names a column of B which is no convex combination."""
+    wrong_M = ((B_TM < -ROUNDING).any(0) | ((B_TM.sum(0) - 1).abs() > ROUNDING)).tolist()
+    if True in wrong_M:
+        column = wrong_M.index(True)
+        least, total = float(B_TM[:, column].min()), float(B_TM[:, column].sum())
+        raise method.fault(
+            f"is registered as convex, but column {column} of its B (counted from 0) has the least "
+            f"entry {least:.10g} and the sum {total:.10g}",
+            "every entry must be >= 0 and every sum 1; or register it without convex=True",
+        )
 
 
 def best_weights(gram: Tensor, B: Tensor) -> Tensor:

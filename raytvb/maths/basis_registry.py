@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from raytvb.maths.method_registry import Method, Registry, place_of
+from raytvb.maths.method_registry import Method, Registry, origin_of, place_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 class BasisMethod(Method):
     """A registered basis method."""
 
+    kind: ClassVar[str] = "basis method"
     fit: Fit
     """(vectors, size, generator) → B (T, M), W (M, T), as at the top of the module."""
     cost: str
@@ -58,7 +59,7 @@ class BasisMethod(Method):
     """
 
 
-BASIS_METHODS: Registry[BasisMethod] = Registry("basis method", "raytvb.maths.basis_methods")
+BASIS_METHODS: Registry[BasisMethod] = Registry(BasisMethod.kind, "raytvb.maths.basis_methods")
 
 
 def basis_method(
@@ -82,6 +83,7 @@ def basis_method(
                 name=name,
                 summary=summary,
                 place=place_of(function),
+                origin=origin_of(function),
                 fit=function,
                 cost=cost,
                 convex=convex,

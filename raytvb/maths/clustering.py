@@ -33,7 +33,8 @@ def kmeans_labels(
         # KMeans warns if there are fewer distinct points than clusters. `cluster_means` fills the
         # empty clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit_predict(points, sample_weight=weights)
+        labels: NDArray[np.int32] = model.fit_predict(points, sample_weight=weights)
+    return labels
 
 
 def cluster_means(

@@ -78,7 +78,8 @@ def fisher_scores(
 
     def model(batch: Tensor) -> Tensor:
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return classifier(batch)
+            logits: Tensor = classifier(batch)
+        return logits
 
     def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
         return _labels_and_weights(logits.detach(), draws, seeded)

@@ -183,7 +183,7 @@ class Recorder(TorchFunctionMode):
             lambda g_N: self._add(name, g_N.reshape(self._count, *self._parameters[name].shape))
         )
 
-    def _broadcast(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
+    def _broadcast(self, func: Callable[..., Tensor], args: tuple[Any, ...], name: str) -> Tensor:
         """x + p or x * p, with p broadcast over the samples."""
         own = 0 if self._name(args[0]) else 1
         other, parameter = args[1 - own], args[own]
@@ -196,7 +196,9 @@ class Recorder(TorchFunctionMode):
         self._expand(name, copies)
         return func(copies, other) if own == 0 else func(other, copies)
 
-    def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _layer(
+        self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """x W' + b, or a convolution with W and b."""
         arguments = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
         source, out = arguments["input"], func(*args, **kwargs)
@@ -250,7 +252,7 @@ class Recorder(TorchFunctionMode):
         if not source.requires_grad:
             self.ends.append(out)
 
-    def _product(self, func: Any, args: tuple[Any, ...], name: str) -> Tensor:
+    def _product(self, func: Callable[..., Tensor], args: tuple[Any, ...], name: str) -> Tensor:
         """x @ p with a matrix p (I, O)."""
         source, out = args[0], func(*args)
         if (

@@ -89,7 +89,8 @@ def _projections(arguments: dict[str, Any], one_input: bool) -> Sequence[Tensor]
 
 def _split_heads(projected: Tensor, heads: int) -> Tensor:
     """(N, L, heads * E) to (N, heads, L, E)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split
 
 
 REWRITES: dict[Any, Callable[..., Any]] = {

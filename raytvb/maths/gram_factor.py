@@ -69,7 +69,8 @@ class GramFactor:
 
     def inside(self, columns_TK: Tensor) -> Tensor:
         """Orthonormal basis (T, K′) of all b with V b in the span of V times these columns."""
-        return torch.linalg.qr(torch.cat([columns_TK, self.null_TK], 1))[0]
+        basis: Tensor = torch.linalg.qr(torch.cat([columns_TK, self.null_TK], 1))[0]
+        return basis
 
     @cached_property
     def pivots(self) -> list[int]:

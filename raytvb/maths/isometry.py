@@ -12,7 +12,8 @@ def nearest_isometry(factors: Tensor) -> Tensor:
     Directions whose singular value is zero, up to rounding, are left out.
     """
     P, lengths, Q = torch.linalg.svd(factors, full_matrices=False)
-    return (P * (lengths > rounding_level(factors) * lengths.max())) @ Q
+    nearest: Tensor = (P * (lengths > rounding_level(factors) * lengths.max())) @ Q
+    return nearest
 
 
 def rounding_level(matrix: Tensor) -> float:

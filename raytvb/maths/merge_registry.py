@@ -7,9 +7,10 @@ A method is one function in one file of `merge_methods`:
         return merged
 
 It takes the T differences of one parameter to its pretrained weights, (T, *shape) float32 or bf16,
-and returns (*shape) float32. The caller chooses alpha, and the model is theta_0 + alpha * merged.
-Merging a whole model thus needs T copies of one parameter in memory. Beside its input a method
-holds a few tensors of one parameter's size, in float32 or float64.
+and returns (*shape) float32; other floats are converted to float32. The caller chooses alpha, and
+the model is theta_0 + alpha * merged. Merging a whole model thus needs T copies of one parameter in
+memory. Beside its input a method holds a few tensors of one parameter's size, in float32 or
+float64.
 
 If a method needs more than the vectors of one parameter, it takes that as a keyword argument
 without a default, and names the argument in `needs`:
@@ -31,9 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
-from raytvb.maths.method_registry import Method, Registry, place_of
+from raytvb.maths.method_registry import (
+    Method,
+    Registry,
+    described_type,
+    origin_of,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +55,7 @@ Coefficient = Literal["one", "sum"]
 class MergeMethod(Method):
     """A registered merge method; call it as its function."""
 
+    kind: ClassVar[str] = "merge method"
     function: Callable[..., Tensor]
     """(T, *shape) and the keywords of `needs` → (*shape) float32."""
     coefficient: Coefficient
@@ -63,17 +71,35 @@ class MergeMethod(Method):
     """
 
     def __call__(self, vectors: Tensor, **options: Any) -> Tensor:
-        """The merged parameter (*shape). Raises ValueError for a result of another shape."""
-        merged = self.function(vectors, **options)
-        if merged.shape != vectors.shape[1:]:
-            raise ValueError(
-                f"merge method {self.name!r} ({self.place}) returned shape {tuple(merged.shape)} "
-                f"for vectors {tuple(vectors.shape)}"
+        """The merged parameter (*shape) float32.
+
+        Raises MethodError if the function raises anything, and if it returns anything but floats of
+        that shape, or values that are not finite for vectors that are.
+        """
+        import torch
+
+        result = self.run(self.function, vectors, **options)
+        expected = f"it must return a tensor of floats {tuple(vectors.shape[1:])}"
+        if not isinstance(result, torch.Tensor):
+            raise self.fault(f"returned {described_type(result)}", expected)
+        if result.shape != vectors.shape[1:]:
+            raise self.fault(
+                f"returned shape {tuple(result.shape)} for vectors {tuple(vectors.shape)}", expected
+            )
+        if not result.is_floating_point():
+            raise self.fault(f"returned {result.dtype}", expected)
+        merged = result.detach().to(vectors.device, torch.float32)
+        # From vectors that are not finite themselves, nothing else can be expected.
+        if not merged.isfinite().all() and vectors.isfinite().all():
+            count = int((~merged.isfinite()).sum())
+            raise self.fault(
+                f"returned {count} values of {merged.numel()} that are NaN or infinite",
+                "correct the method (a division by zero?), or leave it out",
             )
         return merged
 
 
-MERGE_METHODS: Registry[MergeMethod] = Registry("merge method", "raytvb.maths.merge_methods")
+MERGE_METHODS: Registry[MergeMethod] = Registry(MergeMethod.kind, "raytvb.maths.merge_methods")
 
 
 def merge_method(
@@ -102,6 +128,7 @@ def merge_method(
                 name=name,
                 summary=summary,
                 place=place_of(function),
+                origin=origin_of(function),
                 function=function,
                 coefficient=coefficient,
                 needs=needs,

@@ -12,13 +12,16 @@ methods import those when they run.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+from raytvb.errors import described, raised_at
 from raytvb.plugins import import_plugins
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -26,15 +29,66 @@ NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 """
 
 
+class MethodError(ValueError):
+    """A method raised an error, or returned what it must not return.
+
+    The text names the method and its place, what it did, and what to do. The same call would fail
+    again, so nothing repeats it.
+    """
+
+
 @dataclass(frozen=True)
 class Method:
     """The fields that every registered method has."""
 
+    kind: ClassVar[str]
+    """What messages call such a method."""
     name: str
     summary: str
     """What the method does, in one line."""
     place: str
     """File and line of the method's function."""
+    origin: str
+    """Module and qualified name of the method's function."""
+
+    def fault(self, what: str, remedy: str) -> MethodError:
+        """The error that says what the method did, and what to do about it."""
+        return MethodError(f"{self.kind} {self.name!r} ({self.place}) {what}; {remedy}")
+
+    def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What the method's function returns. Raises MethodError if the function raises anything.
+
+        function: the method's own, or another one of its functions.
+        """
+        try:
+            return function(*args, **options)
+        except (Exception, SystemExit) as error:  # the function is the user's: it may raise any
+            refused = _refused_arguments(function, args, options)
+            if isinstance(error, TypeError) and refused:
+                keywords = f" and the keyword arguments {', '.join(options)}" if options else ""
+                raise self.fault(
+                    f"cannot be called: {refused}",
+                    f"its function must take {len(args)} positional arguments{keywords}",
+                ) from error
+            where = raised_at(error, place_of(function).rpartition(":")[0])
+            raise self.fault(
+                f"raised {described(error)} [{where}]", "correct the method, or leave it out"
+            ) from error
+
+
+def _refused_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
+) -> str:
+    """Why a function cannot be called with these arguments; '' if it can, or if nobody knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""  # a function that is not written in Python
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 Entry = TypeVar("Entry", bound=Method)
@@ -50,22 +104,26 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """kind: what messages call such a method. package: that of the built-in methods."""
         self._kind, self._package = kind, package
         self._entries: dict[str, Entry] = {}
+        self._has_built_in = False
         self._complete = False
 
     def add(self, entry: Entry) -> None:
         """Register a method.
 
-        A definition that runs again (a reloaded module, a cell of a notebook) replaces itself.
-        Raises ValueError if another definition has the name, and if the name is not lower-case
-        words with hyphens between them.
+        A definition that runs again (a reloaded module, a cell of a notebook, edited or not)
+        replaces itself. Raises ValueError if another definition has the name, and if the name is
+        not lower-case words with hyphens between them.
         """
+        if not entry.origin.startswith(f"{self._package}."):
+            # The built-in methods come first, so that their names are always taken.
+            self._load_built_in()
         if not NAME.fullmatch(entry.name):
             raise ValueError(
                 f"{self._kind} {entry.name!r} ({entry.place}): a name is lower-case letters and "
                 f"digits, with single hyphens between words"
             )
         other = self._entries.get(entry.name)
-        if other is not None and other.place != entry.place:
+        if other is not None and not _is_same_definition(entry, other):
             raise ValueError(
                 f"two definitions of the {self._kind} {entry.name!r}: {other.place} and "
                 f"{entry.place}"
@@ -79,10 +137,15 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             raise ValueError(f"unknown {self._kind} {name!r}; there are: {', '.join(self)}")
         return entry
 
-    def _loaded(self) -> dict[str, Entry]:
-        if not self._complete:
+    def _load_built_in(self) -> None:
+        if not self._has_built_in:
             for module in pkgutil.iter_modules(import_module(self._package).__path__):
                 import_module(f"{self._package}.{module.name}")
+            self._has_built_in = True
+
+    def _loaded(self) -> dict[str, Entry]:
+        if not self._complete:
+            self._load_built_in()
             import_plugins()
             self._complete = True
         return self._entries
@@ -97,7 +160,46 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(self._loaded())
 
 
+def _is_same_definition(entry: Method, other: Method) -> bool:
+    """Whether two registrations come from one definition that ran twice."""
+    # An edited cell of a notebook has another place each time. Its module is always __main__.
+    is_cell = entry.origin.startswith("__main__.") and entry.origin == other.origin
+    return entry.place == other.place or is_cell
+
+
+def described_type(value: object) -> str:
+    """What a value is, as messages call it: `None`, `a numpy array`, `a value of type str`."""
+    if value is None:
+        return "None"
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+        return "a numpy array, not a tensor (torch.from_numpy converts it)"
+    return f"a value of type {type(value).__name__}"
+
+
 def place_of(function: Callable[..., Any]) -> str:
-    """File and line of a function's definition, as in `basis.py:12`."""
-    code = function.__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
+    """File and line of a function's definition, as in `basis.py:12`.
+
+    A partial, a decorated function or a callable object has the place of the function behind it.
+    For a function that is not written in Python: its module and name.
+    """
+    inner = _behind(function)
+    for owner in (inner, type(inner).__call__):
+        code = getattr(owner, "__code__", None)
+        if code is not None:
+            return f"{code.co_filename}:{code.co_firstlineno}"
+    return origin_of(function)
+
+
+def origin_of(function: Callable[..., Any]) -> str:
+    """Module and qualified name of a function, or of the class of a callable object."""
+    inner = _behind(function)
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _behind(function: Callable[..., Any]) -> Any:
+    """The function inside partials and decorators such as `torch.no_grad()`."""
+    inner: Any = function
+    while isinstance(inner, partial) or hasattr(inner, "__wrapped__"):
+        inner = inner.func if isinstance(inner, partial) else inner.__wrapped__
+    return inner

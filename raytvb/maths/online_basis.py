@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raytvb.maths.basis_fit import best_weights
 from raytvb.maths.basis_registry import BASIS_METHODS, BasisMethod, online_methods
+from raytvb.maths.method_registry import described_type
 from raytvb.maths.online_refit import Atoms
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def advance(state: OnlineState, gram: Tensor) -> tuple[Tensor, OnlineState]:
     with less precision than float64.
 
     Raises ValueError for a matrix of another shape, and for a matrix that is not a Gram matrix.
+    Raises MethodError, a ValueError, if the method's refit raises an error or returns what it must
+    not return.
     """
     old = len(state.W)
     method, refit = _online_form(state.method)
@@ -111,16 +114,42 @@ def advance(state: OnlineState, gram: Tensor) -> tuple[Tensor, OnlineState]:
             B_KM[:, 0] = atoms.centre
         C_MK = torch.linalg.inv(B_KM)
     else:
-        B_KM = refit(atoms, state.size)
+        B_KM = method.run(refit, atoms, state.size)
+        _check_mix(method, B_KM, len(G_KK), state.size)
         C_MK = best_weights(G_KK, B_KM) if G_KK.any() else torch.zeros_like(B_KM.T)
         moved_Kn = B_KM @ (C_MK @ atoms.P_Kn) - atoms.P_Kn
         error_n = error_n + (atoms.F_KK @ moved_Kn).norm(dim=0)
     H_nM = atoms.E_nK @ B_KM
     if method.convex:
+        _check_share(method, H_nM)
         H_nM = H_nM.clamp(min=0)  # entries like −1e-17 are rounding
     norm_n = torch.cat([state.norm, G_KK.diag()[old:].clamp(min=0).sqrt()])
     W_Mn = C_MK @ atoms.P_Kn
     return B_KM, OnlineState(state.method, state.size, W=W_Mn, H=H_nM, error=error_n, norm=norm_n)
+
+
+def _check_mix(method: BasisMethod, B_KM: object, atoms: int, size: int) -> None:
+    """Raise MethodError unless a refit returned a mix (K, at most `size`) of finite float64."""
+    expected = f"the result must be a float64 tensor ({atoms}, at most {size}), finite"
+    if not isinstance(B_KM, Tensor):
+        raise method.fault(f"(its online form) returned {described_type(B_KM)}", expected)
+    fits = B_KM.ndim == 2 and len(B_KM) == atoms and B_KM.shape[1] <= size
+    if not fits or B_KM.dtype != torch.float64:
+        raise method.fault(
+            f"(its online form) returned {B_KM.dtype} of shape {tuple(B_KM.shape)}", expected
+        )
+    if not B_KM.isfinite().all():
+        raise method.fault("(its online form) returned values that are NaN or infinite", expected)
+
+
+def _check_share(method: BasisMethod, H_nM: Tensor) -> None:
+    """Raise MethodError if a convex basis has a negative share of a task, beyond rounding."""
+    if (H_nM < -1e-6).any():
+        raise method.fault(
+            f"is registered as convex, but its online form returned a basis with the share "
+            f"{float(H_nM.min()):.3g} of a task",
+            "every share must be >= 0; or register it without convex=True",
+        )
 
 
 def _atoms(state: OnlineState, F_KK: Tensor) -> Atoms:
@@ -198,4 +227,5 @@ def _factor(G_KK: Tensor) -> Tensor:
         raise ValueError(f"gram is not positive semi-definite: eigenvalue {float(values[0]):.3g}")
     # abs: a negative eigenvalue is rounding, as large as that of a small positive one, and a bound
     # must not ignore it.
-    return values.abs().sqrt()[:, None] * U.T
+    F_KK: Tensor = values.abs().sqrt()[:, None] * U.T
+    return F_KK

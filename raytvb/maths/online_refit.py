@@ -90,7 +90,7 @@ def moved_towards(atoms: Atoms, span_KM: Tensor) -> Tensor:
     """
     image_K1 = (atoms.F_KK @ atoms.centre)[:, None]
     least_squares = torch.linalg.lstsq(atoms.F_KK @ span_KM, image_K1, driver="gelsd")
-    projected_K = span_KM @ least_squares.solution[:, 0]
+    projected_K: Tensor = span_KM @ least_squares.solution[:, 0]
     if projected_K.sum().abs() < FAINT:
         return atoms.centre
     step_K = projected_K / projected_K.sum() - atoms.centre
@@ -134,4 +134,5 @@ def _top(X_Kn: Tensor, size: int, faint: float) -> Tensor:
     X times these vectors gives the left singular vectors times their singular values.
     """
     _, values, Vh = torch.linalg.svd(X_Kn, full_matrices=False)
-    return Vh[: min(size, int((values > faint).sum()))].T
+    top: Tensor = Vh[: min(size, int((values > faint).sum()))].T
+    return top

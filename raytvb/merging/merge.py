@@ -143,7 +143,7 @@ def merge(
     mixed = mixture(store, source, addends)
     alpha = mixed.setting.coefficient if coefficient is None else coefficient
     base = _base(store)
-    state = load_base(store.url, base.parents["fingerprint"]).model.state_dict()
+    state = load_base(store.url, base.parent("fingerprint", store.where(BASE))).model.state_dict()
     write_folder(store, base, _apply(state, mixed, addends, alpha), out)
     return Merged(mixed.source, alpha, mixed.setting.own_lengths, choice is not None)
 
@@ -159,7 +159,7 @@ def _base(store: Store) -> Record:
 def _choice(store: Store) -> Choice | None:
     """The choice of the search; None if no search has ended."""
     record = records.find(store, SEARCH)
-    return None if record is None else record.metrics_as(Choice, SEARCH)
+    return None if record is None else record.metrics_as(Choice, store.where(SEARCH))
 
 
 def _with_lengths(tasks: Tasks, coefficient: float | None) -> Tasks:

@@ -16,7 +16,7 @@ from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.maths.mixes import decoded, length_ratios, summed, vector_of
 from raytvb.merging.addends import Addends, BasisSum, BasisVectors, Tasks
 from raytvb.search.candidates import ADDITION, FULL
-from raytvb.search.results import Outcome, Setting
+from raytvb.search.results import MeasuredOutcome, Outcome, Setting, parse_outcome
 from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
@@ -93,7 +93,7 @@ def _of_basis(store: Store, name: str, addends: Addends) -> Mixture:
             f"{store.url} has no basis {name!r}; it has {', '.join(names) or 'none'}, and `full`"
         )
     check_files(store, basis_prefix(name))
-    metrics = record.metrics_as(BasisMetrics, basis_prefix(name))
+    metrics = record.metrics_as(BasisMetrics, store.where(basis_prefix(name)))
     match addends:
         case Tasks():
             return _decoded(store, name, metrics, addends)
@@ -148,12 +148,15 @@ def searched_setting(store: Store, candidate: str, count: int) -> Setting:
     """The setting that validation chose for additions of `count` tasks.
 
     If the search has no such number of tasks, the setting for the nearest number. Without a search,
-    the coefficient 1 / count.
+    and for a candidate that could not be measured, the coefficient 1 / count.
     """
     outcome = _outcome(store, candidate)
-    if outcome is None or not outcome.coefficient:
-        return Setting(1.0 / count)
-    return outcome.setting(min(outcome.coefficient, key=lambda size: (abs(size - count), size)))
+    match outcome:
+        case MeasuredOutcome():
+            nearest = min(outcome.coefficient, key=lambda size: (abs(size - count), size))
+            return outcome.setting(nearest)
+        case _:
+            return Setting(1.0 / count)
 
 
 def _coefficient(store: Store, source: str, tasks: Tasks) -> float:
@@ -175,4 +178,4 @@ def _outcome(store: Store, candidate: str) -> Outcome | None:
     """The outcome of a candidate in the search; None if it has not been searched."""
     prefix = search_prefix(candidate)
     record = records.find(store, prefix)
-    return None if record is None else record.metrics_as(Outcome, prefix)
+    return None if record is None else parse_outcome(record.metrics, records.where(store, prefix))

@@ -97,7 +97,7 @@ def _finetune_missing(
         pending[call] = task.name
 
     def tell_committed(name: str, record: Record) -> None:
-        metrics = record.metrics_as(VectorMetrics, vector_prefix(name))
+        metrics = record.metrics_as(VectorMetrics, context.store.where(vector_prefix(name)))
         notes = [f"{name}: loss {metrics.final_loss:.3f}", *_warnings(metrics, context.experiment)]
         if context.stream is not None:
             context.stream.offer(name)

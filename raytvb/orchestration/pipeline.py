@@ -29,7 +29,7 @@ from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.search_stage import search
 from raytvb.orchestration.verify_store import verify_on_ray
 from raytvb.report.page import write_report
-from raytvb.storage.contract import parse_json
+from raytvb.report.timings import read_timings
 from raytvb.storage.store import Store
 
 STAGES = ("finetune", "basis", "search", "evaluate", "report")
@@ -80,8 +80,7 @@ class Pipeline:
         """Run a stage, and add its seconds to those in the store unless it had nothing to do."""
         started = time.perf_counter()
         if work():
-            data = self.store.find(TIMINGS)
-            timings = {} if data is None else parse_json(data, self.store.where(TIMINGS))
+            timings = read_timings(self.store)
             timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
             self.store.write_json(TIMINGS, timings)
 

@@ -47,14 +47,14 @@ class RunContext:
         record = records.find(self.store, BASE, base_identity(self.experiment))
         if record is None:
             record = self._store_base()
-        return record.parents["fingerprint"]
+        return record.parent("fingerprint", self.store.where(BASE))
 
     def _store_base(self) -> Record:
         with self.reporter.stage("prepare", 1) as stage:
             task = ray_task(store_base, self.experiment, gpu=False)
             call = task.remote(self.experiment, self.splits)
             record: Record = result_of(call, "prepare", self.experiment.model.name)
-            metrics = record.metrics_as(BaseMetrics, BASE)
+            metrics = record.metrics_as(BaseMetrics, self.store.where(BASE))
             stage.advance(f"{metrics.parameters:,} parameters")
         return record
 
@@ -106,7 +106,7 @@ class RunContext:
         record = records.find(self.store, PRECISION)
         if record is None or record.identity != {"precision": setting}:
             record = self._compare_precisions(setting)
-        return record.metrics_as(PrecisionMetrics, PRECISION).use
+        return record.metrics_as(PrecisionMetrics, self.store.where(PRECISION)).use
 
     def _compare_precisions(self, setting: str) -> Record:
         task = ray_task(compare_precisions_on_refs, self.experiment)
@@ -115,7 +115,7 @@ class RunContext:
         record = records.commit(
             self.store, PRECISION, identity={"precision": setting}, metrics=metrics
         )
-        measured = record.metrics_as(PrecisionMetrics, PRECISION)
+        measured = record.metrics_as(PrecisionMetrics, self.store.where(PRECISION))
         if measured.agreement is not None:
             self.reporter.say(
                 f"note: evaluations run in {measured.use}: bf16 keeps "

@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, described, raised_at
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
 from raytvb.maths.halving import LEAST
@@ -49,6 +49,27 @@ Report = dict[str, float | int | str]
 
 MAX_FAILURES = 3
 """How often Tune repeats, at most, a trial whose worker died."""
+
+FINAL_ERRORS = (
+    UserError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""Errors that would come again if a trial ran again: nothing in a trial is left to chance, so a
+wrong file or a mistake in the code stays one. Tune repeats a trial for all other errors. Those may
+pass: storage and networks fail with OSError or an error of their library, and Ray has its own.
+"""
+
+MAY_PASS = ("cuda", "cudnn", "cublas", "nccl", "memory")
+"""A RuntimeError with one of these words is about the machine, not about the code. On another GPU,
+or once other processes have freed memory, the trial may succeed.
+"""
 
 # The trial, in a worker ---------------------------------------------------------------------------
 
@@ -102,16 +123,30 @@ def _trial(
         if len(rounds.results) < number:
             try:
                 result = rounds.measure_next()
-            except (UserError, ValueError) as error:
-                # The same error would come again. Tune repeats every trial that raises, so that a
-                # worker may die; this trial therefore reports its error and returns.
-                tune.report(_failure_report(experiment, number, str(error)))
+            except FINAL_ERRORS as error:
+                if _may_pass(error):
+                    raise
+                # Tune repeats every trial that raises, so that a worker may die. This trial
+                # therefore reports its error and returns.
+                tune.report(_failure_report(experiment, number, _reason(error)))
                 return
             rounds.commit(result)
         result = rounds.results[number - 1]
         tune.report(_report(experiment, candidate, number, result))
         if isinstance(result, Invalid):
             return
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error of a final type may still go away if the trial runs again."""
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in MAY_PASS)
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line; one that is no message for users with its type and its place."""
+    if isinstance(error, UserError | ValueError):
+        return str(error)
+    return f"{described(error)} [{raised_at(error)}]"
 
 
 def _report(
@@ -153,7 +188,7 @@ class _ByGroup(FIFOScheduler):
 
     def __init__(self, experiment: Experiment, groups: Sequence[str | None]) -> None:
         """groups: the group of each candidate, by the candidate's index."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's schedulers have no types
         self._groups = list(groups)
         self._ashas: dict[str, TrialScheduler] = {}
         for group in groups:

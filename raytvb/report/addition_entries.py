@@ -14,7 +14,7 @@ from raytvb.report.accuracies import by_subset_size, measured, spread, weighted
 from raytvb.report.finished_search import FinishedSearch
 from raytvb.report.summary_contracts import Accuracies, AdditionEntry
 from raytvb.search.candidates import FULL, Candidate
-from raytvb.search.results import Outcome
+from raytvb.search.results import MeasuredOutcome
 from raytvb.storage.store import Store
 
 
@@ -62,7 +62,7 @@ class Entries:
             weighted=None if tuned is None else weighted(rows, tuned, self.fine_tuned),
         )
 
-    def _all_added(self, rows: Sequence[Row], outcome: Outcome) -> Accuracies:
+    def _all_added(self, rows: Sequence[Row], outcome: MeasuredOutcome) -> Accuracies:
         """Accuracies of the model to which all tasks are added with one coefficient."""
         count, plain = len(self.fine_tuned), _with_one_coefficient(rows, outcome)
         of_all_tasks = [row for row in plain if row.size == count]
@@ -82,7 +82,7 @@ class Entries:
         return float(torch.trace(rest.T @ self.gram @ rest) / torch.trace(self.gram))
 
 
-def _with_one_coefficient(rows: Sequence[Row], outcome: Outcome) -> list[Row]:
+def _with_one_coefficient(rows: Sequence[Row], outcome: MeasuredOutcome) -> list[Row]:
     """The rows without those of the addition that has a coefficient for each vector."""
     if outcome.vector is None:
         return list(rows)

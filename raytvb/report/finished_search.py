@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytvb.errors import UserError
-from raytvb.evaluation.plan import evaluations, is_tested
+from raytvb.evaluation.plan import chosen_basis, evaluations, is_tested
 from raytvb.evaluation.rows import key
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.layout import SEARCH
 from raytvb.search.candidates import Candidate, all_candidates
-from raytvb.search.results import Choice, Outcome
+from raytvb.search.results import Choice, MeasuredOutcome, Outcome
 from raytvb.search.rounds import find_choice, find_result
+from raytvb.storage import records
+from raytvb.storage.contract import unreadable
 from raytvb.storage.store import Store
 
 
@@ -21,7 +24,10 @@ class FinishedSearch:
     """A finished search that the store has all evaluations of."""
 
     choice: Choice
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, MeasuredOutcome]
+    """By the candidate's name, of those that could be measured."""
+    chosen: Candidate | None
+    """The basis that the search chose, one of the tested candidates; None if it chose none."""
     tested: Sequence[Candidate]
     """The candidates that were measured on the test split."""
     arrivals: Sequence[Candidate]
@@ -32,24 +38,30 @@ def finished_search(store: Store, experiment: Experiment, precision: str) -> Fin
     """The finished search of an experiment.
 
     precision: number format that its evaluations ran in. Raises UserError if something has not been
-    searched or evaluated.
+    searched or evaluated, and StoreError for a record that cannot be read.
     """
     candidates = all_candidates(store, experiment)
-    choice, outcomes = find_choice(store, experiment, candidates), {}
+    choice, outcomes = find_choice(store, experiment, candidates), dict[str, Outcome]()
     for candidate in candidates:
         outcome = find_result(store, experiment, candidate)
-        if choice is None or outcome is None:
+        if outcome is None:
             raise _missing(candidate.name, "searched")
         outcomes[candidate.name] = outcome
-    assert choice is not None  # there are candidates
+    if choice is None:
+        raise UserError(f"the search in {store.url} has not ended: run `raytvb run` first")
     planned = {e.name for e in evaluations(experiment, candidates, outcomes, choice, precision)}
     evaluated = set(store.keys("evals"))
     for name in sorted(planned):
         if key(name) not in evaluated:
             raise _missing(name, "evaluated")
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
+    chosen = chosen_basis(tested, choice)
+    if chosen is None and choice.name is not None:
+        problem = f"name: {choice.name} is not among the tested candidates"
+        raise unreadable(records.where(store, SEARCH), problem)
     arrivals = [c for c in tested if online_name(c.name) in planned]
-    return FinishedSearch(choice, outcomes, tested, arrivals)
+    measured = {n: o for n, o in outcomes.items() if isinstance(o, MeasuredOutcome)}
+    return FinishedSearch(choice, measured, chosen, tested, arrivals)
 
 
 def _missing(name: str, step: str) -> UserError:

@@ -15,7 +15,7 @@ from raytvb.evaluation.rows import read_rows
 from raytvb.evaluation.store_names import SINGLE_MODELS
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import BASE, OVERLAP, PRECISION, TIMINGS, basis_prefix
+from raytvb.experiment.layout import BASE, OVERLAP, PRECISION, basis_prefix
 from raytvb.experiment.metrics import BaseMetrics, BasisMetrics, OverlapMetrics, PrecisionMetrics
 from raytvb.experiment.stored import load_gram, stored_bytes
 from raytvb.report.accuracies import accuracies_of
@@ -37,11 +37,11 @@ from raytvb.report.summary_contracts import (
     StoredBytes,
     Summary,
 )
+from raytvb.report.timings import read_timings
 from raytvb.search.results import Choice
 from raytvb.storage import records
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
-from raytvb.storage.store_errors import StoreKeyError
 
 
 def summarise(store: Store, experiment: Experiment) -> Summary:
@@ -58,7 +58,8 @@ def summarise(store: Store, experiment: Experiment) -> Summary:
     bases = _basis_metrics(store, experiment)
     entries = Entries(store, search, bases, gram, fine_tuned).all()
     addition, random_subset = _by_origin(entries, search)
-    parameters = base.metrics_as(BaseMetrics, BASE).parameters
+    parameters = base.metrics_as(BaseMetrics, store.where(BASE)).parameters
+    fingerprint = base.parent("fingerprint", store.where(BASE))
     return Summary(
         tasks=experiment.task_names,
         zero_shot=accuracies_of(models, "zero-shot"),
@@ -75,9 +76,9 @@ def summarise(store: Store, experiment: Experiment) -> Summary:
         chosen=_chosen(search),
         search=search.choice,
         stored_bytes=StoredBytes(**stored_bytes(store, experiment, parameters)),
-        seconds=_seconds(store),
+        seconds=read_timings(store),
         floor={basis: metrics.floor for basis, metrics in bases.items()},
-        provenance=_provenance(experiment, search.choice, base.parents["fingerprint"], precision),
+        provenance=_provenance(experiment, search.choice, fingerprint, precision),
     )
 
 
@@ -107,7 +108,7 @@ def _basis_metrics(store: Store, experiment: Experiment) -> dict[str, BasisMetri
     for spec in basis_specs(experiment):
         prefix = basis_prefix(spec.name)
         record = records.read_record(store, f"{prefix}/{records.RECORD}")
-        metrics[spec.name] = record.metrics_as(BasisMetrics, prefix)
+        metrics[spec.name] = record.metrics_as(BasisMetrics, store.where(prefix))
     return metrics
 
 
@@ -123,16 +124,14 @@ def _online(store: Store, search: FinishedSearch) -> dict[str, Online]:
 def _mask_overlap(store: Store, experiment: Experiment) -> OverlapMetrics | None:
     """How far the tasks' masks overlap; None if the tasks share one mask."""
     record = records.find(store, OVERLAP) if experiment.own_masks else None
-    return None if record is None else record.metrics_as(OverlapMetrics, OVERLAP)
+    return None if record is None else record.metrics_as(OverlapMetrics, store.where(OVERLAP))
 
 
 def _chosen(search: FinishedSearch) -> ChosenBasis | NothingChosen:
-    choice = search.choice
-    if choice.name is None:
+    choice, basis = search.choice, search.chosen
+    if basis is None:
         return NothingChosen(reason=choice.reason or "no basis is valid")
-    (basis,) = [c for c in search.tested if c.name == choice.name]
     outcome = search.outcomes[basis.name]
-    assert outcome.objective is not None  # a chosen basis has been measured
     return ChosenBasis(
         name=basis.name,
         method=basis.method,
@@ -146,21 +145,12 @@ def _chosen(search: FinishedSearch) -> ChosenBasis | NothingChosen:
     )
 
 
-def _seconds(store: Store) -> dict[str, float]:
-    """Seconds of each stage; empty if no stage has been timed."""
-    try:
-        seconds: dict[str, float] = store.read_json(TIMINGS)
-    except StoreKeyError:
-        return {}
-    return seconds
-
-
 def _precision(store: Store) -> PrecisionMetrics:
     """The number format that evaluations ran in: fp32, unless the store has a record of it."""
     record = records.find(store, PRECISION)
     if record is None:
         return PrecisionMetrics(use="fp32")
-    return record.metrics_as(PrecisionMetrics, PRECISION)
+    return record.metrics_as(PrecisionMetrics, store.where(PRECISION))
 
 
 def _provenance(

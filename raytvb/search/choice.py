@@ -17,7 +17,15 @@ from raytvb.maths.halving import Option, choose, halve, pareto_front
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate
 from raytvb.search.identities import choice_identity, search_identity
 from raytvb.search.result_tables import results_table, tried_table
-from raytvb.search.results import Choice, Invalid, Measured, Outcome, RoundResult
+from raytvb.search.results import (
+    Choice,
+    Invalid,
+    InvalidOutcome,
+    Measured,
+    MeasuredOutcome,
+    Outcome,
+    RoundResult,
+)
 from raytvb.search.rounds import find_choice, find_result, known_rounds
 from raytvb.storage import records
 from raytvb.storage.parquet import parquet_bytes
@@ -101,44 +109,46 @@ def decide(
     outcomes: dict[str, Outcome] = {}
     for candidate in candidates:
         results = state.counted(candidate.name)
-        outcomes[candidate.name] = _outcome(results, len(experiment.search.shares))
+        size = stored_bytes[candidate.name]
+        outcomes[candidate.name] = _outcome(results, len(experiment.search.shares), size)
     choice = _choice(experiment, candidates, state, outcomes, stored_bytes)
     for name, outcome in outcomes.items():
-        conclusions = {
-            "chosen": name == choice.name,
-            "front": name in choice.front,
-            "stored_bytes": stored_bytes[name],
-        }
-        outcomes[name] = outcome.model_copy(update=conclusions)
+        if isinstance(outcome, MeasuredOutcome):
+            conclusions = {"chosen": name == choice.name, "front": name in choice.front}
+            outcomes[name] = outcome.model_copy(update=conclusions)
     return Decision(choice, outcomes)
 
 
-def _outcome(results: Sequence[RoundResult], rounds: int) -> Outcome:
+def _outcome(results: Sequence[RoundResult], rounds: int, stored_bytes: int) -> Outcome:
     """A candidate after its last round, before the choice. rounds: how many a full search has."""
     measured = [result for result in results if isinstance(result, Measured)]
-    objectives = [result.objective if isinstance(result, Measured) else None for result in results]
+    objectives = tuple(result.objective for result in measured)
     evaluations = sum(result.evaluations for result in measured)
     images = sum(result.images for result in measured)
     match results[-1]:
-        case Invalid() as last:
-            return Outcome(
+        case Invalid() as last:  # halving grants no round after an invalid one
+            return InvalidOutcome(
                 invalid=last.invalid,
-                objectives=tuple(objectives),
+                objectives=(*objectives, None),
                 evaluations=evaluations,
                 images=images,
+                stored_bytes=stored_bytes,
             )
         case Measured() as last:
-            return Outcome(
-                stopped=len(results) < rounds,
+            return MeasuredOutcome(
                 objective=last.objective,
-                objectives=tuple(objectives),
                 share=last.share,
                 coefficient=last.coefficient,
                 own_lengths=last.own_lengths,
                 accuracy=last.accuracy,
+                objectives=objectives,
+                stopped=len(results) < rounds,
                 vector=last.vector,
                 evaluations=evaluations,
                 images=images,
+                chosen=False,
+                front=False,
+                stored_bytes=stored_bytes,
             )
 
 
@@ -150,7 +160,8 @@ def _choice(
     stored_bytes: Mapping[str, int],
 ) -> Choice:
     """The choice among the candidates that went through all rounds."""
-    finished = [candidate for candidate in candidates if not outcomes[candidate.name].stopped]
+    stopped = {name for name, outcome in outcomes.items() if _is_stopped(outcome)}
+    finished = [candidate for candidate in candidates if candidate.name not in stopped]
     options = _options(finished, state, stored_bytes)
     bases = [c for c in candidates if c.is_basis and c.name in options]
     # A basis with as many vectors as there are tasks compresses nothing. It is chosen only if there
@@ -167,8 +178,12 @@ def _choice(
         tolerance=experiment.search.tolerance,
         zero_shot=zero_shot,
         front=tuple(pareto_front(list(options.values()))),
-        stopped=tuple(sorted(name for name, outcome in outcomes.items() if outcome.stopped)),
-        invalid={name: outcome.invalid for name, outcome in outcomes.items() if outcome.invalid},
+        stopped=tuple(sorted(stopped)),
+        invalid={
+            name: outcome.invalid
+            for name, outcome in outcomes.items()
+            if isinstance(outcome, InvalidOutcome)
+        },
         candidates=len(candidates),
         evaluations=sum(outcome.evaluations for outcome in outcomes.values()),
         images=sum(outcome.images for outcome in outcomes.values()),
@@ -176,6 +191,10 @@ def _choice(
         test="read once for each candidate that went through all rounds, or has M = T/2, "
         "after this choice",
     )
+
+
+def _is_stopped(outcome: Outcome) -> bool:
+    return isinstance(outcome, MeasuredOutcome) and outcome.stopped
 
 
 def _options(

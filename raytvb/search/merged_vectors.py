@@ -26,13 +26,15 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
     A method that works entry by entry sees only the kept entries of sparse vectors, and the result
     has the coordinates of the vectors, (count,). A method that works on matrices sees and fills
     whole parameters, and the result has all of them, (D,), in the order of their sorted names.
-    Raises ValueError for a method that needs what a store does not have.
+    Raises ValueError for a method that needs what a store does not have, and MethodError if the
+    method fails.
     Memory: the result, and one parameter of the n task vectors and of the F stored vectors. Vectors
     of a `VectorSet` that have no weight are not read.
     """
     mixed = _MixedVectors(*_used(vectors, tasks))
     merge = MERGE_METHODS.lookup(method)
     options = _options(merge, mixed, seed)
+    thresholds = options.get("thresholds")
     filled = mixed.kept if merge.matrices else None
     total = vectors.count
     if filled is not None:
@@ -41,6 +43,8 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
     first = 0
     for name, rows in mixed.parameters():
         whole = rows if filled is None else _whole(rows, filled[name])
+        if isinstance(thresholds, Tensor):
+            options["thresholds"] = thresholds.clone()  # whatever the method does to them
         merged = merge(whole, **options).reshape(-1)
         direction[first : first + len(merged)] = merged
         first += len(merged)

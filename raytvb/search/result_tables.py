@@ -9,10 +9,23 @@ from pydantic import JsonValue
 from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import Count, wilson
 from raytvb.search.candidates import Candidate
-from raytvb.search.results import Measured, Outcome
+from raytvb.search.results import Measured, MeasuredOutcome, Outcome
 from raytvb.search.rounds import known_rounds
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
+
+_OF_OUTCOME = (
+    "objective",
+    "share",
+    "stopped",
+    "invalid",
+    "chosen",
+    "front",
+    "stored_bytes",
+    "evaluations",
+    "images",
+)
+"""Columns of `results.parquet` that are fields of the outcome."""
 
 
 def results_table(
@@ -21,7 +34,8 @@ def results_table(
     """`results.parquet`: a row for each candidate, with columns for each number of tasks added."""
     sizes: set[int] = set()
     for outcome in outcomes.values():
-        sizes.update(outcome.accuracy)
+        if isinstance(outcome, MeasuredOutcome):
+            sizes.update(outcome.accuracy)
     rising = sorted(sizes)
     return [_result(candidate, outcomes[candidate.name], rising) for candidate in candidates]
 
@@ -35,24 +49,18 @@ def _result(candidate: Candidate, outcome: Outcome, sizes: Sequence[int]) -> Jso
         "size": candidate.size,
         "online": candidate.online,
         "merge": candidate.merge_method,
-        "objective": outcome.objective,
-        "share": outcome.share,
-        "stopped": outcome.stopped,
-        "invalid": outcome.invalid,
-        "chosen": outcome.chosen,
-        "front": outcome.front,
-        "stored_bytes": outcome.stored_bytes,
-        "evaluations": outcome.evaluations,
-        "images": outcome.images,
     }
-    by_size: dict[str, Mapping[int, JsonValue]] = {
-        "accuracy": outcome.accuracy,
-        "coefficient": outcome.coefficient,
-        "own_lengths": outcome.own_lengths,
-    }
-    for column, values in by_size.items():
+    fields = outcome.to_json()  # these have the same names for both kinds of outcome
+    for column in _OF_OUTCOME:
+        row[column] = fields[column]
+    by_size: dict[str, Mapping[int, JsonValue]] = {}
+    if isinstance(outcome, MeasuredOutcome):
+        by_size["accuracy"] = outcome.accuracy
+        by_size["coefficient"] = outcome.coefficient
+        by_size["own_lengths"] = outcome.own_lengths
+    for column in ("accuracy", "coefficient", "own_lengths"):
         for size in sizes:
-            row[f"{column}_{size}"] = values.get(size)
+            row[f"{column}_{size}"] = by_size.get(column, {}).get(size)
     return row
 
 

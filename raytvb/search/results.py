@@ -1,17 +1,18 @@
 """The types of what the search measures and decides.
 
 From small to large: to try a `Setting` gives a `Tried`. A round of a candidate is `Measured` or
-`Invalid`. All rounds of a candidate give its `Outcome`, and all outcomes give one `Choice`. Rounds,
-outcomes and the choice are stored as the metrics of records. Numbers of tasks are int here, and
+`Invalid`. All rounds of a candidate give its `Outcome`, which is a `MeasuredOutcome` or an
+`InvalidOutcome`. All outcomes give one `Choice`. Rounds, outcomes and the choice are stored as the
+metrics of records. A field that every record has is required. Numbers of tasks are int here, and
 strings in the store, because they are keys of JSON objects.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from raytvb.storage.contract import Contract, JsonObject
 
@@ -64,17 +65,34 @@ class TunedWeights(Contract):
         return self.kind == "per-basis"
 
 
-class Measured(Contract):
-    """A round of a candidate: the best setting of each number of tasks, on a share of the images.
+class BestSettings(Contract):
+    """The best setting of each number of tasks, on a share of the validation images.
 
-    Keys of the dictionaries are numbers of tasks added.
+    Keys of the dictionaries are numbers of tasks added. All three have the same keys.
     """
 
     objective: float
     share: float
-    coefficient: dict[int, float]
+    coefficient: dict[int, float] = Field(min_length=1)
     own_lengths: dict[int, bool]
     accuracy: dict[int, float]
+
+    @field_validator("own_lengths", "accuracy")
+    @classmethod
+    def _same_sizes(cls, values: dict[int, Any], info: ValidationInfo) -> dict[int, Any]:
+        coefficient = info.data.get("coefficient")
+        if coefficient is not None and values.keys() != coefficient.keys():
+            raise ValueError("it has other numbers of tasks than coefficient")
+        return values
+
+    def setting(self, size: int) -> Setting:
+        """The best setting for additions of `size` tasks."""
+        return Setting(self.coefficient[size], self.own_lengths[size])
+
+
+class Measured(BestSettings):
+    """A round of a candidate that has been measured."""
+
     tried: tuple[Tried, ...]
     images: int
     """Forward passes of this round, in images. Those of earlier rounds are not counted again.
@@ -86,10 +104,6 @@ class Measured(Contract):
     """Settings measured in this round."""
     vector: TunedWeights | None = None
     """The weights that the last round has tuned, if the experiment asks for it."""
-
-    def setting(self, size: int) -> Setting:
-        """The best setting for additions of `size` tasks."""
-        return Setting(self.coefficient[size], self.own_lengths[size])
 
     def tried_of(self, size: int) -> list[Tried]:
         """The rows of additions of `size` tasks."""
@@ -115,7 +129,7 @@ RoundResult: TypeAlias = Measured | Invalid
 
 
 def parse_round(metrics: JsonObject, where: str) -> RoundResult:
-    """A round from the metrics of a record. where: names the record in errors.
+    """A round from the metrics of a record. where: names the record's file in errors.
 
     Raises StoreError if the metrics are neither kind of round.
     """
@@ -124,34 +138,65 @@ def parse_round(metrics: JsonObject, where: str) -> RoundResult:
     return Measured.from_json(metrics, where)
 
 
-class Outcome(Contract):
+class MeasuredOutcome(BestSettings):
     """A candidate after its last round: the result of that round, and the cost of all rounds."""
 
-    invalid: str | None = None
-    """Why the candidate could not be measured (`coefficient` and so on are then empty); null if it
-    was measured."""
-    stopped: bool = False
-    """Whether it ended before the last round, because others of its size were better."""
-    objective: float | None = None
-    """Objective of the last round; null if that round was invalid."""
-    objectives: tuple[float | None, ...] = ()
+    objectives: tuple[float, ...]
     """Objective of every round."""
-    share: float | None = None
-    """Share of the validation images of the last round."""
-    coefficient: dict[int, float] = Field(default_factory=dict)
-    own_lengths: dict[int, bool] = Field(default_factory=dict)
-    accuracy: dict[int, float] = Field(default_factory=dict)
-    vector: TunedWeights | None = None
-    evaluations: int = 0
-    images: int = 0
-    chosen: bool = False
-    front: bool = False
+    stopped: bool
+    """Whether it ended before the last round, because others of its size were better."""
+    vector: TunedWeights | None
+    """The weights that the last round has tuned, if the experiment asks for it."""
+    evaluations: int
+    images: int
+    chosen: bool
+    front: bool
     """Whether it is on the Pareto front of accuracy and bytes."""
-    stored_bytes: int = 0
+    stored_bytes: int
 
-    def setting(self, size: int) -> Setting:
-        """What validation chose for additions of `size` tasks."""
-        return Setting(self.coefficient[size], self.own_lengths[size])
+    def to_json(self) -> JsonObject:
+        """The fields for a record, with an empty one for the reason of an invalid outcome."""
+        return {**super().to_json(), "invalid": None}
+
+
+class InvalidOutcome(Contract):
+    """A candidate whose last round could not be measured."""
+
+    invalid: str
+    """The reason."""
+    objectives: tuple[float | None, ...]
+    """Objective of every round; null for the last one."""
+    evaluations: int
+    images: int
+    stored_bytes: int
+
+    def to_json(self) -> JsonObject:
+        """The fields for a record, with empty ones for those that a measured outcome has."""
+        empty: JsonObject = {
+            "objective": None,
+            "share": None,
+            "coefficient": {},
+            "own_lengths": {},
+            "accuracy": {},
+            "stopped": False,
+            "vector": None,
+            "chosen": False,
+            "front": False,
+        }
+        return {**super().to_json(), **empty}
+
+
+Outcome: TypeAlias = MeasuredOutcome | InvalidOutcome
+
+
+def parse_outcome(metrics: JsonObject, where: str) -> Outcome:
+    """An outcome from the metrics of a record. where: names the record's file in errors.
+
+    Raises StoreError if the metrics are neither kind of outcome.
+    """
+    if metrics.get("invalid") is not None:
+        return InvalidOutcome.from_json(metrics, where)
+    return MeasuredOutcome.from_json(metrics, where)
 
 
 class Choice(Contract):
@@ -164,7 +209,7 @@ class Choice(Contract):
     best: str | None
     """The most accurate basis, whatever its bytes."""
     objective_of: str
-    tolerance: float | None = None
+    tolerance: float | None
     zero_shot: float
     """Objective of the pretrained model."""
     front: tuple[str, ...]

@@ -8,7 +8,15 @@ from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH, search_prefix
 from raytvb.search.candidates import Candidate
 from raytvb.search.identities import choice_identity, search_identity
-from raytvb.search.results import Choice, Invalid, Measured, Outcome, RoundResult, parse_round
+from raytvb.search.results import (
+    Choice,
+    Invalid,
+    Measured,
+    Outcome,
+    RoundResult,
+    parse_outcome,
+    parse_round,
+)
 from raytvb.search.trial import objective
 from raytvb.storage import records
 from raytvb.storage.store import Store
@@ -32,7 +40,7 @@ def known_rounds(store: Store, experiment: Experiment, candidate: Candidate) -> 
         record = records.find(store, prefix)
         if record is None or not record.is_of(search_identity(experiment, candidate)):
             break
-        match parse_round(record.metrics, store.where(prefix)):
+        match parse_round(record.metrics, records.where(store, prefix)):
             case Measured() as measured:
                 value = objective(experiment, measured.accuracy)
                 rounds.append(measured.model_copy(update={"objective": value}))
@@ -50,7 +58,7 @@ def find_result(store: Store, experiment: Experiment, candidate: Candidate) -> O
     record = records.find(store, prefix)
     if record is None or not record.is_of(search_identity(experiment, candidate)):
         return None
-    return record.metrics_as(Outcome, store.where(prefix))
+    return parse_outcome(record.metrics, records.where(store, prefix))
 
 
 def find_choice(

@@ -33,10 +33,7 @@ class Contract(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise StoreError(
-                f"{where} cannot be read: {problem_of(error)}; delete its folder and run again "
-                f"to make it anew"
-            ) from error
+            raise unreadable(where, problem_of(error)) from error
 
     def to_json(self) -> JsonObject:
         """Plain values for a JSON file."""
@@ -48,7 +45,16 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{where} is not JSON ({error}): delete it and make it again") from error
+        raise unreadable(where, f"it is not JSON: {error}") from error
+    except RecursionError as error:
+        raise unreadable(where, "its JSON is nested too deeply") from error
+
+
+def unreadable(where: str, problem: str) -> StoreError:
+    """The error for a file that is damaged. `where` names it, `problem` says what is wrong."""
+    return StoreError(
+        f"{where} cannot be read: {problem}; delete its folder and run again to make it anew"
+    )
 
 
 def problem_of(error: ValidationError) -> str:

@@ -21,8 +21,8 @@ class FormatProblem:
     reason: str
     remedy: str
     newer: bool
-    """True if a newer raytvb wrote the file. False if its format is not a number of a format, so
-    the file is damaged.
+    """True if a newer raytvb wrote the file. False if its format is not a number of a format: the
+    file is damaged, or a newer raytvb numbers its formats in another way.
     """
 
     def __str__(self) -> str:
@@ -38,8 +38,8 @@ def format_problem(fields: Mapping[str, object], where: str) -> FormatProblem | 
     number = fields.get("format", 1)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         return FormatProblem(
-            f"{where} has the format {number!r}, which is not a format of raytvb",
-            "the file is damaged: delete its folder and run again to make it anew",
+            f"{where} has the format {number!r}, which is not a format that this raytvb knows",
+            "upgrade raytvb (pip install --upgrade raytvb), or restore the file if it is damaged",
             newer=False,
         )
     if number > FORMAT:

@@ -136,7 +136,8 @@ class GramState:
     def read(cls, store: Store) -> GramState:
         """The state that the store has; an empty state if the store has none.
 
-        Raises UserError and VectorError for files of a newer raytvb.
+        Raises UserError, StoreError and VectorError for files that are those of a newer raytvb, or
+        may be, and StoreError for a record that cannot be read.
         """
         state = cls._snapshot(store)
         while True:
@@ -150,6 +151,8 @@ class GramState:
         record = records.find(store, PREFIX)
         if record is None:
             return cls()
+        if len(record.files) != 1:
+            return cls()  # damaged, as if its file were: see below
         ((name, info),) = record.files.items()
         data = store.find(f"{PREFIX}/{name}")
         if data is None:  # replaced since the record was read
@@ -186,14 +189,12 @@ class GramState:
 def _parse_rows(data: bytes, where: str) -> tuple[RowsInfo, Tensor] | None:
     """Metadata and rows of a row file; None if it is damaged.
 
-    Raises VectorError for a file of a newer raytvb.
+    Raises VectorError for a file whose format this raytvb does not know.
     """
     fields = _metadata(data)
     problem = None if fields is None else format_problem(fields, where)
     if problem is not None:
-        if problem.newer:
-            raise VectorError(problem.reason, problem.remedy)
-        return None
+        raise VectorError(problem.reason, problem.remedy)
     try:
         return RowsInfo.model_validate(fields), load(data)["rows"]
     except (ValueError, KeyError, SafetensorError):

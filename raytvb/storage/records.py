@@ -18,7 +18,7 @@ from typing import TypeVar
 from pydantic import Field, JsonValue, model_serializer
 
 from raytvb.errors import UserError
-from raytvb.storage.contract import Contract, JsonObject, parse_json
+from raytvb.storage.contract import Contract, JsonObject, parse_json, unreadable
 from raytvb.storage.format_version import FORMAT, format_problem
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
@@ -143,6 +143,12 @@ class Record(Contract):
         """The metrics as a contract; `where` names the thing. Raises StoreError as `from_json`."""
         return contract.from_json(self.metrics, f"{where}/{RECORD}")
 
+    def parent(self, name: str, where: str) -> str:
+        """The checksum of a parent; `where` names the thing. Raises StoreError if it has none."""
+        if name not in self.parents:
+            raise unreadable(f"{where}/{RECORD}", f"parents.{name}: Field required")
+        return self.parents[name]
+
     def is_of(self, identity: Mapping[str, JsonValue]) -> bool:
         """Whether the thing has this identity."""
         return not differences(self.identity, dict(identity))
@@ -176,6 +182,11 @@ def read_record(store: Store, key: str) -> Record:
 def record_keys(store: Store, prefix: str = "") -> list[str]:
     """Keys of all records in the folder `prefix` and below, sorted."""
     return [key for key in store.keys(prefix) if key.endswith(f"/{RECORD}")]
+
+
+def where(store: Store, prefix: str) -> str:
+    """Names the record of the thing `prefix` in messages."""
+    return store.where(f"{prefix}/{RECORD}")
 
 
 def find_all(store: Store, prefix: str = "") -> dict[str, Record]:

@@ -39,12 +39,15 @@ def _smooth_field(rng: np.random.Generator, cells: int, channels: int = 1) -> np
     for plane in coarse:
         smooth = Image.fromarray(plane).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         planes.append(np.asarray(smooth))
-    return np.clip(np.stack(planes, axis=-1), 0.0, 1.0)
+    field: np.ndarray = np.clip(np.stack(planes, axis=-1), 0.0, 1.0)
+    return field
 
 
 def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise on every channel."""
-    return image + rng.standard_normal(image.shape, dtype=np.float32) * (0.25 * strength)
+    grain = rng.standard_normal(image.shape, dtype=np.float32) * (0.25 * strength)
+    noisy: np.ndarray = image + grain
+    return noisy
 
 
 def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -53,7 +56,8 @@ def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
     reach = np.arange(SIZE)[:, None] - np.arange(SIZE)[None, :]
     kernel = np.exp(-0.5 * (reach / sigma) ** 2).astype(np.float32)
     kernel /= kernel.sum(axis=1, keepdims=True)
-    return np.einsum("ij,jkc,lk->ilc", kernel, image, kernel, optimize=True)
+    blurred: np.ndarray = np.einsum("ij,jkc,lk->ilc", kernel, image, kernel, optimize=True)
+    return blurred
 
 
 def stripes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -62,14 +66,17 @@ def stripes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     wave = ((x * math.cos(angle) + y * math.sin(angle) + rng.uniform(0, period)) / period) % 1.0
     cover = (wave < 0.45).astype(np.float32)[..., None] * (0.85 * strength)
-    return image * (1 - cover) + cover * rng.random(3, dtype=np.float32)
+    striped: np.ndarray = image * (1 - cover) + cover * rng.random(3, dtype=np.float32)
+    return striped
 
 
 def contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Contrast reduced to as little as 12 %, plus a little noise that is not reduced."""
     mean = image.mean(axis=(0, 1), keepdims=True)
     flat = mean + (image - mean) * (1.0 - 0.88 * strength)
-    return flat + rng.standard_normal(image.shape, dtype=np.float32) * (0.03 * strength)
+    grain = rng.standard_normal(image.shape, dtype=np.float32) * (0.03 * strength)
+    faded: np.ndarray = flat + grain
+    return faded
 
 
 def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:

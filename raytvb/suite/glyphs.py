@@ -72,4 +72,5 @@ def draw(source: Source, label: int, rng: np.random.Generator, split: str) -> np
 
 def quantise(image: np.ndarray) -> np.ndarray:
     """A float image as uint8. Values outside [0, 1] are clipped."""
-    return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    pixels: np.ndarray = (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return pixels

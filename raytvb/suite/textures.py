@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from raytvb.suite.canvas import CANVAS, place
 from raytvb.suite.task_names import TEXTURES
 
+Coordinate = NDArray[np.floating[Any]]
+Covered = NDArray[np.bool_]
+
 
 @cache
-def _grid() -> tuple[np.ndarray, np.ndarray]:
+def _grid() -> tuple[Coordinate, Coordinate]:
     """x and y of every pixel, relative to the canvas's centre; both are (128, 128) float32."""
     y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32)
     return x - CANVAS / 2, y - CANVAS / 2
@@ -27,20 +32,20 @@ class _Wave:
     period: float
     phase: float
 
-    def bars(self, u: np.ndarray) -> np.ndarray:
+    def bars(self, u: Coordinate) -> Covered:
         """Whether u is in the first half of its period."""
         return ((u + self.phase) / self.period) % 1.0 < 0.5
 
-    def lines(self, u: np.ndarray, every: float = 1.0) -> np.ndarray:
+    def lines(self, u: Coordinate, every: float = 1.0) -> Covered:
         """Whether u is on a line. Lines are 0.3 periods wide, one in `every` periods."""
         return ((u + self.phase) / (self.period * every)) % 1.0 < 0.3 / every
 
-    def from_middle(self, u: np.ndarray) -> np.ndarray:
+    def from_middle(self, u: Coordinate) -> Coordinate:
         """Distance to the middle of u's period, with a sign and in periods: -0.5 to 0.5."""
         return (u + self.phase) / self.period % 1.0 - 0.5
 
 
-def _pattern(name: str, wave: _Wave) -> np.ndarray:
+def _pattern(name: str, wave: _Wave) -> Covered:
     """Boolean canvas (128, 128): where the texture covers it. Raises KeyError for other names."""
     x, y = _grid()
     rising, falling = (x + y) / math.sqrt(2.0), (x - y) / math.sqrt(2.0)

@@ -35,4 +35,5 @@ def iso_c(vectors: Tensor) -> Tensor:
     if check_vectors(vectors).ndim != 3:
         return task_mean(vectors)
     U, s, Vh = torch.linalg.svd(task_sum(vectors), full_matrices=False)
-    return s.mean() * (U @ Vh)
+    merged: Tensor = s.mean() * (U @ Vh)
+    return merged
