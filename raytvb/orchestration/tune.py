@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -25,158 +24,26 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raytvb.errors import UserError, described, raised_at
+from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
 from raytvb.maths.halving import LEAST
 from raytvb.orchestration.evaluation_service import Service
 from raytvb.orchestration.progress import Stage
-from raytvb.search.additions import InvalidCandidateError
+from raytvb.orchestration.tune_trial import Report, asha_time, run_trial
 from raytvb.search.candidates import Candidate
-from raytvb.search.choice import comparable, halving_state
-from raytvb.search.identities import search_identity
-from raytvb.search.results import Invalid, Measured, RoundResult
-from raytvb.search.rounds import known_rounds, round_prefix
-from raytvb.search.trial import CandidateSearch
-from raytvb.storage import records
+from raytvb.search.choice import halving_state
+from raytvb.search.rounds import known_rounds
 from raytvb.storage.store import Store
 
 StageOf = Callable[[str, int], AbstractContextManager[Stage]]
 """Opens a stage of the progress display, given its name and number of steps."""
 
-Report = dict[str, float | int | str]
-"""What a trial reports to Tune about one round."""
-
 MAX_FAILURES = 3
 """How often Tune repeats, at most, a trial whose worker died."""
 
-FINAL_ERRORS = (
-    UserError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NameError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-)
-"""Errors that would come again if a trial ran again: nothing in a trial is left to chance, so a
-wrong file or a mistake in the code stays one. Tune repeats a trial for all other errors. Those may
-pass: storage and networks fail with OSError or an error of their library, and Ray has its own.
-"""
 
-MAY_PASS = ("cuda", "cudnn", "cublas", "nccl", "memory")
-"""A RuntimeError with one of these words is about the machine, not about the code. On another GPU,
-or once other processes have freed memory, the trial may succeed.
-"""
-
-# The trial, in a worker ---------------------------------------------------------------------------
-
-
-class _Rounds:
-    """The rounds of one candidate: reads those in the store, measures and commits the next one."""
-
-    def __init__(self, service: Service, candidate: Candidate) -> None:
-        self._service = service
-        self._candidate = candidate
-        self._store = Store(service.experiment.store)
-        self.results = known_rounds(self._store, service.experiment, candidate)
-
-    @cached_property
-    def _search(self) -> CandidateSearch:
-        evaluator = self._service.evaluator("val")
-        return CandidateSearch(self._service.experiment, self._candidate, evaluator)
-
-    def measure_next(self) -> RoundResult:
-        """Measure the first round that is not in the store."""
-        before = self.results[-1] if self.results else None
-        if isinstance(before, Invalid):
-            return before  # an invalid candidate stays invalid on more images
-        try:
-            return self._search.round(len(self.results) + 1, before)
-        except InvalidCandidateError as error:
-            return Invalid(invalid=str(error))
-
-    def commit(self, result: RoundResult) -> None:
-        """Write a result to the store as the first round that the store lacks."""
-        records.commit(
-            self._store,
-            round_prefix(self._candidate, len(self.results) + 1),
-            identity=search_identity(self._service.experiment, self._candidate),
-            metrics=result,
-        )
-        self.results = known_rounds(self._store, self._service.experiment, self._candidate)
-
-
-def _trial(
-    config: Mapping[str, int],
-    service: Service,
-    candidates: Sequence[Candidate],
-    limits: Sequence[int],
-) -> None:
-    """Run the rounds of candidate `config["index"]` up to its limit. Report each round to Tune."""
-    index = config["index"]
-    experiment, candidate = service.experiment, candidates[index]
-    rounds = _Rounds(service, candidate)
-    for number in range(1, limits[index] + 1):
-        if len(rounds.results) < number:
-            try:
-                result = rounds.measure_next()
-            except FINAL_ERRORS as error:
-                if _may_pass(error):
-                    raise
-                # Tune repeats every trial that raises, so that a worker may die. This trial
-                # therefore reports its error and returns.
-                tune.report(_failure_report(experiment, number, _reason(error)))
-                return
-            rounds.commit(result)
-        result = rounds.results[number - 1]
-        tune.report(_report(experiment, candidate, number, result))
-        if isinstance(result, Invalid):
-            return
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error of a final type may still go away if the trial runs again."""
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in MAY_PASS)
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line; one that is no message for users with its type and its place."""
-    if isinstance(error, UserError | ValueError):
-        return str(error)
-    return f"{described(error)} [{raised_at(error)}]"
-
-
-def _report(
-    experiment: Experiment, candidate: Candidate, number: int, result: RoundResult
-) -> Report:
-    """What Tune, and through it TensorBoard, learns about a round."""
-    report: Report = {
-        "objective": comparable(result),
-        "time": _asha_time(experiment, number),
-        "method": candidate.method,
-        "size": candidate.size,
-        "share": experiment.search.shares[number - 1],
-    }
-    if isinstance(result, Measured):
-        for size, accuracy in result.accuracy.items():
-            report[f"accuracy_{size}"] = accuracy
-    return report
-
-
-def _failure_report(experiment: Experiment, number: int, reason: str) -> Report:
-    """What Tune learns about a round that failed."""
-    return {"objective": -math.inf, "time": _asha_time(experiment, number), "error": reason}
-
-
-def _asha_time(experiment: Experiment, number: int) -> float:
-    """The time of a round for ASHA, whose milestones are powers of the reduction factor."""
-    return float((1.0 / experiment.search.keep) ** (number - 1))
-
-
-# Tune's scheduler and callback, in the driver -----------------------------------------------------
+# Scheduler and callback --------------------------------------------------------------------------
 
 
 class _ByGroup(FIFOScheduler):
@@ -221,7 +88,7 @@ class _ByGroup(FIFOScheduler):
 
 def _asha(experiment: Experiment) -> TrialScheduler:
     """ASHA over the rounds of an experiment."""
-    last = _asha_time(experiment, len(experiment.search.shares))
+    last = asha_time(experiment, len(experiment.search.shares))
     return ASHAScheduler(
         time_attr="time",
         metric="objective",
@@ -347,10 +214,10 @@ def _run_trials(
 
 
 def _trainable(service: Service, candidates: Sequence[Candidate], limits: Sequence[int]) -> Any:
-    """`_trial` bound to its arguments and resources."""
+    """`run_trial` bound to its arguments and resources."""
     resources = service.experiment.resources
     trial = tune.with_parameters(
-        _trial, service=service, candidates=list(candidates), limits=list(limits)
+        run_trial, service=service, candidates=list(candidates), limits=list(limits)
     )
     return tune.with_resources(
         trial, {"cpu": resources.cpus_per_task, "gpu": resources.gpus_per_task}
