@@ -546,6 +546,7 @@ def test_methods_may_be_partials_and_objects(own_registries: None) -> None:
     assert raytvb.fit_basis(torch.eye(4), 2, method="partial").size == 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_uses_them_in_its_workers(plugin: Path, tmp_path: Path, suite_cache: str) -> None:
     """All stages run in a separate process, which knows of the module only from its environment."""
@@ -617,6 +618,7 @@ def failing(vectors):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_failing_method_is_called_once_and_ends_in_one_message(
     tmp_path: Path, suite_cache: str
