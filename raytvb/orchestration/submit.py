@@ -21,6 +21,7 @@ from raytvb.orchestration.job_client import job_client, last_line, refused
 from raytvb.orchestration.job_log import follow_job, say, ways_to_follow
 from raytvb.orchestration.passed_variables import job_environment
 from raytvb.orchestration.upload import EXPERIMENT, check_places, pack
+from raytvb.report.formatting import format_bytes
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -90,12 +91,21 @@ def _send(
     except AuthenticationError as error:
         raise refused(client.get_address(), error) from None
     except (OSError, RuntimeError, ValueError) as error:
-        too_large = "status code 413" in str(error)
-        question = " Is there data in the working directory?" if too_large else ""
         raise UserError(
-            f"{client.get_address()} did not take the job: {last_line(error)}{question}"
+            f"{client.get_address()} did not take the job: {last_line(error)} (the working "
+            f"directory that is sent has {format_bytes(_folder_bytes(folder))})"
         ) from None
     return job
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder that are sent: a head refuses what is too large."""
+    left_out = {pattern.removeprefix("**/") for pattern in EXCLUDED}
+    size = 0
+    for file in folder.rglob("*"):
+        if file.is_file() and not left_out.intersection(file.relative_to(folder).parts):
+            size += file.stat().st_size
+    return size
 
 
 def _path_within(experiment: Path, folder: Path) -> str:
