@@ -93,6 +93,7 @@ def evaluators(store: Store) -> tuple[Experiment, dict[str, Evaluator]]:
     }
 
 
+@pytest.mark.slow
 def test_the_result_says_what_was_compared_and_how_it_went(compared: dict[str, Any]) -> None:
     found, threads = compared["result"], torch.get_num_threads()
     reference, ours = found["reference"], found["ours"]
@@ -109,6 +110,7 @@ def test_the_result_says_what_was_compared_and_how_it_went(compared: dict[str, A
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_what_was_done(compared: dict[str, Any]) -> None:
     reference, ours, results = (
         compared["result"]["reference"],
@@ -133,6 +135,7 @@ def test_counts_are_those_of_what_was_done(compared: dict[str, Any]) -> None:
     assert {size for pairs in looked_at for size, _ in pairs} == {3}
 
 
+@pytest.mark.slow
 def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> None:
     reference, ours, store = (
         compared["result"]["reference"],
@@ -161,6 +164,7 @@ def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> N
     )
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_a_coefficient_for_each_number_of_tasks(
     compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

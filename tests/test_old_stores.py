@@ -135,6 +135,7 @@ def nearly(value: object) -> object:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_is_missing_from_an_old_store_is_made_again(
     ray_cluster: None, stores: Path, expected: dict[str, Tensor], tmp_path: Path
