@@ -190,6 +190,16 @@ def test_a_name_can_be_registered_once(own_registries: None) -> None:
         merge_method("ties", summary="", coefficient="one")(lambda vectors: vectors[0])
 
 
+def test_names_that_results_of_a_search_have_are_refused(own_registries: None) -> None:
+    """`svd-m4-online` is the online basis; a merge method `online` would be called the same."""
+    for name in ("online", "online-ties"):
+        with pytest.raises(ValueError, match=rf"merge method '{name}' .* begin with 'online'"):
+            merge_method(name, summary="", coefficient="one")(lambda vectors: vectors[0])
+    with pytest.raises(ValueError, match="basis method 'random-own' .* begin with 'random-own'"):
+        basis_method("random-own", summary="", cost="")(BASIS_METHODS["svd"].fit)
+    merge_method("onlines", summary="", coefficient="one")(lambda vectors: vectors[0])
+
+
 @pytest.mark.parametrize("name", ["", "Mine", "my method", "a/b", "mine-", "my--own", "my_own"])
 def test_a_name_must_fit_into_keys_and_options(own_registries: None, name: str) -> None:
     with pytest.raises(ValueError, match="a name is lower-case letters and digits"):

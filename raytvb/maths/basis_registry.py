@@ -59,7 +59,9 @@ class BasisMethod(Method):
     """
 
 
-BASIS_METHODS: Registry[BasisMethod] = Registry(BasisMethod.kind, "raytvb.maths.basis_methods")
+BASIS_METHODS: Registry[BasisMethod] = Registry(
+    BasisMethod.kind, "raytvb.maths.basis_methods", reserved=("random-own", "random-lstsq")
+)
 
 
 def basis_method(

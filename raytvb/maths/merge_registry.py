@@ -99,7 +99,9 @@ class MergeMethod(Method):
         return merged
 
 
-MERGE_METHODS: Registry[MergeMethod] = Registry(MergeMethod.kind, "raytvb.maths.merge_methods")
+MERGE_METHODS: Registry[MergeMethod] = Registry(
+    MergeMethod.kind, "raytvb.maths.merge_methods", reserved=("online",)
+)
 
 
 def merge_method(

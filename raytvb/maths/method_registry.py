@@ -100,9 +100,13 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     The first access imports the built-in methods and the user's plugins.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        """kind: what messages call such a method. package: that of the built-in methods."""
-        self._kind, self._package = kind, package
+    def __init__(self, kind: str, package: str, reserved: tuple[str, ...]) -> None:
+        """kind: what messages call such a method. package: that of the built-in methods.
+
+        reserved: words that no name may begin with, because results of a search have them in their
+        names.
+        """
+        self._kind, self._package, self._reserved = kind, package, reserved
         self._entries: dict[str, Entry] = {}
         self._has_built_in = False
         self._complete = False
@@ -111,8 +115,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """Register a method.
 
         A definition that runs again (a reloaded module, a cell of a notebook, edited or not)
-        replaces itself. Raises ValueError if another definition has the name, and if the name is
-        not lower-case words with hyphens between them.
+        replaces itself. Raises ValueError if another definition has the name, if the name is not
+        lower-case words with hyphens between them, and if it begins with a reserved word.
         """
         if not entry.origin.startswith(f"{self._package}."):
             # The built-in methods come first, so that their names are always taken.
@@ -122,6 +126,12 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
                 f"{self._kind} {entry.name!r} ({entry.place}): a name is lower-case letters and "
                 f"digits, with single hyphens between words"
             )
+        for word in self._reserved:
+            if f"{entry.name}-".startswith(f"{word}-"):
+                raise ValueError(
+                    f"{self._kind} {entry.name!r} ({entry.place}): no name may begin with "
+                    f"{word!r}, for the search would confuse its results with others"
+                )
         other = self._entries.get(entry.name)
         if other is not None and not _is_same_definition(entry, other):
             raise ValueError(
