@@ -195,7 +195,7 @@ def test_names_that_results_of_a_search_have_are_refused(own_registries: None) -
     for name in ("online", "online-ties"):
         with pytest.raises(ValueError, match=rf"merge method '{name}' .* begin with 'online'"):
             merge_method(name, summary="", coefficient="one")(lambda vectors: vectors[0])
-    with pytest.raises(ValueError, match="basis method 'random-own' .* begin with 'random-own'"):
+    with pytest.raises(ValueError, match=r"basis method 'random-own' .* begin with 'random-own'"):
         basis_method("random-own", summary="", cost="")(BASIS_METHODS["svd"].fit)
     merge_method("onlines", summary="", coefficient="one")(lambda vectors: vectors[0])
 

@@ -120,7 +120,7 @@ class CoordinateShard:
         if self._fingerprint is None:
             record = records.find(self._store, BASE)
             if record is not None:
-                self._fingerprint = record.parents["fingerprint"]
+                self._fingerprint = record.parent("fingerprint", self._store.where(BASE))
         return self._fingerprint
 
     def _layout_of(self, vector: VectorFile) -> Layout:
