@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from experiments import write_experiment
-from s3_server import S3Server
+from small_store import fill
 
+from raytvb.bench.s3_server import S3Server
 from raytvb.cli.main import main
+from raytvb.experiment.config import Experiment
 from raytvb.storage.store import Store
 
 # Small tensors gain nothing from more threads, and the workers of the tests' Ray need the cores.
@@ -85,6 +87,14 @@ def ray_cluster(s3_server: S3Server, suite_cache: str) -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small(suite_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The experiment of a small store without a search. Tests must not write to the store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYTVB_CACHE", suite_cache)
+        return fill(str(tmp_path_factory.mktemp("small") / "store"))
 
 
 @pytest.fixture(scope="session")

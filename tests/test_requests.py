@@ -19,6 +19,7 @@ from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import commit_shared_mask, score_task, select_round
 from raytvb.finetuning.twins import make_twin
 from raytvb.models.pretrained_model import store_base
+from raytvb.models.pretrained_task import prepare_task
 from raytvb.storage.store import Store
 
 METHODS = ("size", "read", "read_range", "write", "keys", "delete", "download")
@@ -77,6 +78,8 @@ def started(folder: Path, **basis: Any) -> tuple[Experiment, str]:
         }
     )
     fingerprint = store_base(experiment).parents["fingerprint"]
+    for task in experiment.tasks:
+        prepare_task(experiment, fingerprint, task, ())
     scores = score_task(experiment, fingerprint, experiment.tasks[0], 1, None)
     commit_shared_mask(experiment, fingerprint, select_round(experiment, scores, None, 1))
     return experiment, fingerprint

@@ -85,6 +85,17 @@ class TestEveryKindOfStore:
         with pytest.raises(ValueError, match="not a byte range"):
             store.read_range("data", 5, 4)
 
+    def test_a_file_is_open_for_reading_at_any_position(self, store: Store) -> None:
+        store.write("data", bytes(range(100)))
+        with store.open("data") as file:
+            assert file.read(3) == bytes([0, 1, 2]) and file.tell() == 3
+            assert file.seek(-2, os.SEEK_END) == 98 and file.read() == bytes([98, 99])
+            assert file.read(1) == b"" and file.seek(500) == 500 and file.read() == b""
+            file.seek(50)
+            assert file.seek(-1, os.SEEK_CUR) == 49 and file.read(1) == bytes([49])
+        with pytest.raises(StoreKeyError):
+            store.open("none")
+
     def test_overwrite_is_atomic(self, store: Store) -> None:
         versions = [bytes([n]) * 200_000 for n in range(8)]
         store.write("data", versions[0])

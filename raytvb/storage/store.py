@@ -2,14 +2,16 @@
 
 The URL is a folder, s3://bucket/prefix, or has any scheme that fsspec knows. A store adds this to
 fsspec: a file is either there in full or not at all, listings are never stale, a store pickles as
-its URL, and an error names the store and the key and says what the user can do.
+its URL, what fails in a way that may pass is tried again (`retries`), and an error names the store
+and the key and says what the user can do.
 
 S3 takes endpoint and credentials from the usual AWS variables. A writer that was killed leaves no
 key but may leave bytes: a hidden temporary file in a folder, an unfinished upload in a bucket (a
 lifecycle rule removes those).
 
 Read the room in this order. First this module and the modules it uses: `addresses` (URLs and keys),
-`filesystems` (the S3 client), `local_files` (atomic writes), `store_errors`. Then `records`: a
+`filesystems` (the S3 client), `retries` and `transient` (what is tried again), `local_files`
+(atomic writes), `store_errors`. Then `records`: a
 thing exists when its `record.json` does. Then the tensor files: `header` (and `format_version`),
 `masks`, `vectors`, `vector_set` (many vectors as one matrix, read in blocks), `basis_layout` with
 `basis_writer` and `stored_basis`, and `gram_state`, the Gram matrix as it grows. `mirror`,
@@ -23,10 +25,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, BinaryIO, TypeVar
 
 from raytvb.storage.addresses import checked_key, parse_url
 from raytvb.storage.contract import parse_json
@@ -40,7 +42,17 @@ from raytvb.storage.local_files import (
     published_file,
     sizes_below,
 )
-from raytvb.storage.store_errors import WAYS_OUT, StoreError, StoreKeyError, library_code
+from raytvb.storage.remote_file import open_remote
+from raytvb.storage.retries import repeated
+from raytvb.storage.store_errors import (
+    InterruptedTransferError,
+    StoreError,
+    StoreKeyError,
+    explained,
+    library_code,
+)
+
+Result = TypeVar("Result")
 
 _DELETERS = 8
 _READERS = 16
@@ -50,8 +62,9 @@ class Store:
     """Files under relative keys ('vectors/a/record.json') below one URL.
 
     A store may be used by several threads, sent to other processes, and pickled. Every method that
-    uses the storage raises StoreError if that fails, StoreKeyError if a key to read is missing, and
-    ValueError for a key that is empty, absolute, not normalised or reserved.
+    uses the storage tries again if that fails in a way that may pass, for as long as
+    `retries.set_patience` has set. Then it raises StoreError. It raises StoreKeyError if a key to
+    read is missing, and ValueError for a key that is empty, absolute, not normalised or reserved.
     """
 
     def __init__(self, url: str) -> None:
@@ -132,17 +145,26 @@ class Store:
 
     def is_file(self) -> bool:
         """Whether the URL is that of a file. Such a URL cannot be a store."""
-        with self._explained("", "read"):
-            return bool(self.fs.isfile(self.path("")))
+
+        def look() -> bool:
+            try:
+                return bool(self.fs.info(self.path(""))["type"] == "file")
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+        return self._repeated("", "read", look)
 
     def size(self, key: str) -> int:
         """Size of the file in bytes."""
         path = self.path(checked_key(key))
-        with self._reading(key):
+
+        def look() -> int:
             info = self.fs.info(path)
             if info["type"] != "file":
                 raise IsADirectoryError(key)
             return int(info["size"])
+
+        return self._read(key, look)
 
     def read(self, key: str) -> bytes:
         """The whole file. One request."""
@@ -171,8 +193,7 @@ class Store:
     def _read_whole(self, key: str, path: str) -> bytes:
         # By default, s3fs first requests the size, in order to read large files in several pieces.
         options = {"max_concurrency": 1} if self._scheme == "s3" else {}
-        with self._reading(key):
-            return bytes(self.fs.cat_file(path, **options))
+        return self._read(key, lambda: bytes(self.fs.cat_file(path, **options)))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes start..stop-1. An empty range takes no request.
@@ -184,11 +205,25 @@ class Store:
             raise ValueError(f"not a byte range: {start}..{stop}")
         if start == stop:
             return b""
-        with self._reading(key):
+
+        def read() -> bytes:
+            if self.is_local and os.stat(path).st_size < stop:
+                # Python would first take the memory for all bytes that are asked for.
+                raise _too_short(start, stop, max(0, os.stat(path).st_size - start))
             data = bytes(self.fs.cat_file(path, start=start, end=stop))
             if len(data) != stop - start:
+                self._check_length(path, stop)
                 raise _too_short(start, stop, len(data))
             return data
+
+        return self._read(key, read)
+
+    def _check_length(self, path: str, stop: int) -> None:
+        """Raise InterruptedTransferError if the file has the bytes up to `stop`, which were not
+        all sent.
+        """
+        if not self.is_local and int(self.fs.info(path)["size"]) >= stop:
+            raise InterruptedTransferError("fewer bytes arrived than the file has")
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Read bytes from `start` on until `buffer` is full. A local file is read without a copy.
@@ -199,24 +234,48 @@ class Store:
             buffer[:] = self.read_range(key, start, start + len(buffer))
             return
         path = self.path(checked_key(key))
-        with self._reading(key), open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise _too_short(start, start + len(buffer), done)
-                done += count
+
+        def read() -> None:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise _too_short(start, start + len(buffer), done)
+                    done += count
+
+        self._read(key, read)
+
+    def open(self, key: str) -> BinaryIO:
+        """The file, open for reading at any position. Every read of a remote file raises as
+        `read_range`.
+        """
+        path = self.path(checked_key(key))
+        if self.is_local:
+            return self._read(key, lambda: open(path, "rb"))
+        size = self.size(key)
+        return open_remote(lambda start, stop: self.read_range(key, start, stop), size)
 
     def write(self, key: str, data: bytes) -> None:
         """Create or replace the file, atomically."""
         path = self.path(checked_key(key))
-        with self._explained(key, "write"):
-            if self.is_local:
-                with local_writer(path) as file:
-                    file.write(data)
-            else:
-                self.fs.pipe_file(path, data)
+        write = self._write_local if self.is_local else self._write_remote
+        self._repeated(key, "write", lambda: write(path, data))
+
+    def _write_local(self, path: str, data: bytes) -> None:
+        with local_writer(path) as file:
+            file.write(data)
+
+    def _write_remote(self, path: str, data: bytes) -> None:
+        try:
+            self.fs.pipe_file(path, data)
+        except FileNotFoundError as error:
+            if library_code(error) != "NoSuchUpload":
+                raise
+            # The answer to the last request of an upload in parts was lost. The server has ended
+            # the upload, so the request cannot be repeated alone.
+            raise InterruptedTransferError("the upload was interrupted at its end") from error
 
     def download(self, key: str, local_path: str | os.PathLike[str]) -> None:
         """Copy the file to a path of this machine. The path's folder is created if it is missing.
@@ -225,12 +284,12 @@ class Store:
         """
         path = self.path(checked_key(key))
         copy = shutil.copyfile if self.is_local else self.fs.get_file
-        with (
-            self._explained(key, "download"),
-            published_file(os.fspath(local_path)) as temporary,
-            self._reading(key),
-        ):
-            copy(path, temporary)
+
+        def fetch() -> None:
+            with published_file(os.fspath(local_path)) as temporary, self._missing(key):
+                copy(path, temporary)
+
+        self._repeated(key, "download", fetch)
 
     def keys(self, prefix: str = "") -> list[str]:
         """All keys in the folder `prefix` and below, sorted; [] if there are none.
@@ -239,19 +298,21 @@ class Store:
         an empty store.
         """
         path = self.path(prefix.rstrip("/"))
-        with self._explained(prefix, "list"):
-            paths = files_below(path) if self.is_local else self.fs.find(path)
+        find = files_below if self.is_local else self.fs.find
+        paths: Iterable[str] = self._repeated(prefix, "list", lambda: find(path))
         return sorted(self._keys_of(paths))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes, by key, of the files that `keys` lists. They come from one listing."""
         path = self.path(prefix.rstrip("/"))
-        with self._explained(prefix, "list"):
+
+        def listed() -> dict[str, int]:
             if self.is_local:
-                sizes = sizes_below(path)
-            else:
-                listing = self.fs.find(path, detail=True)
-                sizes = {name: int(info["size"]) for name, info in listing.items()}
+                return sizes_below(path)
+            listing = self.fs.find(path, detail=True)
+            return {name: int(info["size"]) for name, info in listing.items()}
+
+        sizes = self._repeated(prefix, "list", listed)
         keys = self._keys_of(sizes)
         return {key: sizes[keys[key]] for key in sorted(keys)}
 
@@ -272,19 +333,23 @@ class Store:
         A missing key is not an error.
         """
         path = self.path(checked_key(key_or_prefix))
-        with self._explained(key_or_prefix, "delete"):
-            if self.is_local:
-                delete_local(path)
-                return
-            paths = [self.path(key) for key in self.keys(key_or_prefix)]
-            # One request for each key, since s3fs ignores errors of a bulk deletion and takes '*'
-            # in a key as a pattern.
-            with ThreadPoolExecutor(_DELETERS) as pool:
-                list(pool.map(self._delete_remote, paths))
+        if self.is_local:
+            self._repeated(key_or_prefix, "delete", lambda: delete_local(path))
+            return
+        # One request for each key, since s3fs ignores errors of a bulk deletion and takes '*' in a
+        # key as a pattern.
+        with ThreadPoolExecutor(_DELETERS) as pool:
+            list(pool.map(self._delete_remote, self.keys(key_or_prefix)))
 
-    def _delete_remote(self, path: str) -> None:
-        with suppress(FileNotFoundError):  # another process may delete the same folder
-            self.fs.rm_file(path)
+    def _delete_remote(self, key: str) -> None:
+        path = self.path(key)
+
+        def remove() -> None:
+            # Another process may delete the same folder, or the answer of a first try was lost.
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+
+        self._repeated(key, "delete", remove)
 
     def read_json(self, key: str) -> Any:
         """The parsed file. Raises StoreError if it is not JSON."""
@@ -298,36 +363,35 @@ class Store:
         text = json.dumps(obj, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
         self.write(key, f"{text}\n".encode())
 
-    @contextmanager
-    def _explained(self, key: str, action: str) -> Iterator[None]:
+    def _read(self, key: str, call: Callable[[], Result]) -> Result:
+        """As `_repeated`; a missing file, or a folder in its place, becomes StoreKeyError."""
+
+        def read() -> Result:
+            with self._missing(key):
+                return call()
+
+        return self._repeated(key, "read", read)
+
+    def _repeated(self, key: str, action: str, call: Callable[[], Result]) -> Result:
+        """The result of a call, which is repeated while it fails in a way that may pass."""
+        with self._explained(key, action):
+            return repeated(call)
+
+    def _explained(self, key: str, action: str) -> AbstractContextManager[None]:
         """Turn errors of the storage into a StoreError that names the action and the key."""
+        # Libraries of other schemes may raise anything.
+        foreign = self._scheme not in ("file", "s3")
+        return explained(f"cannot {action} {self.where(key)}", anything=foreign)
+
+    @contextmanager
+    def _missing(self, key: str) -> Iterator[None]:
+        """Turn the error of a missing file, or of a folder in its place, into StoreKeyError."""
         try:
             yield
-        except StoreError:
-            raise
-        except Exception as error:
-            # Libraries of other schemes may raise anything. ValueError means a malformed endpoint.
-            foreign = self._scheme not in ("file", "s3")
-            if isinstance(error, (OSError, ValueError)) or library_code(error) or foreign:
-                self._explain(error, key, action)
-            raise
-
-    @contextmanager
-    def _reading(self, key: str) -> Iterator[None]:
-        """As `_explained`; a missing file, or a folder in its place, becomes StoreKeyError."""
-        with self._explained(key, "read"):
-            try:
-                yield
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                if library_code(error) == "NoSuchBucket":
-                    raise
-                raise StoreKeyError(f"no such key: {self.where(key)}") from error
-
-    def _explain(self, error: Exception, key: str, action: str) -> NoReturn:
-        way_out = WAYS_OUT.get(library_code(error)) or WAYS_OUT.get(type(error).__name__)
-        detail = str(error) or type(error).__name__
-        reason = f"{way_out} ({detail})" if way_out else detail
-        raise StoreError(f"cannot {action} {self.where(key)}: {reason}") from error
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            if library_code(error) == "NoSuchBucket":
+                raise
+            raise StoreKeyError(f"no such key: {self.where(key)}") from error
 
 
 def _too_short(start: int, stop: int, count: int) -> OSError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs")
 
 _VARIABLES = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION"
@@ -32,6 +35,7 @@ WAYS_OUT = {
     ),
     "FSTimeoutError": _NO_ANSWER,
     "ReadTimeoutError": _NO_ANSWER,
+    "TimeoutError": _NO_ANSWER,
     "ValueError": "check the URL and AWS_ENDPOINT_URL (http://host:port)",
     # Errors of the Hugging Face hub and other servers.
     "ConnectError": _NO_SERVER,
@@ -58,6 +62,19 @@ class StoreKeyError(StoreError, FileNotFoundError):
     """The store has no such key."""
 
 
+class InterruptedTransferError(OSError):
+    """Only a part of a file has arrived, although the connection seemed to be in order."""
+
+
+class GaveUpError(OSError):
+    """A request kept failing until the patience ended. Its cause is the last failure."""
+
+    def __init__(self, attempts: int, seconds: float) -> None:
+        super().__init__(f"tried {attempts} times in {seconds:.0f} s")
+        self.attempts = attempts
+        self.seconds = seconds
+
+
 def library_code(error: BaseException) -> str:
     """The server's code of a client library's error, or else the name of the error's class.
 
@@ -68,3 +85,53 @@ def library_code(error: BaseException) -> str:
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
     return type(error).__name__ if type(error).__module__.split(".")[0] in _LIBRARIES else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an operation failed, in one line, with what the user can do about it."""
+    name = type(error).__name__
+    way_out = WAYS_OUT.get(library_code(error)) or WAYS_OUT.get(name)
+    detail = _server_message(error) or str(error) or name
+    return f"{way_out} ({detail})" if way_out else detail
+
+
+@contextmanager
+def explained(what: str, *, anything: bool = False) -> Iterator[None]:
+    """Turn errors of a storage into a StoreError whose message begins with `what`.
+
+    anything: whether every error is one of the storage. If not, those of Python's own operations
+    and of the known client libraries are.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except GaveUpError as error:
+        raise StoreError(f"{what}: {_gave_up(error)}") from error
+    except Exception as error:
+        # ValueError means a malformed endpoint.
+        if isinstance(error, (OSError, ValueError)) or library_code(error) or anything:
+            raise StoreError(f"{what}: {reason_of(error)}") from error
+        raise
+
+
+def _gave_up(error: GaveUpError) -> str:
+    """How long it was tried, the last reason, and what the user can do."""
+    reason = reason_of(error.__cause__ or error)
+    times = "once" if error.attempts == 1 else f"{error.attempts} times in {error.seconds:.0f} s"
+    return (
+        f"tried {times}, and the last reason was: {reason}. Nothing that is stored is lost: check "
+        f"the server and the network, then run the same command again "
+        f"(resources.storage_timeout_s sets for how long a run tries)"
+    )
+
+
+def _server_message(error: BaseException) -> str:
+    """What an S3 server said, with its code; '' if the error is none of a server."""
+    for link in (error, error.__cause__):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            said = response.get("Error", {})
+            message, code = str(said.get("Message", "")), str(said.get("Code", ""))
+            return f"{message.rstrip('.')} [{code}]" if message and code else message or code
+    return ""

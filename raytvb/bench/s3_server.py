@@ -1,12 +1,14 @@
-"""A real S3 server for the tests: OpenStack Swift (in the `test` extra) behind its own s3api front
-end.
+"""A real S3 server on this machine: OpenStack Swift (in the `test` extra) with its S3 front end.
 
-One replica in one folder, four processes bound to 127.0.0.1; needs neither root, docker nor
-memcached.
+One replica in one folder, four processes bound to 127.0.0.1. It needs neither root nor docker nor
+memcached. The tests and the benchmarks of faults start it.
 """
 
 from __future__ import annotations
 
+import base64
+import hmac
+import importlib.util
 import os
 import signal
 import socket
@@ -16,10 +18,12 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, suppress
-from functools import cached_property
+from email.utils import formatdate
+from http.client import HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+from raytvb.errors import UserError
 
 BACKENDS = ("account", "container", "object")
 USER, SECRET, REGION = "test:tester", "testing-secret", "us-east-1"
@@ -87,8 +91,8 @@ node_timeout = 60
 recoverable_node_timeout = 60
 conn_timeout = 5
 """
-# In a process of its own because importing Swift brings eventlet along, which the tests should not
-# see.
+# In a process of its own because importing Swift brings eventlet along, which this process should
+# not see.
 MAKE_RINGS = """\
 import sys
 from swift.common.ring import RingBuilder
@@ -103,17 +107,20 @@ for kind, port in (k.split(":") for k in kinds):
 
 
 class S3Server:
-    """A Swift S3 server whose data, configuration and logs live in `root`; usable as a context
-    manager.
+    """A Swift S3 server, and a context manager.
+
+    Its data, configuration and logs are in the folder `root`.
     """
 
     def __init__(self, root: Path) -> None:
+        """root: on a file system with extended attributes; created if it is missing."""
         self.root = root.resolve()
         self._ports: dict[str, int] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def endpoint(self) -> str:
+        """The server's URL; the server must have been started once."""
         return f"http://127.0.0.1:{self._ports['proxy']}"
 
     @property
@@ -132,9 +139,14 @@ class S3Server:
         """Start the processes and wait until each is healthy. After `stop` it starts again, with
         the same data.
 
-        Raises RuntimeError where the folder has no extended attributes, Swift is not installed or a
-        process ends.
+        Raises UserError if Swift is not installed, and RuntimeError if the folder has no extended
+        attributes or a process ends.
         """
+        if importlib.util.find_spec("swift") is None:
+            raise UserError(
+                "the S3 server of the tests and benchmarks is OpenStack Swift, which is not "
+                "installed: pip install 'raytvb[test]'"
+            )
         if self._processes:
             raise RuntimeError("the S3 server runs already")
         for folder in ("etc", "node/d1", "log"):
@@ -164,22 +176,17 @@ class S3Server:
         self._processes.clear()
 
     def make_bucket(self, name: str) -> None:
-        self.client.create_bucket(Bucket=name)
+        """Create a bucket. Only the storage room has an S3 client, so the request is signed here.
 
-    @cached_property
-    def client(self) -> Any:
-        """A botocore S3 client with full rights, for operations that the code under test must not
-        do.
+        Raises OSError if the server refuses it.
         """
-        from botocore.session import Session
-
-        return Session().create_client(
-            "s3",
-            region_name=REGION,
-            endpoint_url=self.endpoint,
-            aws_access_key_id=USER,
-            aws_secret_access_key=SECRET,
-        )
+        date = formatdate(usegmt=True)
+        # Signature version 2, the short one: the method, two empty headers, the date, the path.
+        text = f"PUT\n\n\n{date}\n/{name}".encode()
+        signature = base64.b64encode(hmac.digest(SECRET.encode(), text, "sha1")).decode()
+        headers = {"Date": date, "Authorization": f"AWS {USER}:{signature}"}
+        url = f"{self.endpoint}/{name}"
+        _open(urllib.request.Request(url, method="PUT", headers=headers)).close()
 
     def __enter__(self) -> S3Server:
         self.start()
@@ -199,7 +206,7 @@ class S3Server:
         except OSError as error:
             raise RuntimeError(
                 f"Swift keeps metadata in extended attributes, which {self.root} does not support "
-                f"({error}); point pytest's --basetemp at another file system"
+                f"({error}); use a folder on another file system (pytest: --basetemp)"
             ) from error
 
     def _configure(self) -> None:
@@ -224,7 +231,7 @@ class S3Server:
             [sys.executable, "-c", MAKE_RINGS, str(etc), *kinds], capture_output=True, text=True
         )
         if made.returncode:
-            raise RuntimeError(f"Swift does not work here; install the `test` extra\n{made.stderr}")
+            raise RuntimeError(f"Swift does not work here\n{made.stderr}")
 
     def _launch(self, kind: str) -> subprocess.Popen[bytes]:
         program = Path(sys.executable).parent / f"swift-{kind}-server"
@@ -265,12 +272,17 @@ def _free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
+def _open(request: urllib.request.Request, seconds: float = 60.0) -> HTTPResponse:
+    """The answer to a request. A proxy that the environment names is not used."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    answer: HTTPResponse = opener.open(request, timeout=seconds)
+    return answer
+
+
 def _healthy(port: int) -> bool:
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy from the environment must not be used
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/healthcheck")
     try:
-        with opener.open(f"http://127.0.0.1:{port}/healthcheck", timeout=5) as answer:
+        with _open(request, 5.0) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
