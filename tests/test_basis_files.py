@@ -34,11 +34,13 @@ from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, file_columns, file_names
 from raytvb.storage.basis_writer import write_combinations, write_pieces
-from raytvb.storage.records import FileInfo
+from raytvb.storage.damage import DamagedError
+from raytvb.storage.records import RECORD, FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import VectorFile
+from raytvb.storage.verify import ALTERED, verify_records
 
 SMALL = 2**16  # bytes of a file: files of three vectors then have 4096 coordinates
 
@@ -66,8 +68,9 @@ def weights_of(count: int, *sizes: int) -> dict[str, Tensor]:
     return found
 
 
-def written(folder: str, files: dict[str, dict[str, FileInfo]]) -> dict[str, str]:
-    return {name: info.sha256 for name, info in files[folder].items()}
+def written(folder: str, files: dict[str, dict[str, FileInfo]]) -> list[str]:
+    """Checksums of the pieces in their order; a basis that is written again has other names."""
+    return [info.sha256 for _, info in sorted(files[folder].items())]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -258,17 +261,108 @@ def test_a_pass_that_fails_leaves_no_record(store: Store, made: Store, obstacle:
     assert made.exists("basis/m3/record.json") == (obstacle != "basis-00001-of-00001.safetensors")
 
 
-def test_a_pass_that_fails_leaves_no_record_of_what_was_there(
+class Full(Store):
+    """A store whose disk is full after some more writes. Deletions still work."""
+
+    left: int | None = None
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.left is not None:
+            if self.left == 0:
+                raise StoreError(f"cannot write {self.where(key)}: no space left")
+            self.left -= 1
+        super().write(key, data)
+
+
+def test_a_pass_that_fails_at_any_write_leaves_the_basis_that_was_there(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full after any number of writes, then again has room."""
+    monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", 2**18)
+    keys, V = put_set(store, "shared", BIG, count=3)
+    V, paths = common("shared", V, BIG), paths_of(store, keys)
+    old, new = weights_of(3, 3)["basis/m3"], weights_of(3, 2)["basis/m2"]
+    write_combinations(paths, {"basis/one": old}, made.url)
+    before = {key: made.read(key) for key in made.keys()}
+    steps = len(file_names(2, len(V))) + 4  # pieces, mask, index, coefficients, record
+    for left in range(steps):
+        monkeypatch.setattr(Full, "left", left)
+        monkeypatch.setattr("raytvb.storage.basis_writer.Store", Full)
+        with pytest.raises(StoreError, match="no space left"):
+            write_combinations(paths, {"basis/one": new}, made.url)
+        after = {key: made.read(key) for key in made.keys()}
+        assert after.items() >= before.items()
+        torch.testing.assert_close(glued_rows(made, "basis/one"), V @ old, rtol=1e-5, atol=1e-5)
+        if left < steps - 4:  # in the pass itself, what was written is taken back
+            assert after == before
+    monkeypatch.setattr(Full, "left", steps)
+    write_combinations(paths, {"basis/one": new}, made.url)
+    torch.testing.assert_close(glued(made, "basis/one"), V @ new, rtol=1e-5, atol=1e-5)
+    record = records.find(made, "basis/one")
+    assert record is not None
+    assert {f"basis/one/{n}" for n in (*record.files, RECORD)} == set(made.keys("basis"))
+
+
+def glued_rows(store: Store, folder: str) -> Tensor:
+    """The vectors (D, M) float64 of a basis as `StoredBasis` reads them, with their checksums."""
+    return torch.cat([rows for _, rows in StoredBasis(store, folder).blocks()], dim=1).T.double()
+
+
+def test_old_files_that_could_not_be_deleted_do_no_harm(
+    store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is killed after the record leaves the new basis, and the old one's files."""
+    keys, V = put_set(store, "dense")
+    old, new, third = (weights_of(5, size)[f"basis/m{size}"] for size in (3, 2, 4))
+    write_combinations(paths_of(store, keys), {"basis/one": old}, made.url)
+
+    def killed(self: Store, key: str) -> None:
+        raise StoreError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", killed)
+        with pytest.raises(StoreError, match="killed"):
+            write_combinations(paths_of(store, keys), {"basis/one": new}, made.url)
+    torch.testing.assert_close(glued_rows(made, "basis/one"), V @ new, rtol=1e-5, atol=1e-5)
+    write_combinations(paths_of(store, keys), {"basis/one": third}, made.url)
+    torch.testing.assert_close(glued_rows(made, "basis/one"), V @ third, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("exists", [False, True])
+def test_weights_that_are_not_finite_change_nothing(
+    store: Store, made: Store, exists: bool, value: float
+) -> None:
+    """1e300 is finite in float64, but not in the float32 of the products."""
+    keys, _ = put_set(store, "shared")
+    good = weights_of(5, 2)
+    if exists:
+        write_combinations(paths_of(store, keys), good, made.url)
+    before = {key: made.read(key) for key in made.keys()}
+    bad = good["basis/m2"].clone()
+    bad[3, 1] = value
+    words = "basis/m2 would have NaN or infinite values in visual" if value == 1e300 else "1 of 10"
+    with pytest.raises(VectorError, match=words):
+        write_combinations(
+            paths_of(store, keys), {"basis/m1": good["basis/m2"], "basis/m2": bad}, made.url
+        )
+    assert {key: made.read(key) for key in made.keys()} == before
+
+
+def test_a_vector_that_is_not_finite_is_named_and_changes_nothing(
     store: Store, made: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raytvb.storage.basis_layout._FILE_BYTES", SMALL)
-    paths = paths_of(store, put_set(store, "dense", BIG, count=3)[0])
-    write_combinations(paths, {"basis/one": torch.eye(3)[:, :1]}, made.url)
-    assert made.exists("basis/one/record.json")
-    made.write("basis/one/basis-00003-of-00052.safetensors/in-the-way", b"")
-    with pytest.raises(StoreError, match=r"basis/one/basis-00003-of-00052\.safetensors"):
-        write_combinations(paths, {"basis/one": torch.eye(3)}, made.url)
-    assert not made.exists("basis/one/record.json")
+    keys, _ = put_set(store, "dense", BIG, count=3)
+    write_combinations(paths_of(store, keys), weights_of(3, 2), made.url)
+    before = {key: made.read(key) for key in made.keys()}
+    values = values_of(BIG, seed=1)
+    values["visual.weight"][-1, -1] = float("nan")  # in the last of many files
+    keys[1] = put_vector(store, "suite/task-1", values)
+    words = r"task-1/vector.safetensors has NaN or infinite values in visual.weight; make the vec"
+    with pytest.raises(VectorError, match=words):
+        write_combinations(paths_of(store, keys), weights_of(3, 2), made.url)
+    assert {key: made.read(key) for key in made.keys()} == before
 
 
 def test_a_damaged_vector_leaves_no_record(store: Store, made: Store) -> None:
@@ -394,7 +488,7 @@ def test_a_truncated_file_is_an_error_that_names_it(
 ) -> None:
     basis, _ = cut_basis
     truncate(basis.store, basis.files[2], size)
-    with pytest.raises(VectorError, match=rf"{basis.files[2]} is damaged"):
+    with pytest.raises(VectorError, match=rf"{basis.files[2]} is not as its record says"):
         list(basis.combinations(torch.ones(3, 1)))
 
 
@@ -411,14 +505,17 @@ def test_a_file_that_does_not_hold_what_the_index_says_is_an_error(
         "size": {name: values[:2]},
     }
     basis.store.write(basis.files[1], save(changed[change], metadata=metadata(data)))
-    with pytest.raises(VectorError, match=rf"{basis.files[1]} is damaged"):
+    with pytest.raises(VectorError, match=rf"{basis.files[1]} is not as its record says"):
         basis.read_into(file_columns(3) + 8, torch.empty(3, 8))
+    basis.store.delete(f"{basis.prefix}/record.json")
+    with pytest.raises(VectorError, match=rf"{basis.files[1]} cannot be read"):
+        StoredBasis(basis.store, basis.prefix).read_into(file_columns(3) + 8, torch.empty(3, 8))
 
 
 def test_a_missing_file_is_an_error_that_names_it(cut_basis: tuple[StoredBasis, Tensor]) -> None:
     basis, _ = cut_basis
     basis.store.delete(basis.files[3])
-    with pytest.raises(FileNotFoundError, match=basis.files[3]):
+    with pytest.raises(VectorError, match=rf"{basis.files[3]} is not as its .*: it is missing"):
         list(basis.blocks())
 
 
@@ -464,19 +561,15 @@ def test_a_missing_or_other_mask_is_an_error_that_names_it(store: Store, made: S
 def test_changed_numbers_are_found_by_their_checksums(
     cut_basis: tuple[StoredBasis, Tensor],
 ) -> None:
-    """Readers do not compare checksums. The record has one for each file, and `verify` compares
-    them.
-    """
+    """A reader compares each file with the record, and so does `verify`."""
     basis, _ = cut_basis
     flip(basis.store, basis.files[1], -1)
-    record = records.find(basis.store, "basis/m3")
-    assert record is not None
-    differ = []
-    for name, info in record.files.items():
-        key = f"basis/m3/{name}"
-        if not info.is_of(basis.store.read(key)):
-            differ.append(key)
-    assert differ == [basis.files[1]]
+    with pytest.raises(DamagedError, match=f"{basis.files[1]} is not as its record says"):
+        list(basis.blocks())
+    findings, _ = verify_records(basis.store, ["basis/m3/record.json"])
+    assert [(problem.key, problem.kind) for problem in findings.problems] == [
+        (basis.files[1], ALTERED)
+    ]
 
 
 @pytest.mark.s3

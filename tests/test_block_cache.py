@@ -22,7 +22,8 @@ from vector_files import (
 
 from raytvb.errors import VectorError
 from raytvb.maths.gram_blocks import BLOCK
-from raytvb.storage.block_cache import BlockCache, check_header
+from raytvb.storage.block_cache import BlockCache
+from raytvb.storage.checked_file import CheckedFile
 from raytvb.storage.records import PART, FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
@@ -138,7 +139,7 @@ def test_every_flipped_bit_of_the_share_is_found_and_the_file_named(
         flip(store, key, position, bit)
         with pytest.raises(
             VectorError,
-            match=r"vectors/long/vector\.safetensors: the bytes differ.*vectors/long of",
+            match=r"vectors/long/vector\.safetensors .*its contents have changed",
         ):
             cache.add(key, vector, info)
         assert key not in cache and cache.bytes == 0
@@ -197,10 +198,12 @@ def test_a_small_file_is_checked_as_a_whole(store: Store, tmp_path: Path) -> Non
 def test_a_changed_header_is_found_from_any_share(store: Store) -> None:
     key, vector, info, _ = long_vector(store)
     flip(store, key, vector.data_start + PART)
-    check_header(vector, info)
+    CheckedFile(vector.store, vector.key, info).check(0, vector.data_start)
     flip(store, key, 30)
-    with pytest.raises(VectorError, match=r"vectors/long/vector\.safetensors: the bytes differ"):
-        check_header(vector, info)
+    with pytest.raises(
+        VectorError, match=r"vectors/long/vector\.safetensors is not as its record says"
+    ):
+        CheckedFile(vector.store, vector.key, info).check(0, vector.data_start)
 
 
 @pytest.mark.parametrize(("start", "stop"), SHARES[:4])
@@ -216,7 +219,7 @@ def test_a_flipped_bit_of_a_mask_of_its_own_is_found_and_the_mask_named(
         flip(store, mask, coordinate // 8 - size, coordinate % 8)
         with pytest.raises(
             VectorError,
-            match=r"masks/own-0/mask\.safetensors: the bytes differ.*folder masks/own-0",
+            match=r"masks/own-0/mask\.safetensors is not as .*: its bits and its counts differ",
         ):
             cache.add(keys[0], vector, info)
         assert keys[0] not in cache and cache.bytes == 0

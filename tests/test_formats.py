@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,22 +23,28 @@ from vector_files import (
 )
 
 from raytvb.errors import UserError, VectorError
+from raytvb.experiment.inventory import verify_store
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX
 from raytvb.storage.basis_writer import write_combinations
 from raytvb.storage.contract import Contract
 from raytvb.storage.format_version import FORMAT
-from raytvb.storage.gram_state import Arrival, GramState, GramWriter
+from raytvb.storage.gram_rows import Arrival
+from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.masks import MaskFile
 from raytvb.storage.records import FileInfo
+from raytvb.storage.sealed_json import json_bytes
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import VectorFile
-from raytvb.storage.verify import verify
+from raytvb.storage.verify import ALTERED, verify_records
 
 MALFORMED = ["1", 0, -1, None, True, 1.0, [1]]
-NEWER = "has format 2, written by a newer raytvb; this one reads formats up to 1; upgrade raytvb"
+NEWER = (
+    f"has format {FORMAT + 1}, written by a newer raytvb; this one reads formats up to {FORMAT}; "
+    "upgrade raytvb"
+)
 
 
 class Loss(Contract):
@@ -81,7 +88,10 @@ def test_a_record_is_what_it_always_was_with_a_format(store: Store) -> None:
     commit(store)
     large = FileInfo.of(bytes(5 * 2**20))
     assert len(large.parts) == 2
-    assert store.read_json("things/one/record.json") == {
+    written = store.read_json("things/one/record.json")
+    seal = written.pop("sha256")
+    assert seal == hashlib.sha256(json_bytes(written)).hexdigest()
+    assert written == {
         "identity": {"name": "one", "lr": 1e-5},
         "parents": {"base": "f00d"},
         "metrics": {"loss": 0.25},
@@ -94,7 +104,7 @@ def test_a_record_is_what_it_always_was_with_a_format(store: Store) -> None:
     }
     record = records.find(store, "things/one")
     assert record is not None
-    assert record.to_json() == store.read_json("things/one/record.json")
+    assert record.to_json() == written
     assert record.metrics_as(Loss, "things/one") == Loss(loss=0.25)
     assert record.size == 5 * 2**20 + 1
     assert record.is_of({"name": "one", "lr": 1e-5})
@@ -104,16 +114,20 @@ def test_a_record_is_what_it_always_was_with_a_format(store: Store) -> None:
 def test_records_that_have_no_format_are_read(store: Store) -> None:
     commit(store)
     fields = store.read_json("things/one/record.json")
-    del fields["format"]
+    del fields["format"], fields["sha256"]
     store.write_json("things/one/record.json", fields)
     record = records.find(store, "things/one")
     assert record is not None and record.format == 1
-    assert verify(store) == (2, [])
+    findings, _ = verify_records(store, ["things/one/record.json"])
+    assert findings.checked == 3 and findings.messages() == []
 
 
 def test_a_record_of_a_newer_raytvb_is_refused_whatever_else_it_says(store: Store) -> None:
     commit(store)
-    for fields in ({"format": 2}, {"format": 2, "files": "elsewhere", "identity": None}):
+    for fields in (
+        {"format": FORMAT + 1},
+        {"format": FORMAT + 1, "files": "elsewhere", "identity": None},
+    ):
         change_record(store, **fields)
         with pytest.raises(UserError, match=f"things/one/record.json {NEWER}"):
             records.find(store, "things/one")
@@ -129,10 +143,8 @@ def test_a_record_with_a_malformed_format_is_an_error_that_names_it(
     change_record(store, format=number)
     with pytest.raises(StoreError, match=r"things/one/record\.json has the format .*not a format"):
         records.find(store, "things/one")
-    checked, problems = verify(store)
-    assert checked == 0 and len(problems) == 1
-    assert "upgrade raytvb" in problems[0] and "restore the file" in problems[0]
-    assert "delete" not in problems[0]  # it may be a thing of a newer raytvb
+    (problem,) = verify_store(store).problems
+    assert problem.kind == ALTERED and "not a format" in problem.reason
 
 
 @pytest.mark.parametrize(
@@ -154,11 +166,12 @@ def test_a_file_that_is_no_record_is_an_error_that_names_it(store: Store, data: 
     store.write("things/two/record.json", data)
     with pytest.raises(
         StoreError,
-        match=r"things/two/record\.json cannot be read: .*; delete its folder and run again",
+        match=r"things/two/record\.json cannot be read: .*; `raytvb verify STORE --repair`",
     ):
         records.find(store, "things/two")
-    checked, problems = verify(store)
-    assert checked == 2 and len(problems) == 1 and "things/two/record.json" in problems[0]
+    findings = verify_store(store)
+    assert findings.checked == 3  # the other thing: its record and two files
+    assert [problem.key for problem in findings.problems] == ["things/two/record.json"]
 
 
 def test_verify_tells_once_that_records_are_newer_and_checks_the_others(store: Store) -> None:
@@ -167,11 +180,12 @@ def test_verify_tells_once_that_records_are_newer_and_checks_the_others(store: S
     store.write("things/three/b", b"3")
     for name in ("one", "two"):
         key = f"things/{name}/record.json"
-        store.write_json(key, {**store.read_json(key), "format": 2})
-    checked, problems = verify(store)
-    assert checked == 2 and len(problems) == 2
-    assert NEWER in problems[0] and "(and 1 other records)" in problems[0]
-    assert "things/three/b: its contents have changed" in problems[1]
+        store.write_json(key, {**store.read_json(key), "format": FORMAT + 1})
+    findings = verify_store(store)
+    newer, damaged = findings.messages()
+    assert findings.checked == 3
+    assert NEWER in newer and "(and 1 other records)" in newer
+    assert damaged == "things/three/b: altered: its contents have changed"
 
 
 def test_all_records_are_found_by_their_folders(store: Store) -> None:
@@ -187,10 +201,10 @@ def test_files_are_told_from_what_was_recorded(store: Store) -> None:
     commit(store)
     store.write("things/one/b", b"22")
     store.delete("things/one/a")
-    checked, problems = verify(store)
-    assert checked == 2 and len(problems) == 2
-    assert problems[0].startswith("things/one/a: missing; delete the folder things/one and run")
-    assert problems[1].startswith("things/one/b: 2 bytes instead of 1; delete")
+    assert verify_store(store).messages() == [
+        "things/one/a: missing: its record lists it, in things/one",
+        "things/one/b: altered: it has 2 bytes instead of 1",
+    ]
 
 
 # Tensor files -------------------------------------------------------------------------------------
@@ -200,6 +214,7 @@ def put_basis(store: Store) -> str:
     keys, _ = put_set(store, "shared")
     weights = torch.eye(5, 2, dtype=torch.float64)
     write_combinations(paths_of(store, keys), {"basis/m2": weights}, store.url)
+    store.delete("basis/m2/record.json")  # else every change of the index is damage
     return f"basis/m2/{INDEX}"
 
 
@@ -240,7 +255,7 @@ def test_a_tensor_file_of_a_newer_raytvb_is_refused_with_the_way_out(
 ) -> None:
     key, change, open_file = prepare(store, kind)
     open_file()
-    change(store, key, format=2)
+    change(store, key, format=FORMAT + 1)
     with pytest.raises(VectorError, match=f"{key} {NEWER}") as caught:
         open_file()
     assert caught.value.remedy.startswith("upgrade raytvb")
@@ -263,7 +278,7 @@ def test_rows_of_a_newer_raytvb_are_not_taken_for_damage(store: Store) -> None:
     writer, state = GramWriter(store), GramState()
     row = torch.ones(1, 1, dtype=torch.float64)
     writer.append(state, [("a", "f00d")], row, [Arrival(vectors=1, floor={})])
-    change_header(store, "gram/rows/000000.safetensors", format=2)
+    change_header(store, "gram/rows/000000.safetensors", format=FORMAT + 1)
     with pytest.raises(VectorError, match=NEWER):
         GramState.read(store)
     change_header(store, "gram/rows/000000.safetensors", format="2")
@@ -275,7 +290,9 @@ def test_a_snapshot_of_a_newer_raytvb_is_refused(store: Store) -> None:
     writer, state = GramWriter(store), GramState()
     writer.append(state, [("a", "f00d")], torch.ones(1, 1, dtype=torch.float64), [])
     writer.save(state)
-    store.write_json("gram/record.json", {**store.read_json("gram/record.json"), "format": 2})
+    store.write_json(
+        "gram/record.json", {**store.read_json("gram/record.json"), "format": FORMAT + 1}
+    )
     with pytest.raises(UserError, match=NEWER):
         GramState.read(store)
 

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from raytvb.experiment.inventory import verify_store
+from raytvb.storage import records
+from raytvb.storage.basis_layout import tag_of
 from raytvb.storage.masks import Mask
+from raytvb.storage.replacing import tagged
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
 from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
@@ -147,6 +151,15 @@ def truncate(store: Store, key: str, size: int) -> None:
     store.write(key, store.read(key)[:size])
 
 
+def problems_of(store: Store) -> list[str]:
+    """What `verify` finds in a store whose masks and model were put there without records."""
+    lines = []
+    for problem in sorted(verify_store(store).problems):
+        if not problem.key.startswith(("base/", "masks/")):
+            lines.append(str(problem))
+    return lines
+
+
 def metadata(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -177,14 +190,16 @@ def glued(store: Store, folder: str) -> Tensor:
     Checks that the index lists every tensor of every file in the folder, and nothing else, and
     their bytes.
     """
-    index = store.read_json(f"{folder}/basis.safetensors.index.json")
+    record = records.find(store, folder)
+    tag = "" if record is None else tag_of(record.files)
+    index = store.read_json(f"{folder}/{tagged('basis.safetensors.index.json', tag)}")
     where, total = index["weight_map"], 0
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    names = {
-        k.rpartition("/")[2]
-        for k in store.keys(folder)
-        if k.rpartition("/")[2].startswith("basis-")
-    }
+    names = set()
+    for key in store.keys(folder):
+        name = key.rpartition("/")[2]
+        if name.startswith("basis-") and name.endswith(".safetensors"):
+            names.add(name)
     assert names == set(where.values())
     for name in sorted(names):
         tensors = load(store.read(f"{folder}/{name}"))

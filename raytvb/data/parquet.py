@@ -84,7 +84,7 @@ class ParquetSource:
         recover, so it is worth another try.
         """
         place = f"task {self._task.name}: {self._store.where(key)}"
-        with self._store.fs.open(self._store.path(key), "rb") as file:
+        with self._store.open(key) as file:
             try:
                 yield pq.ParquetFile(file, buffer_size=_STREAM_BYTES, pre_buffer=False)
             except pa.ArrowException as error:

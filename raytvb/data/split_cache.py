@@ -9,10 +9,12 @@ is damaged, or was made from other data, is decoded again.
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from math import prod
+
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 
 from raytvb.data.load_split import load_split
@@ -22,13 +24,18 @@ from raytvb.data.suite_files import FORMAT
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage import records
 from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage.damage import unreadable
 from raytvb.storage.records import FileInfo, Record
+from raytvb.storage.replacing import new_tag, tagged
+from raytvb.storage.shapes import Size
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
+from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 PREFIX = "splits"
 
 LABELS = "labels.safetensors"
+"""Name of the file with the labels. A split that is written again has a tag in its files' names."""
 
 _FILE_BYTES = 64 * 2**20
 
@@ -36,16 +43,12 @@ _FILE_BYTES = 64 * 2**20
 class SplitMetrics(Contract):
     """Metrics in the record of a decoded split."""
 
-    images: int
+    images: Size = Field(ge=1)
     """Number N of images that could be read."""
-    skipped: int
+    skipped: Size
     """Number of images that could not be read."""
     classes: tuple[str, ...]
     """Class names, in the order of the labels."""
-
-
-class _DamagedError(ValueError):
-    """The files of a stored split do not match its record."""
 
 
 def split_prefix(task: str, split: str) -> str:
@@ -66,7 +69,6 @@ def cached_split(
     if stored is not None:
         return stored
     decoded = load_split(task, split, preprocess, threads=threads)
-    store.delete(prefix)
     _write(store, prefix, identity, decoded)
     return decoded
 
@@ -82,26 +84,46 @@ def _identity(task: TaskConfig, split: str, preprocess: Preprocess) -> JsonObjec
 
 
 def _write(store: Store, prefix: str, identity: JsonObject, split: Split) -> None:
-    """Write the images, then the labels and the record.
+    """Write the images, then the labels and the record. Then delete what was there before.
 
     Images are written file by file, so memory holds a second copy of at most one file.
     """
+    tag = _tag(store, prefix, identity)
     bytes_per_image = split.images[0].numel()
     parts = split.images.split(max(1, _FILE_BYTES // bytes_per_image))
     infos = {}
     for number, part in enumerate(parts, 1):
-        name = f"images-{number:05d}-of-{len(parts):05d}.safetensors"
+        stem = f"images-{tag}" if tag else "images"
+        name = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
         data = save({"images": part.contiguous()})
         store.write(f"{prefix}/{name}", data)
         infos[name] = FileInfo.of(data)
-    records.commit(
+    record = records.commit(
         store,
         prefix,
         identity=identity,
         written=infos,
-        files={LABELS: save({"labels": split.labels})},
+        files={tagged(LABELS, tag): save({"labels": split.labels})},
         metrics=SplitMetrics(images=len(split), skipped=split.skipped, classes=split.classes),
     )
+    kept = {f"{prefix}/{name}" for name in (*record.files, records.RECORD)}
+    for key in store.keys(prefix):
+        if key not in kept:
+            store.delete(key)
+
+
+def _tag(store: Store, prefix: str, identity: JsonObject) -> str:
+    """The tag of a split's files: a split of another identity stays until this one is whole.
+
+    A stored split of this identity is damaged, so its files may be written over.
+    """
+    try:
+        record = records.find(store, prefix)
+    except StoreError:
+        return ""
+    if record is None or record.is_of(identity):
+        return ""
+    return new_tag(store, prefix, json.dumps(identity, sort_keys=True).encode())
 
 
 def _stored_split(store: Store, prefix: str, identity: JsonObject) -> Split | None:
@@ -111,30 +133,33 @@ def _stored_split(store: Store, prefix: str, identity: JsonObject) -> Split | No
         if record is None or not record.is_of(identity):
             return None
         return _read(store, prefix, record)
-    except (StoreError, SafetensorError, KeyError, _DamagedError):
+    except StoreError:
         return None
 
 
 def _read(store: Store, prefix: str, record: Record) -> Split:
-    """The split that a record describes. Raises _DamagedError if the files do not match it."""
+    """The split that a record describes. Raises DamagedError if the files do not match it."""
     metrics = record.metrics_as(SplitMetrics, store.where(prefix))
     labels: Tensor | None = None
-    images: np.ndarray | None = None
+    images: Tensor | None = None
     filled = 0
-    for name, info in sorted(record.files.items()):
-        data = store.read(f"{prefix}/{name}")
-        if not info.is_of(data):
-            raise _DamagedError(name)
-        if name == LABELS:
-            labels = load(data)["labels"]
+    for name in sorted(record.files):
+        where = store.where(f"{prefix}/{name}")
+        tensors = tensors_of(records.read_file(store, prefix, name, record), where)
+        if name.startswith("labels"):
+            labels = tensor_of(tensors, "labels", torch.int64, 1, where)
             continue
-        part = load(data)["images"].numpy()
+        part = tensor_of(tensors, "images", torch.uint8, 4, where)
         if images is None:
-            images = np.empty((metrics.images, *part.shape[1:]), dtype=np.uint8)
-        if filled + len(part) > metrics.images:
-            raise _DamagedError(name)
+            if metrics.images * prod(part.shape[1:]) > record.size:
+                raise unreadable(where, f"its record claims {metrics.images} images")
+            images = torch.empty(metrics.images, *part.shape[1:], dtype=torch.uint8)
+        if filled + len(part) > metrics.images or part.shape[1:] != images.shape[1:]:
+            raise unreadable(where, f"it has images of shape {tuple(part.shape)}")
         images[filled : filled + len(part)] = part
         filled += len(part)
     if images is None or labels is None or not filled == len(labels) == metrics.images:
-        raise _DamagedError(prefix)
-    return Split(torch.from_numpy(images), labels, metrics.classes, metrics.skipped)
+        raise unreadable(store.where(prefix), "its files have other numbers of images")
+    if int(labels.min()) < 0 or int(labels.max()) >= len(metrics.classes):
+        raise unreadable(store.where(prefix), "it has labels of other classes")
+    return Split(images, labels, metrics.classes, metrics.skipped)

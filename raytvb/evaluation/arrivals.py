@@ -7,23 +7,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
+from raytvb.bases.online import read_tables
 from raytvb.evaluation.evaluation import Context, Evaluation, chosen_settings
 from raytvb.evaluation.rows import Row, write_rows
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import online_prefix, online_tables
+from raytvb.experiment.metrics import OnlineMetrics
 from raytvb.experiment.stored import basis_vector_set, vector_set
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.mixes import length_ratios
-from raytvb.maths.online_basis import arrivals, watched
+from raytvb.maths.online_basis import stored_arrivals, watched
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
 from raytvb.search.results import MeasuredOutcome
+from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState
+from raytvb.storage.records import Record
+from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
 
 
@@ -55,6 +59,30 @@ class _Decoded:
         weights[:arrived, :-1] = single[:, list(tasks)]
         weights[:arrived, -1] = together.sum(dim=1)
         return weights
+
+
+@dataclass(frozen=True)
+class _History:
+    """An online basis in the store."""
+
+    prefix: str
+    record: Record
+    tasks: tuple[str, ...]
+    """The tasks in the order in which the basis took them in. A task that was missing in an earlier
+    run comes later than in the experiment."""
+
+    @classmethod
+    def read(cls, store: Store, name: str) -> _History:
+        """Raises StoreKeyError if the store has no such online basis."""
+        prefix = online_prefix(name)
+        record = records.read_record(store, records.record_key(prefix))
+        return cls(prefix, record, record.metrics_as(OnlineMetrics, store.where(prefix)).tasks)
+
+    def looks(self, buffer: int) -> list[int]:
+        """The numbers of tasks after which the basis is measured."""
+        total = len(self.tasks)
+        kept = [n for n in range(1, total + 1) if online_tables(n) in self.record.files]
+        return stored_arrivals(kept, total, buffer)
 
 
 @dataclass(frozen=True)
@@ -90,22 +118,21 @@ class OnlineArrivals(Evaluation):
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
         experiment, test = context.experiment, context.evaluator("test")
+        history = _History.read(context.store, self.candidate.name)
         total = len(experiment.tasks)
         rows: list[Row] = []
-        for arrived in arrivals(total, experiment.basis.buffer):
-            tasks = [t for t in watched(total) if t < arrived]
-            for decoded in self._decoded(context, arrived):
-                rows += _rows(experiment, test, decoded, tasks)
+        for arrived in history.looks(experiment.basis.buffer):
+            watched_tasks = [t for t in watched(total) if t < arrived]
+            for decoded in self._decoded(context, history, arrived):
+                rows += _rows(history.tasks, test, decoded, watched_tasks)
         write_rows(context.store, self.name, rows, self.identity)
 
-    def _decoded(self, context: Context, arrived: int) -> Iterator[_Decoded]:
+    def _decoded(self, context: Context, history: _History, arrived: int) -> Iterator[_Decoded]:
         """The three sources after `arrived` tasks."""
-        experiment = context.experiment
-        names = experiment.task_names
-        prepared = basis_vector_set(experiment)
+        experiment, names = context.experiment, history.tasks
+        prepared = basis_vector_set(experiment, names)
         gram = GramState.read(context.store).ordered(names)[:arrived, :arrived]
-        key = f"{online_prefix(self.candidate.name)}/{online_tables(arrived)}"
-        stored = load(context.store.read(key))
+        stored = read_tables(context.store, history.prefix, history.record, arrived)
         online = stored["H"] @ stored["W"]
         yield _Decoded("online", self.online, prepared, online, length_ratios(gram, online))
         offline = self._fitted(experiment, gram)
@@ -129,10 +156,10 @@ class OnlineArrivals(Evaluation):
 
 
 def _rows(
-    experiment: Experiment, test: Evaluator, decoded: _Decoded, tasks: Sequence[int]
+    names: Sequence[str], test: Evaluator, decoded: _Decoded, tasks: Sequence[int]
 ) -> list[Row]:
     """Rows of each task by itself, then of all tasks on the model with all arrived tasks added."""
-    total, arrived = len(experiment.tasks), len(decoded.table)
+    total, arrived = len(names), len(decoded.table)
     single = decoded.outcome.coefficient[1]
     together = decoded.outcome.coefficient[total] * total / arrived
     models: list[tuple[int, float, Sequence[int]]] = [(1, single, [task]) for task in tasks]
@@ -142,7 +169,7 @@ def _rows(
     for (size, coefficient, measured), direction in zip(models, directions, strict=True):
         test.merge(direction, coefficient)
         for task in measured:
-            name = experiment.task_names[task]
+            name = names[task]
             count = test.count(name)
             rows.append(Row.of(decoded.model, "test", size, arrived, name, coefficient, count))
     return rows

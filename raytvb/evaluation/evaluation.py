@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from raytvb.experiment.config import Experiment
@@ -43,6 +43,9 @@ class Evaluation(ABC):
     precision: str
     """Number format of the forward passes: fp32 or bf16."""
 
+    tasks: tuple[str, ...] = field(default=(), kw_only=True)
+    """The tasks that are there, if others of the experiment are missing; otherwise empty."""
+
     splits: ClassVar[tuple[str, ...]] = ("test",)
     """The splits whose evaluators `run` uses."""
 
@@ -59,7 +62,8 @@ class Evaluation(ABC):
     @property
     def identity(self) -> JsonObject:
         """Identity that is stored with the rows. If it changes, the evaluation is made again."""
-        return {**self.choices, "precision": self.precision}
+        identity: JsonObject = {**self.choices, "precision": self.precision}
+        return {**identity, "tasks": [*self.tasks]} if self.tasks else identity
 
     @abstractmethod
     def run(self, context: Context) -> None:

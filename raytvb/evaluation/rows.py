@@ -1,9 +1,11 @@
-"""The results of evaluations in a store: one Parquet file for each evaluation.
+"""The results of evaluations in a store: a Parquet file and its record for each evaluation.
 
 Most evaluations count correct answers (`Row`). Disentanglement compares pairs of tasks (`PairRow`).
-A file is written as one object, so it is either whole or absent. Its metadata hold the identity of
-the evaluation: everything that the rows depend on, such as coefficients or the control, apart from
-the frozen part of the experiment. If the identity changes, the evaluation is made again.
+The identity in the record is everything that the rows depend on, such as coefficients or the
+control, apart from the frozen part of the experiment. If it changes, the evaluation is made again.
+
+A store of format 1 has `evals/<name>.parquet` without a record, and the identity in the metadata of
+the file. These files are read as they are, since there is nothing to compare them with.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytvb.errors import UserError
+from raytvb.experiment.layout import EVALS
 from raytvb.maths.counts import Count
+from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
+from raytvb.storage.damage import DamagedError, unreadable
 from raytvb.storage.parquet import parquet_bytes
+from raytvb.storage.records import Record
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 
 _IDENTITY = b"raytvb"
 
@@ -122,9 +128,17 @@ PAIR_SCHEMA = pa.schema(
 AnyRow = TypeVar("AnyRow", Row, PairRow)
 
 
-def key(name: str) -> str:
-    """Key of an evaluation's file in the store."""
-    return f"evals/{name}.parquet"
+ROWS = "rows.parquet"
+"""Name of the file in the folder of an evaluation."""
+
+
+def prefix(name: str) -> str:
+    """Folder of an evaluation in the store."""
+    return f"{EVALS}/{name}"
+
+
+def _first_format_key(name: str) -> str:
+    return f"{EVALS}/{name}.parquet"
 
 
 def write_rows(store: Store, name: str, rows: Sequence[Row], identity: JsonObject) -> None:
@@ -144,32 +158,71 @@ def _write(
     identity: JsonObject,
     schema: pa.Schema,
 ) -> None:
-    described = schema.with_metadata({_IDENTITY: _identity_bytes(identity)})
-    store.write(key(name), parquet_bytes([asdict(row) for row in rows], described))
-
-
-def _identity_bytes(identity: JsonObject) -> bytes:
-    return json.dumps(identity, sort_keys=True).encode()
+    table = parquet_bytes([asdict(row) for row in rows], schema)
+    records.commit(store, prefix(name), identity=identity, files={ROWS: table})
+    if records.is_first_format(store):
+        store.delete(_first_format_key(name))  # rows with another identity
 
 
 def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> bool:
-    """Whether the evaluation has been made; with this identity, if one is given."""
-    if identity is None:
-        return store.exists(key(name))
-    data = store.find(key(name))
-    if data is None:
+    """Whether the evaluation has been made; with this identity, if one is given.
+
+    Rows that are damaged count as not made, so that the evaluation is made again.
+    """
+    try:
+        record, data = _stored(store, name)
+    except (DamagedError, StoreKeyError):
         return False
+    return identity is None or identity == (
+        _first_format_identity(data) if record is None else record.identity
+    )
+
+
+def evaluation_names(store: Store, tasks: Sequence[str] = ()) -> set[str]:
+    """Names of the evaluations that have been made.
+
+    tasks: as of `Evaluation`, the tasks that are there if others are missing. Evaluations that were
+    made with other tasks are left out.
+    """
+    names: set[str] = set()
+    for folder, record in records.find_all(store, EVALS).items():
+        if record.identity.get("tasks", []) == [*tasks]:
+            names.add(folder.removeprefix(f"{EVALS}/"))
+    for key in () if tasks else store.keys(EVALS):
+        name = key.removeprefix(f"{EVALS}/")
+        if name.endswith(".parquet") and not name.endswith(f"/{ROWS}"):
+            names.add(name.removesuffix(".parquet"))
+    return names
+
+
+def _first_format_identity(data: bytes) -> JsonObject | None:
+    """The identity in the metadata of a file; None if the file is damaged or has none."""
     try:
         metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
-    except (pa.ArrowException, OSError):
-        return False  # a damaged file: the evaluation is made again
-    return bool(metadata.get(_IDENTITY) == _identity_bytes(identity))
+        identity = json.loads(metadata.get(_IDENTITY, b"null"))
+    except (pa.ArrowException, OSError, ValueError, RecursionError):
+        return None
+    return identity if isinstance(identity, dict) else None
+
+
+def _stored(store: Store, name: str) -> tuple[Record | None, bytes]:
+    """The record of an evaluation, which is None in a store of format 1, and its file.
+
+    Raises StoreKeyError if it has not been made, and DamagedError if the file differs from the
+    record.
+    """
+    record = records.find(store, prefix(name))
+    if record is not None:
+        return record, records.read_file(store, prefix(name), ROWS, record)
+    if records.is_first_format(store):
+        return None, store.read(_first_format_key(name))
+    raise StoreKeyError(f"no such key: {store.where(prefix(name))}/{records.RECORD}")
 
 
 def read_rows(store: Store, name: str) -> list[Row]:
     """The rows of an evaluation.
 
-    Raises StoreKeyError if it has not been made, and UserError if its file is damaged.
+    Raises StoreKeyError if it has not been made, and DamagedError if its file is damaged.
     """
     return _read(store, name, Row, SCHEMA)
 
@@ -180,11 +233,16 @@ def read_pair_rows(store: Store, name: str) -> list[PairRow]:
 
 
 def _read(store: Store, name: str, row_type: type[AnyRow], schema: pa.Schema) -> list[AnyRow]:
-    data = store.read(key(name))
+    _, data = _stored(store, name)
+    where = store.where(prefix(name))
     try:
         table = pq.read_table(io.BytesIO(data)).select(schema.names)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(
-            f"{store.where(key(name))} is damaged ({error}): `raytvb evaluate` makes it again"
-        ) from None
-    return [row_type(**fields) for fields in table.to_pylist()]
+        rows = table.to_pylist()
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise unreadable(where, str(error)) from None
+    if not table.schema.equals(schema):
+        raise unreadable(where, f"its columns are {table.schema.types}")
+    for column in schema.names:
+        if column != "coefficient" and table[column].null_count:
+            raise unreadable(where, f"it lacks values of {column}")
+    return [row_type(**fields) for fields in rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.sections.tasks import TaskConfig
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base"
@@ -11,15 +10,24 @@ SHARED_MASK = "shared"
 OVERLAP = "overlap"
 PRECISION = "precision"
 SEARCH = "search"
-SUMMARY = "report/summary.json"
-REPORT = "report/index.html"
-TIMINGS = "report/timings.json"
+EVALS = "evals"
+FAILED = "failed"
+BASES = "basis"
+ONLINE = "online"
+REPORT = "report"
+SUMMARY = "summary.json"
+"""Name of the summary in the folder of the report."""
+
+PAGE = "index.html"
+"""Name of the page in the folder of the report."""
+
+TIMINGS = "timings"
 
 VECTOR = "vector.safetensors"
 """Name of the vector file in the folder of a task, and in the folder of its twin."""
 
 HEAD = "head.safetensors"
-"""Name of the zero-shot head in a task's folder."""
+"""Name of the zero-shot head in the folder of a head; in stores of format 1, in a task's folder."""
 
 MASK = "mask.safetensors"
 """Name of the mask file in a mask's folder."""
@@ -29,7 +37,7 @@ COEFFICIENTS = "coefficients.safetensors"
 
 
 def vector_prefix(task: str) -> str:
-    """Folder of a task's vector, head and record."""
+    """Folder of a task's vector."""
     return f"vectors/{task}"
 
 
@@ -53,15 +61,9 @@ def basis_vector_key(experiment: Experiment, task: str) -> str:
     return f"{basis_vector_prefix(experiment, task)}/{VECTOR}"
 
 
-def head_key(experiment: Experiment, task: TaskConfig) -> str:
-    """Key of the zero-shot head of a task.
-
-    Heads of tasks with a vector are next to their vectors. Heads of the control and of unseen tasks
-    are with the pretrained model.
-    """
-    if task.name in experiment.task_names:
-        return f"{vector_prefix(task.name)}/{HEAD}"
-    return f"{BASE}/heads/{task.name}.safetensors"
+def head_prefix(task: str) -> str:
+    """Folder of the zero-shot head of a task, which may be the control or an unseen task."""
+    return f"heads/{task}"
 
 
 def mask_prefix(mask_id: str) -> str:
@@ -76,12 +78,12 @@ def mask_key(mask_id: str) -> str:
 
 def basis_prefix(name: str) -> str:
     """Folder of a basis."""
-    return f"basis/{name}"
+    return f"{BASES}/{name}"
 
 
 def online_prefix(name: str) -> str:
     """Folder of the state of an online basis."""
-    return f"online/{name}"
+    return f"{ONLINE}/{name}"
 
 
 def online_tables(count: int) -> str:
@@ -92,3 +94,8 @@ def online_tables(count: int) -> str:
 def search_prefix(name: str) -> str:
     """Folder of a candidate's search result."""
     return f"{SEARCH}/{name}"
+
+
+def failed_prefix(task: str) -> str:
+    """Folder of the record that says why a task failed."""
+    return f"{FAILED}/{task}"

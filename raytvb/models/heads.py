@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from pydantic import JsonValue
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from raytvb.data.splits import task_classes
 from raytvb.errors import VectorError
+from raytvb.experiment.layout import HEAD
 from raytvb.experiment.sections.model import ModelConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.open_clip_package import model_source, open_clip_package
+from raytvb.storage import records
+from raytvb.storage.checked_file import CheckedFile
+from raytvb.storage.contract import JsonObject
+from raytvb.storage.damage import DamagedError, unreadable
 from raytvb.storage.header import Header
 from raytvb.storage.records import FileInfo
-from raytvb.storage.store_errors import StoreKeyError
+from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -84,17 +89,32 @@ def zero_shot_head(
 def write_head(
     task_store: TaskStore, encoder: Encoder, tokenizer: Tokenizer, classes: Sequence[str]
 ) -> StoredHead:
-    """Compute and store the zero-shot head of a task. Its metadata has the classes and prompts."""
-    task = task_store.task
-    weights = zero_shot_head(encoder, tokenizer, classes, task.prompts).contiguous()
-    data = save({"head": weights}, metadata={"raytvb": _head_source(task)})
-    task_store.store.write(task_store.head_key, data)
-    return StoredHead(weights, FileInfo.of(data))
+    """Compute and commit the zero-shot head of a task.
+
+    Raises VectorError for a head with NaN or infinite values.
+    """
+    weights = zero_shot_head(encoder, tokenizer, classes, task_store.task.prompts).contiguous()
+    if not bool(weights.isfinite().all()):
+        raise VectorError(
+            f"the zero-shot head of task {task_store.task.name} has NaN or infinite values",
+            "the pretrained model's text tower gives such embeddings: check its weights",
+        )
+    record = records.commit(
+        task_store.store,
+        task_store.head_prefix,
+        identity=_head_identity(task_store.task),
+        files={HEAD: save({"head": weights})},
+    )
+    return StoredHead(weights, record.files[HEAD])
 
 
-def _head_source(task: TaskConfig) -> str:
-    source = {"data": task.data, "classes": task.classes, "prompts": task.prompts}
-    return json.dumps(source, sort_keys=True)
+def _head_identity(task: TaskConfig) -> JsonObject:
+    """All that a head depends on beside the pretrained model."""
+    return {"data": task.data, "classes": _listed(task.classes), "prompts": _listed(task.prompts)}
+
+
+def _listed(names: Sequence[str] | None) -> list[JsonValue] | None:
+    return None if names is None else [*names]
 
 
 def load_head(task_store: TaskStore, encoder: Encoder) -> StoredHead:
@@ -112,14 +132,36 @@ def load_head(task_store: TaskStore, encoder: Encoder) -> StoredHead:
 
 
 def _stored_head(task_store: TaskStore) -> StoredHead | None:
-    """The head in the store; None if there is no head for this task's classes and prompts."""
-    store, key = task_store.store, task_store.head_key
+    """The head in the store; None if there is no whole head for this task's classes and prompts."""
+    store, prefix = task_store.store, task_store.head_prefix
     try:
-        header = Header.read(store, key)
-        if json.dumps(header.info, sort_keys=True) != _head_source(task_store.task):
+        record = records.find(store, prefix)
+        if record is None:
+            return _first_format_head(task_store)
+        if not record.is_of(_head_identity(task_store.task)):
             return None
-        is_whole = len(header.first) == header.size  # a small head was read with its header
-        data = header.first if is_whole else store.read(key)
-    except (StoreKeyError, VectorError):
+        data = records.read_file(store, prefix, HEAD, record)
+        return StoredHead(_weights(data, store.where(prefix)), record.files[HEAD])
+    except DamagedError:
         return None
-    return StoredHead(load(data)["head"], FileInfo.of(data))
+
+
+def _weights(data: bytes, where: str) -> Tensor:
+    """The weights in the file of a head. Raises DamagedError if the file holds none."""
+    weights = tensor_of(tensors_of(data, where), "head", torch.float32, 2, where)
+    if not bool(weights.isfinite().all()):
+        raise unreadable(where, "the head has NaN or infinite values")
+    return weights
+
+
+def _first_format_head(task_store: TaskStore) -> StoredHead | None:
+    """The head beside a vector of format 1, whose record lists both."""
+    vector = records.find(task_store.store, task_store.prefix)
+    if vector is None or HEAD not in vector.files:
+        return None
+    data = records.read_file(task_store.store, task_store.prefix, HEAD, vector)
+    key = records.file_key(task_store.prefix, HEAD)
+    header = Header.read(CheckedFile(task_store.store, key, vector.files[HEAD]))
+    if header.info != _head_identity(task_store.task):
+        return None
+    return StoredHead(_weights(data, task_store.store.where(key)), vector.files[HEAD])

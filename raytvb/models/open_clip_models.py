@@ -29,6 +29,7 @@ from raytvb.data.preprocess import Preprocess
 from raytvb.errors import UserError
 from raytvb.experiment.fields import TINY_MODEL
 from raytvb.experiment.sections.model import ModelConfig
+from raytvb.maths.finite import listed, not_finite
 from raytvb.models.open_clip_package import model_source, open_clip_package, tag_options
 from raytvb.models.pretrained_files import check_checkpoint
 from raytvb.storage.contract import JsonObject
@@ -110,8 +111,8 @@ def load_encoder(config: ModelConfig) -> Encoder:
     """Load the pretrained model that an experiment names, in float32.
 
     Raises UserError for an unknown model or tag (the message lists the known ones), for a
-    checkpoint file whose tensors are not those of the model (it lists all differences), and for
-    weights that cannot be loaded.
+    checkpoint file whose tensors are not those of the model (it lists all differences), for weights
+    that cannot be loaded, and for weights that are not finite (it names them).
     """
     check_names(config)
     source = model_source(config)
@@ -130,7 +131,23 @@ def load_encoder(config: ModelConfig) -> Encoder:
         ) from error
     if options["force_quick_gelu"]:
         model_config["quick_gelu"] = True
-    return _encoder_of(model, model_config)
+    encoder = _encoder_of(model, model_config)
+    _check_finite(encoder.model, config)
+    return encoder
+
+
+def _check_finite(model: nn.Module, config: ModelConfig) -> None:
+    """Raise UserError that names the parameters with NaN or infinite values.
+
+    A buffer may be infinite, as attention masks are, but not NaN.
+    """
+    bad = not_finite(dict(model.named_parameters()))
+    bad += [name for name, buffer in sorted(model.named_buffers()) if buffer.isnan().any()]
+    if bad:
+        raise UserError(
+            f"model {config.name} ({config.pretrained or 'its own weights'}) has NaN or infinite "
+            f"values in {listed(bad)}: use a checkpoint whose weights are finite in float32"
+        )
 
 
 def count_parameters(config: ModelConfig) -> int:

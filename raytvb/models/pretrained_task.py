@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raytvb.data.preprocess import Preprocess
+from raytvb.data.splits import check_task
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.heads import StoredHead, load_head
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.pretrained_model import load_base
+from raytvb.models.worker_process import worker_setup
+
+
+def prepare_task(
+    experiment: Experiment, fingerprint: str, task: TaskConfig, splits: Sequence[str]
+) -> None:
+    """Check that the data of a task have these splits, and store its zero-shot head.
+
+    No image is read. fingerprint: of the pretrained model. Raises UserError for a split that is
+    missing and for data that cannot be opened.
+    """
+    worker_setup()
+    check_task(task, splits)
+    load_head(TaskStore(experiment, task), load_base(experiment.store, fingerprint))
 
 
 @dataclass(frozen=True)

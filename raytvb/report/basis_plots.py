@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raytvb.report.numbers import chosen_names, decoded_bases
 from raytvb.report.plot_style import add_legend, new_figure, short, svg, whole_numbers
 from raytvb.report.summary_contracts import Disentanglement, Summary
-from raytvb.storage.gram_state import Arrival
+from raytvb.storage.gram_rows import Arrival
 
 
 def plot_error(summary: Summary) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raytvb.errors import UserError
 from raytvb.evaluation.plan import chosen_basis, evaluations, is_tested
-from raytvb.evaluation.rows import key
+from raytvb.evaluation.rows import evaluation_names
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
@@ -15,7 +15,7 @@ from raytvb.search.candidates import Candidate, all_candidates
 from raytvb.search.results import Choice, MeasuredOutcome, Outcome
 from raytvb.search.rounds import find_choice, find_result
 from raytvb.storage import records
-from raytvb.storage.contract import unreadable
+from raytvb.storage.damage import unreadable
 from raytvb.storage.store import Store
 
 
@@ -50,9 +50,9 @@ def finished_search(store: Store, experiment: Experiment, precision: str) -> Fin
     if choice is None:
         raise UserError(f"the search in {store.url} has not ended: run `raytvb run` first")
     planned = {e.name for e in evaluations(experiment, candidates, outcomes, choice, precision)}
-    evaluated = set(store.keys("evals"))
+    evaluated = evaluation_names(store, experiment.task_names if experiment.missing else ())
     for name in sorted(planned):
-        if key(name) not in evaluated:
+        if name not in evaluated:
             raise _missing(name, "evaluated")
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
     chosen = chosen_basis(tested, choice)

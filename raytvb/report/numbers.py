@@ -57,6 +57,12 @@ def headline(summary: Summary) -> Headline:
     )
 
 
+def all_tasks(summary: Summary) -> int:
+    """Number of tasks of the experiment, with those that the results were built without."""
+    tasks = summary.provenance.experiment.get("tasks")
+    return len(tasks) if isinstance(tasks, list) else len(summary.tasks)
+
+
 def chosen_names(summary: Summary) -> list[str]:
     """The chosen basis; empty if there is none."""
     return [] if summary.chosen.name is None else [summary.chosen.name]

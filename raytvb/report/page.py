@@ -18,8 +18,9 @@ from importlib.resources import files
 
 import jinja2
 
+from raytvb.evaluation.rows import ROWS
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import REPORT, SUMMARY
+from raytvb.experiment.layout import EVALS, PAGE, REPORT, SUMMARY
 from raytvb.maths.counts import mean
 from raytvb.report import numbers
 from raytvb.report.formatting import format_bytes, percent
@@ -27,7 +28,11 @@ from raytvb.report.plot_style import short
 from raytvb.report.plots import draw_plots
 from raytvb.report.summary import summarise
 from raytvb.report.summary_contracts import AdditionEntry, Interval, Summary
-from raytvb.storage.gram_state import Arrival, GramState
+from raytvb.report.text import missing_lines
+from raytvb.storage import records
+from raytvb.storage.gram_rows import Arrival
+from raytvb.storage.gram_state import GramState
+from raytvb.storage.sealed_json import json_bytes
 from raytvb.storage.store import Store
 
 _OBJECTIVES = {
@@ -38,15 +43,24 @@ _OBJECTIVES = {
 
 
 def write_report(store: Store, experiment: Experiment) -> Summary:
-    """Write the page, then the summary, and return the summary.
+    """Write the page, the summary and their record, and return the summary.
 
     Raises UserError if results are missing; the message names the stage to run.
     """
     summary = summarise(store, experiment)
     history = GramState.read(store).history
-    store.write(REPORT, render(summary, experiment.name, history).encode())
-    store.write_json(SUMMARY, summary.to_json())
+    page = render(summary, experiment.name, history).encode()
+    files = {PAGE: page, SUMMARY: json_bytes(summary.to_json())}
+    records.commit(store, REPORT, identity={}, files=files, parents=_parents(store))
     return summary
+
+
+def _parents(store: Store) -> dict[str, str]:
+    """Checksums of the results that the report shows, by their folders."""
+    parents: dict[str, str] = {}
+    for prefix, record in records.find_all(store, EVALS).items():
+        parents[prefix] = record.file(ROWS, store.where(prefix)).sha256
+    return parents
 
 
 def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
@@ -63,6 +77,7 @@ def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
         name=name,
         summary=summary,
         plots=draw_plots(summary, history),
+        missing=list(missing_lines(summary)),
         headline=numbers.headline(summary),
         subjects=numbers.subjects(summary),
         subset_sizes=numbers.subset_sizes(summary),

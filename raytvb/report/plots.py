@@ -15,7 +15,7 @@ from raytvb.report.basis_plots import (
 from raytvb.report.front_plot import plot_front
 from raytvb.report.numbers import decoded_bases
 from raytvb.report.summary_contracts import Disentanglement, Summary
-from raytvb.storage.gram_state import Arrival
+from raytvb.storage.gram_rows import Arrival
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ validation data. The test split is read once for each candidate.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, OVERLAP, PRECISION, basis_prefix
 from raytvb.experiment.metrics import BaseMetrics, BasisMetrics, OverlapMetrics, PrecisionMetrics
+from raytvb.experiment.missing import missing_parts, without
 from raytvb.experiment.stored import load_gram, stored_bytes
 from raytvb.report.accuracies import accuracies_of
 from raytvb.report.addition_entries import Entries
@@ -31,6 +33,7 @@ from raytvb.report.operation_entries import (
 from raytvb.report.summary_contracts import (
     AdditionEntry,
     ChosenBasis,
+    MissingTask,
     NothingChosen,
     Online,
     Provenance,
@@ -44,11 +47,13 @@ from raytvb.storage.records import Record
 from raytvb.storage.store import Store
 
 
-def summarise(store: Store, experiment: Experiment) -> Summary:
-    """The results of an experiment.
+def summarise(store: Store, whole: Experiment) -> Summary:
+    """The results of an experiment, built from the tasks that are there.
 
     Raises UserError if results are missing. The message names the stage to run.
     """
+    parts = missing_parts(store, whole)
+    experiment = without(whole, parts)
     gram, base = _gram_and_base(store, experiment)
     precision = _precision(store)
     search = finished_search(store, experiment, precision.use)
@@ -62,6 +67,7 @@ def summarise(store: Store, experiment: Experiment) -> Summary:
     fingerprint = base.parent("fingerprint", store.where(BASE))
     return Summary(
         tasks=experiment.task_names,
+        missing=tuple(MissingTask(**asdict(part)) for part in parts),
         zero_shot=accuracies_of(models, "zero-shot"),
         fine_tuned=fine_tuned,
         addition=addition,
@@ -78,14 +84,14 @@ def summarise(store: Store, experiment: Experiment) -> Summary:
         stored_bytes=StoredBytes(**stored_bytes(store, experiment, parameters)),
         seconds=read_timings(store),
         floor={basis: metrics.floor for basis, metrics in bases.items()},
-        provenance=_provenance(experiment, search.choice, fingerprint, precision),
+        provenance=_provenance(whole, search.choice, fingerprint, precision),
     )
 
 
 def _gram_and_base(store: Store, experiment: Experiment) -> tuple[Tensor, Record]:
     """The Gram matrix (T, T) float64, and the record of the pretrained model."""
     gram, base = load_gram(store, experiment), records.find(store, BASE)
-    if gram is None or base is None:
+    if not experiment.tasks or gram is None or base is None:
         raise UserError(f"{store.url} has no complete results yet: run `raytvb run` first")
     return gram, base
 

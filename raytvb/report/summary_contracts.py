@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, model_serializer
 
-from raytvb.experiment.layout import SUMMARY
+from raytvb.experiment.layout import REPORT, SUMMARY
 from raytvb.experiment.metrics import OverlapMetrics, PrecisionMetrics
 from raytvb.search.results import Choice
-from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage import records
+from raytvb.storage.checked_file import CheckedFile
+from raytvb.storage.contract import Contract, JsonObject, parse_json
 from raytvb.storage.store import Store
 
 Interval: TypeAlias = tuple[float, float]
@@ -240,10 +242,23 @@ class Provenance(Contract):
         return precision.model_dump(mode="json", exclude_unset=True)
 
 
+class MissingTask(Contract):
+    """A task of the experiment that the results were built without."""
+
+    name: str
+    stage: str
+    """Where it failed; '' if no run has tried it."""
+    reason: str
+    attempts: int
+
+
 class Summary(Contract):
     """All results of an experiment."""
 
     tasks: tuple[str, ...]
+    """The tasks with a vector that the results were built from."""
+    missing: tuple[MissingTask, ...] = ()
+    """What failed, also control and unseen tasks. The file has no such field if it is empty."""
     zero_shot: dict[str, float]
     """Accuracy of the pretrained model, by task."""
     fine_tuned: dict[str, float]
@@ -272,6 +287,14 @@ class Summary(Contract):
     """By basis: the least relative error of any basis of its size."""
     provenance: Provenance
 
+    @model_serializer(mode="wrap")
+    def _without_empty(self, fields: SerializerFunctionWrapHandler) -> Any:
+        """Leave `missing` out if nothing is missing."""
+        values = fields(self)
+        if not self.missing:
+            del values["missing"]
+        return values
+
     @field_serializer("search")
     def _as_recorded(self, search: Choice) -> Any:
         """The choice as the record of the search has it."""
@@ -279,5 +302,10 @@ class Summary(Contract):
 
 
 def read_summary(store: Store) -> Summary:
-    """The summary that the stage `report` wrote. Raises StoreError if there is none."""
-    return Summary.from_json(store.read_json(SUMMARY), store.where(SUMMARY))
+    """The summary that the stage `report` wrote.
+
+    Raises StoreKeyError if there is none, and DamagedError if it differs from its record.
+    """
+    key = records.file_key(REPORT, SUMMARY)
+    data = CheckedFile.find(store, key).read()
+    return Summary.from_json(parse_json(data, store.where(key)), store.where(key))

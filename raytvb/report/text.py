@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from raytvb.errors import FailedPart
 from raytvb.maths.counts import mean
 from raytvb.report.formatting import format_bytes, percent
-from raytvb.report.numbers import headline, negation_figures, negations, subjects
+from raytvb.report.numbers import all_tasks, headline, negation_figures, negations, subjects
 from raytvb.report.summary_contracts import (
     ArrivalAccuracies,
     NamedAddition,
@@ -18,6 +19,7 @@ from raytvb.report.summary_contracts import (
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """The lines below the table of additions. Parts that were not measured have no line."""
+    yield from missing_lines(summary)
     yield from _additions(summary)
     yield from _stopped(summary)
     yield from _weighted(summary)
@@ -29,6 +31,15 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     for name, online in summary.online.items():
         yield _online(summary, name, online)
     yield from _storage(summary)
+
+
+def missing_lines(summary: Summary) -> Iterator[str]:
+    """What the results were built without, if tasks are missing."""
+    if summary.missing:
+        count = f"{len(summary.tasks)} of {all_tasks(summary)} tasks"
+        yield f"built from {count}; missing:"
+    for task in summary.missing:
+        yield f"  {FailedPart(task.name, task.stage, task.reason, task.attempts)}"
 
 
 def _additions(summary: Summary) -> Iterator[str]:

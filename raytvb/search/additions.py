@@ -14,6 +14,7 @@ from raytvb.experiment.config import Experiment
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
+from raytvb.search.merged_vectors import NotFiniteError
 from raytvb.search.results import Setting
 from raytvb.storage.vector_set import COMBINED_BYTES
 
@@ -67,7 +68,7 @@ class Additions:
         kept: list[Tensor | None] = []
         kept_bytes = 0
         table = self._table * self._ratios if own_lengths else self._table
-        for direction in self.candidate.directions(self._vectors, table, subsets, self._seed):
+        for direction in self._made(table, subsets):
             if direction is None:
                 kept.append(None)
             else:
@@ -82,11 +83,21 @@ class Additions:
         fits = kept_bytes <= COMBINED_BYTES
         self._held = _HeldDirections(wanted, own_lengths, tuple(kept)) if fits else None
 
+    def _made(self, table: Tensor, subsets: Sequence[Sequence[int]]) -> Iterator[Tensor | None]:
+        """As `Candidate.directions`."""
+        try:
+            yield from self.candidate.directions(self._vectors, table, subsets, self._seed)
+        except NotFiniteError as error:
+            raise self._not_finite() from error
+
     def _check_finite(self, direction: Tensor) -> None:
         if not bool(torch.isfinite(direction).all()):
-            raise InvalidCandidateError(
-                f"{self.candidate.name}: its vectors add up to NaN or infinite values"
-            )
+            raise self._not_finite()
+
+    def _not_finite(self) -> InvalidCandidateError:
+        return InvalidCandidateError(
+            f"{self.candidate.name}: its vectors add up to NaN or infinite values"
+        )
 
     def counts(
         self,

@@ -34,6 +34,7 @@ from torch import Tensor
 from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.identities import basis_identity, find_of_these_tasks
 from raytvb.experiment.layout import basis_prefix, vector_key
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.stored import (
@@ -299,7 +300,8 @@ def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
     gram = load_gram(store, experiment)
     missing: list[str] = []
     for spec in basis_specs(experiment):
-        if records.find(store, basis_prefix(spec.name)) is None:
+        identity, others = basis_identity(experiment, spec), experiment.missing
+        if find_of_these_tasks(store, basis_prefix(spec.name), identity, others) is None:
             missing.append(spec.name)
     if gram is None or missing:
         names = ", ".join(missing) or "no Gram matrix"

@@ -31,7 +31,10 @@ _MEASURED_ON = ("model", "seed", "talos", "finetune", "tasks")
 
 def choice_identity(experiment: Experiment, candidates: Sequence[Candidate]) -> JsonObject:
     """Identity of the choice among candidates."""
-    return {
+    identity: JsonObject = {
         "candidates": [candidate.name for candidate in candidates],
         "search": experiment.identity()["search"],
     }
+    if experiment.missing:
+        identity["tasks"] = [*experiment.task_names]
+    return identity

@@ -8,7 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from raytvb.errors import VectorError
 from raytvb.maths.merge_registry import MERGE_METHODS, MergeMethod
+from raytvb.maths.method_registry import MethodError
 from raytvb.maths.thresholds import global_thresholds
 from raytvb.storage.vector_set import Coordinates, VectorSet
 
@@ -26,8 +28,8 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
     A method that works entry by entry sees only the kept entries of sparse vectors, and the result
     has the coordinates of the vectors, (count,). A method that works on matrices sees and fills
     whole parameters, and the result has all of them, (D,), in the order of their sorted names.
-    Raises ValueError for a method that needs what a store does not have, and MethodError if the
-    method fails.
+    Raises ValueError for a method that needs what a store does not have, MethodError that names the
+    parameter if the method fails, and NotFiniteError if some tau_i is not finite.
     Memory: the result, and one parameter of the n task vectors and of the F stored vectors. Vectors
     of a `VectorSet` that have no weight are not read.
     """
@@ -45,10 +47,17 @@ def method_direction(vectors: Coordinates, tasks: Tensor, method: str, seed: int
         whole = rows if filled is None else _whole(rows, filled[name])
         if isinstance(thresholds, Tensor):
             options["thresholds"] = thresholds.clone()  # whatever the method does to them
-        merged = merge(whole, **options).reshape(-1)
+        try:
+            merged = merge(whole, **options).reshape(-1)
+        except MethodError as error:
+            raise MethodError(f"{name}: {error}") from error
         direction[first : first + len(merged)] = merged
         first += len(merged)
     return direction
+
+
+class NotFiniteError(VectorError):
+    """Task vectors that have, with their weights, NaN or infinite values."""
 
 
 class _MixedVectors:
@@ -64,11 +73,19 @@ class _MixedVectors:
         """Kept entries by parameter, bool; None if every entry is a coordinate."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The name and values of each parameter: (n, *shape), or (n, kept) if there is a mask."""
+        """The name and values of each parameter: (n, *shape), or (n, kept) if there is a mask.
+
+        Raises NotFiniteError that names the first parameter with values that are not finite.
+        """
         first = 0
         for name, shape in self._vectors.parameters.items():
             count = prod(shape) if self.kept is None else int(self.kept[name].sum())
             rows = self._mix(self._vectors.read_all(first, count))
+            if not bool(rows.isfinite().all()):
+                raise NotFiniteError(
+                    f"the task vectors with their weights have NaN or infinite values in {name}",
+                    "use smaller weights",
+                )
             yield name, rows.view(len(rows), *shape) if self.kept is None else rows
             first += count
 

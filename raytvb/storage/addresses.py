@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Annotated
 
 import fsspec
+from pydantic import AfterValidator
 
 from raytvb.storage.local_files import TEMPORARY
 from raytvb.storage.store_errors import StoreError
@@ -51,3 +53,16 @@ def checked_key(key: str) -> str:
     if any(name.startswith(TEMPORARY) for name in names):
         raise ValueError(f"not a key: {key!r}; names that begin with {TEMPORARY} are reserved")
     return key
+
+
+def is_key(key: str) -> bool:
+    """Whether `checked_key` accepts a key. Another program may have named a file otherwise."""
+    try:
+        checked_key(key)
+    except ValueError:
+        return False
+    return True
+
+
+Key = Annotated[str, AfterValidator(checked_key)]
+"""A key in a file of JSON, as `checked_key`."""

@@ -5,21 +5,32 @@ of all basis vectors. The index has the form that the Hugging Face hub uses (`we
 file). A tensor is named after its parameter and stacks the M basis vectors: (M, *shape), or
 (M, kept) where the vectors share a mask. If a file ends inside a tensor, the tensor is cut, and its
 parts are named `parameter[start:stop]` by flat positions. Values are float32.
+
+The first writing of a basis has the names `basis-00001-of-00003.safetensors` and
+`basis.safetensors.index.json`. A basis that is written again has a tag in its names, as in
+`basis-1f2e3d4c-00001-of-00003.safetensors`. The record of the basis lists its files, among them the
+index, and the index lists the pieces.
 """
 
 from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from pydantic import Field
+
 from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage.contract import Contract
+from raytvb.storage.shapes import Shape, Size
 from raytvb.storage.vectors import VectorInfo, vector_info
 
-INDEX = "basis.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
+"""How the name of the index of a basis ends."""
+
+INDEX = f"basis{INDEX_ENDING}"
 
 SEGMENT = 16 * BLOCK
 """Number of coordinates in a segment. No file crosses a multiple of it, so that several writers can
@@ -34,11 +45,11 @@ class BasisMetadata(Contract):
 
     total_size: int
     """Bytes of all values."""
-    size: int
+    size: Size = Field(ge=1)
     """Number of basis vectors M."""
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     """Shapes of what is stored for one vector, as `Layout.shapes`."""
-    parameters: dict[str, tuple[int, ...]]
+    parameters: dict[str, Shape]
     """Shapes of the parameters, as `Layout.parameters`."""
     raytvb: VectorInfo
     """The metadata that the header of a vector file in the folder of the basis would have."""
@@ -93,10 +104,22 @@ def file_columns(size: int) -> int:
     return min(SEGMENT, max(4096, power_of_two))
 
 
-def file_names(size: int, count: int) -> list[str]:
-    """The files of a basis of `size` vectors of `count` coordinates."""
+def file_names(size: int, count: int, tag: str = "") -> list[str]:
+    """The files of a basis of `size` vectors of `count` coordinates.
+
+    tag: of a basis that was written again (see `replacing`); '' for one that was written once.
+    """
     total = max(1, -(-count // file_columns(size)))
-    return [f"basis-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    stem = f"basis-{tag}" if tag else "basis"
+    return [f"{stem}-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+
+
+def tag_of(names: Iterable[str]) -> str:
+    """The tag in the names of the files of a basis, which its index tells; '' if it has none."""
+    for name in names:
+        if name.endswith(INDEX_ENDING):
+            return name.removesuffix(INDEX_ENDING).removeprefix("basis").removeprefix("-")
+    return ""
 
 
 def pieces_of(shapes: Mapping[str, tuple[int, ...]], start: int, stop: int) -> Iterator[Piece]:
@@ -115,11 +138,14 @@ def pieces_of(shapes: Mapping[str, tuple[int, ...]], start: int, stop: int) -> I
         first = last
 
 
-def index_bytes(layout: Layout, size: int, prefix: str) -> bytes:
-    """The index file of a basis of `size` vectors: which file has which tensor, and the layout."""
+def index_bytes(layout: Layout, size: int, prefix: str, tag: str = "") -> bytes:
+    """The index file of a basis of `size` vectors: which file has which tensor, and the layout.
+
+    tag: as in `file_names`.
+    """
     columns = file_columns(size)
     weight_map: dict[str, str] = {}
-    for number, name in enumerate(file_names(size, layout.count)):
+    for number, name in enumerate(file_names(size, layout.count, tag)):
         start = number * columns
         stop = min(start + columns, layout.count)
         for piece in pieces_of(layout.shapes, start, stop):

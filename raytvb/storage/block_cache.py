@@ -7,11 +7,8 @@ bytes in float32, in memory or in an unnamed temporary file that vanishes with i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO
@@ -19,12 +16,12 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from raytvb.errors import VectorError
 from raytvb.maths.bits import unpack_bits
 from raytvb.maths.gram_blocks import BLOCK
+from raytvb.storage.checked_file import CheckedFile
+from raytvb.storage.damage import differs
 from raytvb.storage.masks import MaskFile
-from raytvb.storage.records import PART, FileInfo
-from raytvb.storage.store import Store
+from raytvb.storage.records import FileInfo
 from raytvb.storage.vectors import VectorFile
 
 _READERS = 8
@@ -76,7 +73,7 @@ class BlockCache:
         """Fetch a vector's part of the coordinates.
 
         info: the recorded checksums, with which every byte of the part is compared. Raises
-        VectorError that names a file whose bytes differ, and then keeps nothing of the vector.
+        DamagedError that names a file whose bytes differ, and then keeps nothing of the vector.
         """
         packed: Tensor | None = None
         counts = [self.start, self.stop]
@@ -88,7 +85,8 @@ class BlockCache:
         # of 64 bytes, those by numpy do not.
         held = torch.empty(high - low, dtype=torch.uint8) if self._file is None else None
         entry = _Entry(self._end, vector.dtype, packed, before, held)
-        for at, piece in _checked_parts(vector, info, low, high):
+        file = CheckedFile(vector.store, vector.key, info)
+        for at, piece in file.parts(low, high, _READERS):
             self._put(entry, at - low, piece)
         self._entries[name] = entry
         self._end += high - low
@@ -98,7 +96,7 @@ class BlockCache:
         """The bits of a vector's mask in this range, and numbers of kept entries before each BLOCK
         and before the end of the range.
 
-        The numbers count from the vector's first coordinate. Raises VectorError unless the bits
+        The numbers count from the vector's first coordinate. Raises DamagedError unless the bits
         agree with these numbers.
         """
         packed = mask.packed(self.start, self.stop)
@@ -106,7 +104,8 @@ class BlockCache:
         counts = [mask.kept_before(edge) for edge in edges]
         for part, (low, high) in zip(packed.split(BLOCK // 8), pairwise(counts), strict=False):
             if int(unpack_bits(part, 8 * len(part)).sum()) != high - low:
-                raise damaged(vector.store, vector.mask_key)
+                where = vector.store.where(vector.mask_key)
+                raise differs(where, vector.store.url, "its bits and its counts differ")
         return packed, counts
 
     def drop(self, name: str) -> None:
@@ -164,52 +163,3 @@ class BlockCache:
         bits, out = bits[at - whole :], torch.zeros(last - first)
         out[bits] = self._values(entry, start, int(bits.sum()))
         return out
-
-
-def _checked_parts(
-    vector: VectorFile, info: FileInfo, low: int, high: int
-) -> Iterator[tuple[int, memoryview]]:
-    """Bytes low..high of a vector file as (position, bytes).
-
-    Each part is compared with its recorded checksum.
-    """
-    if low == high:
-        return
-    # A file without checksums of parts counts as one part, of any size.
-    size = PART if info.parts else max(info.size, 1)
-    digests = info.parts or (info.sha256,)
-    numbers = range(low // size, -(-high // size))
-
-    def fetch(number: int) -> bytes:
-        return vector.store.read_range(
-            vector.key, number * size, min((number + 1) * size, info.size)
-        )
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for group in range(0, len(numbers), _READERS):  # no more parts than these are in memory
-            chosen = numbers[group : group + _READERS]
-            for number, data in zip(chosen, pool.map(fetch, chosen), strict=True):
-                if hashlib.sha256(data).hexdigest() != digests[number]:
-                    raise damaged(vector.store, vector.key)
-                start = number * size
-                view = memoryview(data)[max(0, low - start) : max(0, min(len(data), high - start))]
-                if len(view):
-                    yield max(low, start), view
-
-
-def check_header(vector: VectorFile, info: FileInfo) -> None:
-    """Compare the parts of the file that hold its header with their checksums.
-
-    Raises as `BlockCache.add`.
-    """
-    for _ in _checked_parts(vector, info, 0, vector.data_start):
-        pass
-
-
-def damaged(store: Store, key: str) -> VectorError:
-    """The error for a file whose bytes differ from those recorded."""
-    folder = key.rpartition("/")[0]
-    return VectorError(
-        f"{store.where(key)}: the bytes differ from those recorded",
-        f"delete the folder {folder} of the store and run again to make it anew",
-    )

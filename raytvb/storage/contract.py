@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from raytvb.storage.store_errors import StoreError
+from raytvb.storage.damage import unreadable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,7 +28,7 @@ class Contract(BaseModel):
     def from_json(cls, fields: object, where: str) -> Self:
         """The value that parsed JSON stands for; `where` names the file.
 
-        Raises StoreError that names the file and the first field that is wrong.
+        Raises DamagedError that names the file and the first field that is wrong.
         """
         try:
             return cls.model_validate(fields)
@@ -40,8 +40,8 @@ class Contract(BaseModel):
         return self.model_dump(mode="json")
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """The parsed bytes of a file; `where` names it. Raises StoreError if they are not JSON."""
+def parse_json(data: bytes | str, where: str) -> Any:
+    """The parsed bytes of a file; `where` names it. Raises DamagedError if not JSON."""
     try:
         return json.loads(data)
     except ValueError as error:
@@ -50,15 +50,8 @@ def parse_json(data: bytes, where: str) -> Any:
         raise unreadable(where, "its JSON is nested too deeply") from error
 
 
-def unreadable(where: str, problem: str) -> StoreError:
-    """The error for a file that is damaged. `where` names it, `problem` says what is wrong."""
-    return StoreError(
-        f"{where} cannot be read: {problem}; delete its folder and run again to make it anew"
-    )
-
-
 def problem_of(error: ValidationError) -> str:
     """The first field that is wrong, and what is wrong with it."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"])) or "its contents"
-    return f"{field}: {first['msg']}"
+    return f"{field:.200}: {first['msg']}"

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FORMAT = 1
-"""The format that this version writes, and the highest that it reads."""
+FORMAT = 2
+"""The format that this version writes, and the highest that it reads.
+
+1: the first format. 2: every record has a checksum of itself, every file of a store has a record,
+and the zero-shot heads are in folders of their own.
+"""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@
                                              earlier ones
 
 A row file says which vectors it belongs to, by a hash over all tasks and checksums so far. So the
-matrix that is read is consistent, whichever file was written last. Damaged row files are ignored,
-and their vectors are added again. A snapshot is written when the number of vectors has grown by a
+matrix that is read is consistent, whichever file was written last. Whoever writes the matrix takes
+no notice of damaged files, and adds their vectors again; whoever only reads it gets an error. A
+snapshot is written when the number of vectors has grown by a
 quarter. So the bytes written for an arrival grow with the number of vectors, not with its square.
 """
 
@@ -21,30 +22,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from raytvb.errors import UserError, VectorError
+from raytvb.errors import UserError
 from raytvb.maths.gram_blocks import grown
 from raytvb.storage import records
-from raytvb.storage.contract import Contract, JsonObject, parse_json
-from raytvb.storage.format_version import format_problem
+from raytvb.storage.contract import Contract
+from raytvb.storage.damage import DamagedError, unreadable
+from raytvb.storage.gram_rows import OWNER, PREFIX, ROWS, Arrival, RowsInfo, check_rows
+from raytvb.storage.sealed_json import sealed, unsealed
 from raytvb.storage.store import Store
-
-PREFIX = "gram"
-
-_OWNER = f"{PREFIX}/owner.json"
-_ROWS = f"{PREFIX}/rows"
-
-
-class Arrival(Contract):
-    """How good bases could be after some vectors had arrived."""
-
-    vectors: int
-    """Number of vectors that had arrived."""
-    floor: dict[int, float]
-    """Least relative squared error of any basis, by its size M."""
+from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 
 class Snapshot(Contract):
@@ -53,25 +42,6 @@ class Snapshot(Contract):
     tasks: tuple[str, ...]
     """The tasks, in the order of their arrival."""
     history: tuple[Arrival, ...]
-
-
-class RowsInfo(Contract):
-    """Metadata of a row file."""
-
-    chain: str
-    """`GramState.chain` of the vectors before the new ones."""
-    vectors: tuple[tuple[str, str], ...]
-    """Tasks and checksums of the new vectors."""
-    history: tuple[Arrival, ...]
-    sha256: str = ""
-    """Checksum over the other fields and the rows."""
-
-    def checksum(self, rows: Tensor) -> str:
-        """The value that `sha256` must have for these rows, (new, T + new) float64."""
-        fields = self.to_json()
-        del fields["sha256"]
-        text = json.dumps(fields, sort_keys=True).encode()
-        return hashlib.sha256(text + rows.contiguous().numpy().tobytes()).hexdigest()
 
 
 class Owner(Contract):
@@ -96,6 +66,8 @@ class GramState:
     """An item for some of the arrivals, in their order."""
     snapshot: int = 0
     """Number of vectors in the stored snapshot."""
+    damaged: bool = False
+    """Whether the store has a damaged file of the matrix, which the next snapshot replaces."""
 
     @property
     def known(self) -> list[tuple[str, str]]:
@@ -136,79 +108,94 @@ class GramState:
     def read(cls, store: Store) -> GramState:
         """The state that the store has; an empty state if the store has none.
 
-        Raises UserError, StoreError and VectorError for files that are those of a newer raytvb, or
-        may be, and StoreError for a record that cannot be read.
+        Raises DamagedError for a damaged file, and UserError or VectorError for files of a newer
+        raytvb.
         """
         state = cls._snapshot(store)
-        while True:
-            key = f"{_ROWS}/{len(state.tasks):06d}.safetensors"
-            data = store.find(key)
-            if data is None or not state._append(data, store.where(key)):
-                return state
+        while state._append_rows(store):
+            continue
+        return state
+
+    @classmethod
+    def undamaged(cls, store: Store) -> GramState:
+        """As `read`, but only the state before a damaged file, if there is one.
+
+        For whoever writes the matrix: the vectors are still in the store, and are added again.
+        """
+        try:
+            state = cls._snapshot(store)
+        except DamagedError:
+            state = cls(damaged=True)
+        try:
+            while state._append_rows(store):
+                continue
+        except DamagedError:
+            state.damaged = True
+        return state
 
     @classmethod
     def _snapshot(cls, store: Store, attempts: int = 3) -> GramState:
         record = records.find(store, PREFIX)
         if record is None:
             return cls()
+        where = store.where(f"{PREFIX}/{records.RECORD}")
         if len(record.files) != 1:
-            return cls()  # damaged, as if its file were: see below
-        ((name, info),) = record.files.items()
-        data = store.find(f"{PREFIX}/{name}")
-        if data is None:  # replaced since the record was read
-            return cls._snapshot(store, attempts - 1) if attempts else cls()
-        if not info.is_of(data):
-            return cls()  # damaged: the vectors are still in the store, and will be added again
+            raise unreadable(where, f"it lists {len(record.files)} files instead of one")
+        (name,) = record.files
+        try:
+            data = records.read_file(store, PREFIX, name, record)
+        except DamagedError:
+            if attempts and records.find(store, PREFIX) != record:  # replaced since it was read
+                return cls._snapshot(store, attempts - 1)
+            raise
         snapshot = record.metrics_as(Snapshot, store.where(PREFIX))
+        gram = _tensor(data, "gram", store.where(f"{PREFIX}/{name}"))
+        count = len(snapshot.tasks)
+        if sorted(record.parents) != sorted(snapshot.tasks) or gram.shape != (count, count):
+            raise unreadable(where, "its tasks are not those of the matrix")
         return cls(
             list(snapshot.tasks),
             dict(record.parents),
-            load(data)["gram"],
+            gram,
             list(snapshot.history),
             len(snapshot.tasks),
         )
 
-    def _append(self, data: bytes, where: str) -> bool:
-        """Add the vectors of a row file.
+    def _append_rows(self, store: Store) -> bool:
+        """Add the vectors of the row file that follows.
 
-        Returns False if the file is damaged or follows other vectors. Then the vectors in it will
-        be added again.
+        Returns False if there is none, or if it follows other vectors. Raises DamagedError for a
+        damaged file.
         """
-        parsed = _parse_rows(data, where)
-        if parsed is None:
+        key = f"{ROWS}/{len(self.tasks):06d}.safetensors"
+        data = store.find(key)
+        if data is None:
             return False
-        info, rows = parsed
-        belongs = info.chain == self.chain and info.sha256 == info.checksum(rows)
-        if not belongs or not info.vectors:
+        info, rows = _parse_rows(data, store.where(key))
+        if info.chain != self.chain or not info.vectors:
             return False
+        names = {*self.tasks, *(task for task, _ in info.vectors)}
+        if len(names) != len(self.tasks) + len(info.vectors):
+            raise unreadable(store.where(key), "it has a task twice")
+        if tuple(rows.shape) != (len(info.vectors), len(self.tasks) + len(info.vectors)):
+            raise unreadable(store.where(key), f"its rows have the shape {tuple(rows.shape)}")
         self.extend(info.vectors, rows)
         self.history += info.history
         return True
 
 
-def _parse_rows(data: bytes, where: str) -> tuple[RowsInfo, Tensor] | None:
-    """Metadata and rows of a row file; None if it is damaged.
-
-    Raises VectorError for a file whose format this raytvb does not know.
-    """
-    fields = _metadata(data)
-    problem = None if fields is None else format_problem(fields, where)
-    if problem is not None:
-        raise VectorError(problem.reason, problem.remedy)
-    try:
-        return RowsInfo.model_validate(fields), load(data)["rows"]
-    except (ValueError, KeyError, SafetensorError):
-        return None
+def _parse_rows(data: bytes, where: str) -> tuple[RowsInfo, Tensor]:
+    """Metadata and rows of a row file; `where` names the file. Raises as `check_rows`."""
+    info = check_rows(data, where)
+    return info, _tensor(data, "rows", where)
 
 
-def _metadata(data: bytes) -> JsonObject | None:
-    """Our metadata of a safetensors file in memory; None where it is damaged."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["raytvb"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return fields if isinstance(fields, dict) else None
+def _tensor(data: bytes, name: str, where: str) -> Tensor:
+    """A float64 matrix in a safetensors file."""
+    tensor = tensor_of(tensors_of(data, where), name, torch.float64, 2, where)
+    if not bool(tensor.isfinite().all()):
+        raise unreadable(where, f"{name} has NaN or infinite values")
+    return tensor
 
 
 class GramWriter:
@@ -217,9 +204,10 @@ class GramWriter:
     def __init__(self, store: Store) -> None:
         """Takes the right over from the writer before."""
         self._store, self._token = store, uuid.uuid4().hex
-        owner = _owner(store)
-        generation = 1 if owner is None else owner.generation + 1
-        store.write_json(_OWNER, Owner(generation=generation, token=self._token).to_json())
+        before = _owner(store)
+        generation = 1 if before is None else before.generation + 1
+        owner = Owner(generation=generation, token=self._token)
+        store.write(OWNER, sealed(owner.to_json()))
 
     def check(self) -> None:
         """Raise UserError if another writer has been made since."""
@@ -244,12 +232,12 @@ class GramWriter:
         """
         self.check()
         info = RowsInfo(chain=state.chain, vectors=tuple(known), history=tuple(history))
-        fields = {**info.to_json(), "sha256": info.checksum(rows)}
+        fields = {**info.to_json(), "sha256": info.checksum(rows.contiguous().numpy().tobytes())}
         data = save({"rows": rows.contiguous()}, metadata={"raytvb": json.dumps(fields)})
-        self._store.write(f"{_ROWS}/{len(state.tasks):06d}.safetensors", data)
+        self._store.write(f"{ROWS}/{len(state.tasks):06d}.safetensors", data)
         state.extend(known, rows)
         state.history += history
-        if len(state.tasks) - state.snapshot >= max(16, state.snapshot // 4):
+        if state.damaged or len(state.tasks) - state.snapshot >= max(16, state.snapshot // 4):
             self.save(state)
 
     def save(self, state: GramState) -> None:
@@ -266,13 +254,17 @@ class GramWriter:
             metrics=Snapshot(tasks=tuple(state.tasks), history=tuple(state.history)),
             files={name: save({"gram": state.gram.contiguous()})},
         )
-        state.snapshot = count
-        kept = (_OWNER, f"{PREFIX}/{name}", f"{PREFIX}/{records.RECORD}")
+        state.snapshot, state.damaged = count, False
+        kept = (OWNER, f"{PREFIX}/{name}", f"{PREFIX}/{records.RECORD}")
         for key in before:
             if key not in kept:
                 self._store.delete(key)
 
 
 def _owner(store: Store) -> Owner | None:
-    data, where = store.find(_OWNER), store.where(_OWNER)
-    return None if data is None else Owner.from_json(parse_json(data, where), where)
+    """Who may write; None if nobody has yet, or if the file is damaged."""
+    data, where = store.find(OWNER), store.where(OWNER)
+    try:
+        return None if data is None else Owner.from_json(unsealed(data, where), where)
+    except DamagedError:
+        return None

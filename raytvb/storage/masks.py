@@ -25,9 +25,11 @@ from raytvb.errors import VectorError
 from raytvb.maths.bits import pack_bits, unpack_bits
 from raytvb.maths.gram_blocks import BLOCK
 from raytvb.maths.mask_selection import flatten
+from raytvb.storage.checked_file import CheckedFile
 from raytvb.storage.contract import Contract
 from raytvb.storage.format_version import FORMAT
 from raytvb.storage.header import Header
+from raytvb.storage.shapes import Shape, Size
 from raytvb.storage.store import Store
 
 
@@ -36,11 +38,11 @@ class MaskInfo(Contract):
 
     fingerprint: str
     """The fingerprint of the mask, see `Mask.fingerprint`."""
-    kept: int
+    kept: Size
     """Number of kept parameters K."""
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     """Shapes of the parameters by name."""
-    total: int
+    total: Size
     """Number of parameters D."""
     format: int = FORMAT
 
@@ -94,25 +96,27 @@ class Mask:
 
 
 class MaskFile:
-    """Random access to a stored mask by coordinate range."""
+    """Random access to a stored mask by coordinate range.
+
+    If the mask's folder has a record, all bits that are read are compared with it.
+    """
 
     def __init__(self, store: Store, key: str) -> None:
         """Reads the header and the block counts.
 
         Raises VectorError for a file that is not a whole mask file, or is of a newer raytvb.
         """
-        self._store, self._key = store, key
-        header = Header.read(store, key)
+        header = Header.read(CheckedFile.find(store, key))
+        self._header, self._file = header, header.file
         info = header.info_as(MaskInfo, "mask file")
         self.shapes = {name: info.shapes[name] for name in sorted(info.shapes)}
         self.total, self.kept, self.fingerprint = info.total, info.kept, info.fingerprint
-        try:
-            self._bits = header.start + header.entries["bits"].begin
-            counts = np.frombuffer(header.tensor_bytes("block_counts"), dtype="<i8")
-        except KeyError as error:
-            raise VectorError(f"{store.where(key)} is not a mask file: it has no {error}") from None
+        _check_layout(header, info)
+        self._bits = header.start + header.entries["bits"].begin
+        counts = np.frombuffer(header.tensor_bytes("block_counts"), dtype="<i8")
         self._before = np.concatenate([[0], np.cumsum(counts)])
-        if len(counts) != -(-self.total // BLOCK) or self._before[-1] != self.kept:
+        # Sums of counts that lie may overflow, so every count is looked at.
+        if ((counts < 0) | (counts > BLOCK)).any() or self._before[-1] != self.kept:
             raise VectorError(
                 f"{store.where(key)}: counts and number of kept entries differ; the file is damaged"
             )
@@ -126,9 +130,8 @@ class MaskFile:
 
         Bits of the last byte beyond the last coordinate of the mask are zero.
         """
-        data = self._store.read_range(
-            self._key, self._bits + start // 8, self._bits + (stop + 7) // 8
-        )
+        self._header.check("block_counts")
+        data = self._file.read_range(self._bits + start // 8, self._bits + (stop + 7) // 8)
         return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
 
     def kept_before(self, start: int) -> int:
@@ -144,9 +147,29 @@ class MaskFile:
         mask = Mask(self.shapes, self.bits(0, self.total))
         if mask.fingerprint != self.fingerprint:
             raise VectorError(
-                f"{self._store.where(self._key)}: bits and fingerprint differ; the file is damaged"
+                f"{self._file.where}: bits and fingerprint differ; the file is damaged"
             )
         return mask
+
+
+def _check_layout(header: Header, info: MaskInfo) -> None:
+    """Raise VectorError unless a mask file has the tensors that its metadata describe."""
+    where = header.file.where
+    if sum(map(prod, info.shapes.values())) != info.total:
+        raise VectorError(f"{where}: shapes and number of parameters differ; the file is damaged")
+    for name, dtype, width, length in (
+        ("bits", "U8", 1, -(-info.total // 8)),
+        ("block_counts", "I64", 8, -(-info.total // BLOCK)),
+    ):
+        entry = header.entries.get(name)
+        if entry is None:
+            raise VectorError(f"{where} is not a mask file: it has no {name}")
+        layout = entry.dtype, entry.shape, entry.end - entry.begin
+        if layout != (dtype, (length,), width * length):
+            raise VectorError(
+                f"{where}: {name} is {entry.dtype} of shape {entry.shape} instead of {dtype} of "
+                f"shape {(length,)}; the file is damaged"
+            )
 
 
 class OpenMasks:

@@ -7,14 +7,21 @@ from functools import cache
 from pathlib import Path
 
 from raytvb.errors import VectorError
-from raytvb.storage.basis_layout import INDEX
+from raytvb.storage.checked_file import CheckedFile, recorded
+from raytvb.storage.damage import DamagedError, differs
+from raytvb.storage.records import FileInfo, prefix_of, record_key
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import VectorFile, mask_key_of
 
 
 class Mirror:
-    """Local copies of store files, deleted when the process ends. A local store needs no copies."""
+    """Local copies of store files, deleted when the process ends. A local store needs no copies.
+
+    A file is compared with its record: a copy when it is made, a file of a local store while it is
+    read. Every error names the file in the store.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -23,16 +30,51 @@ class Mirror:
         """A store with the copies; the original store if that is local."""
 
     def fetch(self, key: str) -> None:
-        """Make the key readable through `local`."""
-        if self._folder is not None and not self.local.exists(key):
-            self._store.download(key, str(Path(self._folder.name) / key))
+        """Make the key readable through `local`.
+
+        Raises DamagedError if the file has a record and is missing or differs from it.
+        """
+        if self._folder is None or self.local.exists(key):
+            return
+        file = CheckedFile.find(self._store, key)
+        if file.info is None:
+            self._store.download(key, self._path(key))
+            return
+        self._fetch_recorded(file, file.info)
+
+    def _fetch_recorded(self, file: CheckedFile, info: FileInfo) -> None:
+        """Copy a file, under another name until it has been compared, and its record."""
+        record, unchecked = record_key(prefix_of(file.key)), f"{file.key}.unchecked"
+        if recorded(self.local, file.key) != info:
+            data = self._store.find(record)
+            if data is not None:
+                self.local.write(record, data)
+        try:
+            self._store.download(file.key, self._path(unchecked))
+            CheckedFile(self.local, unchecked, info).check()
+        except StoreKeyError:
+            raise differs(file.where, self._store.url, "it is missing") from None
+        except DamagedError:
+            raise differs(file.where, self._store.url, "its contents have changed") from None
+        Path(self._path(unchecked)).rename(self._path(file.key))
+        CheckedFile(self.local, file.key, info).accept()
+
+    def _path(self, key: str) -> str:
+        """The path of a copy."""
+        return str(Path(self.local.path("")) / key)
+
+    def checked(self, key: str) -> None:
+        """As `fetch`, and compares a file of a local store as a whole, once in a process."""
+        self.fetch(key)
+        if self._folder is None:
+            CheckedFile.find(self._store, key).check()
 
     def basis(self, prefix: str) -> StoredBasis:
         """Open a basis. All its files and its mask are fetched. Raises as `StoredBasis`."""
         remote = StoredBasis(self._store, prefix)
         if self._folder is None:
             return remote
-        for key in (f"{prefix}/{INDEX}", *remote.files):
+        for key in (remote.index_key, *remote.files):
             self.fetch(key)
         if remote.layout.mask_key is not None:
             self.fetch(remote.layout.mask_key)

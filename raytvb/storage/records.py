@@ -18,10 +18,13 @@ from typing import TypeVar
 from pydantic import Field, JsonValue, model_serializer
 
 from raytvb.errors import UserError
-from raytvb.storage.contract import Contract, JsonObject, parse_json, unreadable
-from raytvb.storage.format_version import FORMAT, format_problem
+from raytvb.storage.addresses import is_key
+from raytvb.storage.contract import Contract, JsonObject
+from raytvb.storage.damage import differs, unreadable
+from raytvb.storage.format_version import FORMAT
+from raytvb.storage.sealed_json import sealed, unsealed
+from raytvb.storage.shapes import Size
 from raytvb.storage.store import Store
-from raytvb.storage.store_errors import StoreError
 
 Metrics = TypeVar("Metrics", bound=Contract)
 
@@ -35,7 +38,7 @@ class FileInfo(Contract):
     """Checksum and size of one stored file."""
 
     sha256: str
-    size: int
+    size: Size
     """Bytes."""
     parts: tuple[str, ...] = ()
     """Checksums of the consecutive parts of 4 MiB, so that a range can be checked without the rest.
@@ -62,6 +65,12 @@ class FileInfo(Contract):
     def is_of(self, data: bytes) -> bool:
         """Whether these are the bytes of the file."""
         return len(data) == self.size and hashlib.sha256(data).hexdigest() == self.sha256
+
+    def problem_with(self, data: bytes) -> str:
+        """What is wrong with other bytes than those of the file."""
+        if len(data) != self.size:
+            return f"it has {len(data)} bytes instead of {self.size}"
+        return "its contents have changed"
 
 
 @cache
@@ -97,7 +106,7 @@ def _by_name(value: object) -> dict[str, object]:
     """A list of items with names as a dictionary; empty for anything else."""
     items: dict[str, object] = {}
     for item in value if isinstance(value, list) else ():
-        if not isinstance(item, dict) or "name" not in item:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
             return {}
         items[item["name"]] = item
     return items
@@ -140,14 +149,23 @@ class Record(Contract):
     """Version of the store's format. Records without this field have format 1."""
 
     def metrics_as(self, contract: type[Metrics], where: str) -> Metrics:
-        """The metrics as a contract; `where` names the thing. Raises StoreError as `from_json`."""
+        """The metrics as a contract; `where` names the thing. Raises as `from_json`."""
         return contract.from_json(self.metrics, f"{where}/{RECORD}")
 
     def parent(self, name: str, where: str) -> str:
-        """The checksum of a parent; `where` names the thing. Raises StoreError if it has none."""
+        """The checksum of a parent; `where` names the thing. Raises DamagedError if it has none."""
         if name not in self.parents:
             raise unreadable(f"{where}/{RECORD}", f"parents.{name}: Field required")
         return self.parents[name]
+
+    def file(self, name: str, where: str) -> FileInfo:
+        """What the record says of a file; `where` names the thing.
+
+        Raises DamagedError if it does not list the file.
+        """
+        if name not in self.files:
+            raise unreadable(f"{where}/{RECORD}", f"files.{name}: Field required")
+        return self.files[name]
 
     def is_of(self, identity: Mapping[str, JsonValue]) -> bool:
         """Whether the thing has this identity."""
@@ -162,13 +180,24 @@ class Record(Contract):
 def parse_record(data: bytes, where: str) -> Record:
     """The record in the bytes of a file; `where` names the file.
 
-    Raises StoreError for bytes that are not a record, and UserError for a record of a newer raytvb.
+    Raises DamagedError for bytes that are not a whole record, and UserError for a record of a newer
+    raytvb.
     """
-    fields = parse_json(data, where)
-    problem = format_problem(fields, where) if isinstance(fields, dict) else None
-    if problem is not None:
-        raise UserError(str(problem)) if problem.newer else StoreError(str(problem))
-    return Record.from_json(fields, where)
+    record = Record.from_json(unsealed(data, where), where)
+    for name in record.files:
+        if not is_key(name):
+            raise unreadable(where, f"files: {name!r} is not a file of its folder")
+    return record
+
+
+def record_key(prefix: str) -> str:
+    """Key of the record of the thing under `prefix`; '' stands for the store itself."""
+    return f"{prefix}/{RECORD}" if prefix else RECORD
+
+
+def file_key(prefix: str, name: str) -> str:
+    """Key of a file of the thing under `prefix`; '' stands for the store itself."""
+    return f"{prefix}/{name}" if prefix else name
 
 
 def read_record(store: Store, key: str) -> Record:
@@ -181,12 +210,17 @@ def read_record(store: Store, key: str) -> Record:
 
 def record_keys(store: Store, prefix: str = "") -> list[str]:
     """Keys of all records in the folder `prefix` and below, sorted."""
-    return [key for key in store.keys(prefix) if key.endswith(f"/{RECORD}")]
+    return [key for key in store.keys(prefix) if key.rpartition("/")[2] == RECORD]
+
+
+def prefix_of(key: str) -> str:
+    """The thing whose record has this key; '' for the record of the store itself."""
+    return key.rpartition("/")[0]
 
 
 def where(store: Store, prefix: str) -> str:
     """Names the record of the thing `prefix` in messages."""
-    return store.where(f"{prefix}/{RECORD}")
+    return store.where(record_key(prefix))
 
 
 def find_all(store: Store, prefix: str = "") -> dict[str, Record]:
@@ -197,7 +231,7 @@ def find_all(store: Store, prefix: str = "") -> dict[str, Record]:
     keys = record_keys(store, prefix)
     records = {}
     for key, data in zip(keys, store.read_many(keys), strict=True):
-        records[key.removesuffix(f"/{RECORD}")] = parse_record(data, store.where(key))
+        records[prefix_of(key)] = parse_record(data, store.where(key))
     return records
 
 
@@ -209,20 +243,48 @@ def find(
     Raises UserError if the thing exists with another identity (the message shows the fields that
     differ), and as `parse_record`.
     """
-    key = f"{prefix}/{RECORD}"
+    key = record_key(prefix)
     data = store.find(key)
     if data is None:
         return None
     record = parse_record(data, store.where(key))
     if identity is not None:
-        differing = differences(record.identity, dict(identity))
-        if differing:
-            raise UserError(
-                f"{store.where(prefix)} belongs to another experiment:\n  "
-                + "\n  ".join(differing)
-                + "\nUse another store, or delete that folder to make it again."
-            )
+        check_identity(store, prefix, record, identity)
     return record
+
+
+def check_identity(
+    store: Store, prefix: str, record: Record, identity: Mapping[str, JsonValue]
+) -> None:
+    """Raise UserError that shows the fields that differ, unless a thing has this identity."""
+    differing = differences(record.identity, dict(identity))
+    if differing:
+        raise UserError(
+            f"{store.where(prefix)} belongs to another experiment:\n  "
+            + "\n  ".join(differing)
+            + "\nUse another store, or delete that folder to make it again."
+        )
+
+
+def is_first_format(store: Store) -> bool:
+    """Whether the store's pretrained model was stored by a raytvb that wrote format 1.
+
+    In such a store, files without a record are no sign of damage.
+    """
+    base = find(store, "base")
+    return base is not None and base.format == 1
+
+
+def read_file(store: Store, prefix: str, name: str, record: Record) -> bytes:
+    """A whole file of a thing. Raises DamagedError unless it is there and as its record says."""
+    where = store.where(file_key(prefix, name))
+    info = record.file(name, store.where(prefix))
+    data = store.find(file_key(prefix, name))
+    if data is None:
+        raise differs(where, store.url, "it is missing")
+    if not info.is_of(data):
+        raise differs(where, store.url, info.problem_with(data))
+    return data
 
 
 def commit(
@@ -241,7 +303,7 @@ def commit(
     """
     infos = dict(written or {})
     for name, data in (files or {}).items():
-        store.write(f"{prefix}/{name}", data)
+        store.write(file_key(prefix, name), data)
         infos[name] = FileInfo.of(data)
     record = Record(
         identity=dict(identity),
@@ -251,5 +313,5 @@ def commit(
         versions=versions(),
         format=FORMAT,
     )
-    store.write_json(f"{prefix}/{RECORD}", record.to_json())
+    store.write(record_key(prefix), sealed(record.to_json()))
     return record

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from raytvb.errors import VectorError
 from raytvb.maths.gram_blocks import BLOCK
+from raytvb.storage.addresses import checked_key
+from raytvb.storage.checked_file import CheckedFile
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.format_version import FORMAT
 from raytvb.storage.header import Header
@@ -79,7 +81,7 @@ def vector_bytes(values: Mapping[str, Tensor], info: VectorInfo) -> bytes:
 
 def mask_key_of(store: Store, key: str) -> str | None:
     """Key of a vector file's mask file; None if the vector is dense. Raises as `VectorFile`."""
-    info = Header.read(store, key).info_as(VectorInfo, "vector file")
+    info = Header.read(CheckedFile(store, key, None)).info_as(VectorInfo, "vector file")
     return _mask_key(store, key, info) if info.kind == "sparse" else None
 
 
@@ -88,14 +90,26 @@ def _mask_key(store: Store, key: str, info: VectorInfo) -> str:
     if info.mask is None or info.mask_fingerprint is None:
         missing = "mask" if info.mask is None else "mask_fingerprint"
         raise VectorError(f"{where} is not a vector file: its metadata has no {missing}")
-    mask_key = posixpath.normpath(posixpath.join(posixpath.dirname(key), info.mask))
-    if mask_key.startswith(("../", "/")):
-        raise VectorError(f"{where}: its mask {info.mask} lies outside of {store.url}")
-    return mask_key
+    return mask_key_below(store, posixpath.dirname(key), info.mask, where)
+
+
+def mask_key_below(store: Store, folder: str, path: str, where: str) -> str:
+    """The key of the mask that a file in `folder` names by a relative path.
+
+    where: the file, for the message. Raises VectorError for a path that leads out of the store, or
+    that is no path of a file.
+    """
+    try:
+        return checked_key(posixpath.normpath(posixpath.join(folder, path)))
+    except ValueError:
+        raise VectorError(f"{where}: its mask {path:.200} lies outside of {store.url}") from None
 
 
 class VectorFile:
-    """One vector in a store, read by ranges. Opening it reads only its header and its mask's."""
+    """One vector in a store, read by ranges. Opening it reads only its header and its mask's.
+
+    If the vector's folder has a record, the bytes of every value that is read are compared with it.
+    """
 
     def __init__(self, store: Store, key: str, masks: OpenMasks | None = None) -> None:
         """masks: the masks that other vectors have opened, so that a shared mask is read once.
@@ -104,7 +118,8 @@ class VectorFile:
         newer raytvb, and for a mask that does not match. Raises StoreKeyError for a missing file.
         """
         self.store, self.key = store, key
-        header = Header.read(store, key)
+        header = Header.read(CheckedFile.find(store, key))
+        self._header, self._file = header, header.file
         self.info = header.info_as(VectorInfo, "vector file")
         self.data_start, self.file_size = header.start, header.size
         self.dtype = self._one_dtype(header)
@@ -155,7 +170,7 @@ class VectorFile:
         folder, name = posixpath.split(os.fspath(url))
         folder = Store(folder or ".").url  # absolute, so that the path has all its levels
         levels: list[str] = []
-        info = Header.read(Store(folder), name).info
+        info = Header.read(CheckedFile(Store(folder), name, None)).info
         for _ in range(str(info.get("mask", "")).count("../")):
             above, last = posixpath.split(folder)
             if not last or above.endswith(":/"):  # `folder` is the root, or a bucket
@@ -179,10 +194,15 @@ class VectorFile:
         width = self.dtype.itemsize
         return self.data_start + start * width, self.data_start + stop * width
 
+    def check_header(self) -> None:
+        """Compare the file's header with its record. Raises DamagedError if it differs."""
+        self._header.check()
+
     def read_into(self, start: int, out: Tensor) -> None:
         """Read stored values start..start + len(out) into `out` (n,), float32 and contiguous.
 
-        Raises VectorError if the vector ends before.
+        Raises VectorError if the vector ends before, and DamagedError for bytes that differ from
+        the record.
         """
         raw = out if self.dtype == out.dtype else torch.empty(len(out), dtype=self.dtype)
         first, last = self.byte_range(start, start + len(out))
@@ -190,7 +210,8 @@ class VectorFile:
             raise VectorError(
                 f"{self.where} has {self.stored} values, not {start}..{start + len(out)}"
             )
-        self.store.read_into(self.key, first, raw.view(torch.uint8).numpy().data[: last - first])
+        self.check_header()
+        self._file.read_into(first, raw.view(torch.uint8).numpy().data[: last - first])
         if raw is not out:
             out.copy_(raw)
 
