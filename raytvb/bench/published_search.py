@@ -16,11 +16,13 @@ from raytvb.bench.search_experiment import Subsets, basis_candidates, fetched_ba
 from raytvb.bench.search_outcome import SearchOutcome, accuracy_of, mean_accuracy, total_images
 from raytvb.data.load_split import load_split
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import basis_prefix, head_key
+from raytvb.experiment.layout import basis_prefix
+from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.counts import Count, even_grid, mean
 from raytvb.merging.merge import merged_state
 from raytvb.models.classifier import ImageClassifier
 from raytvb.models.evaluator import BATCH
+from raytvb.models.heads import load_head
 from raytvb.models.open_clip_models import load_folder
 from raytvb.models.worker_process import device
 from raytvb.search.candidates import Candidate
@@ -104,9 +106,7 @@ class _Published:
         counts = []
         for position in subset:
             task = self._experiment.tasks[position]
-            key = head_key(self._experiment, task)
-            self._copies.fetch(key)
-            head = load(self._copies.local.read(key))["head"]
+            head = load_head(TaskStore(self._experiment, task), encoder).weights
             classifier = ImageClassifier(encoder.visual, head).to(place)
             loaded = load_split(task, split, encoder.preprocess)
             correct = 0

@@ -1,13 +1,16 @@
-"""`raytvb bench`: times our implementations beside plain versions of published algorithms."""
+"""`raytvb bench`: times our implementations beside plain versions of published algorithms.
+
+`bench_chaos` has the benchmark of faults.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from raytvb.cli.bench_chaos import chaos
 from raytvb.cli.options import AS_JSON_OPTION, BASIS_METHOD, SUITE_COUNT, Command
 
 if TYPE_CHECKING:
@@ -21,9 +24,21 @@ def _number(name: str, default: int, text: str, least: int = 1) -> Callable[[Com
 
 
 THREADS_OPTION = _number("--threads", 1, "CPU threads that both sides may use.")
+
+
+def _outside_stores(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The value of an option for a folder. Raises UserError for a folder in a store."""
+    if value is None:
+        return None
+    from raytvb.experiment.places import output_folder
+
+    return str(output_folder(value))
+
+
 FOLDER_OPTION = click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False),
+    callback=_outside_stores,
     help="Folder for the vector files, which are removed at the end. Default: the system's "
     "temporary folder.",
 )
@@ -33,10 +48,11 @@ CURVE_TASKS = (8, 20, 50, 100, 200, 500, 1000, 2000)
 
 @click.group()
 def bench() -> None:
-    """Time our implementations beside published algorithms.
+    """Time our implementations beside published algorithms, and show what a run survives.
 
     raytvb has a plain version of every published algorithm. Both sides get the same input in the
     same process. In the output, `ratio` is the time of the published algorithm divided by ours.
+    `chaos` compares nothing with an algorithm: it kills processes of a real run.
 
     \b
     raytvb bench fisher               sensitivity scores of all parameters
@@ -45,6 +61,7 @@ def bench() -> None:
     raytvb bench gram                 the Gram matrix from vector files (7 GB of files)
     raytvb bench arrivals             the Gram matrix while 1,000 vectors arrive one by one
     raytvb bench search               the choice of basis size and coefficients (takes minutes)
+    raytvb bench chaos                what a run survives: kills, and a store that fails (minutes)
     """
 
 
@@ -374,10 +391,9 @@ def _quiet() -> None:
 
 def _print(result: Result, as_json: bool) -> None:
     """Print a result as one JSON object, or as a table of all its fields."""
-    fields = result.to_json()
-    if as_json:
-        print(json.dumps(fields, indent=1))
-        return
-    from raytvb.cli.printing import print_fields
+    from raytvb.cli.printing import print_result
 
-    print_fields(fields)
+    print_result(result.to_json(), as_json)
+
+
+bench.add_command(chaos)
