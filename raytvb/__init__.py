@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raytvb.errors import PartialRunError
     from raytvb.experiment.config import Experiment
     from raytvb.experiment.parsing import load_experiment
     from raytvb.maths.basis_fit import BasisFit, fit_bases, fit_basis
@@ -33,6 +34,7 @@ _HOMES = {
     "BasisFit": "maths.basis_fit",
     "Experiment": "experiment.config",
     "Mask": "storage.masks",
+    "PartialRunError": "errors",
     "Store": "storage.store",
     "StoredBasis": "storage.stored_basis",
     "TaskVector": "maths.task_vector",
@@ -53,6 +55,7 @@ __all__ = [
     "BasisFit",
     "Experiment",
     "Mask",
+    "PartialRunError",
     "Store",
     "StoredBasis",
     "TaskVector",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class UserError(Exception):
@@ -10,6 +12,50 @@ class UserError(Exception):
 
     The text names what is wrong and what the user can do. The command line prints only this text.
     """
+
+
+@dataclass(frozen=True)
+class FailedPart:
+    """A task, or another part of a run, that is missing from the results."""
+
+    name: str
+    stage: str
+    """Where it failed: `data`, `mask`, `finetune`, `prepared`, `basis`, `images` or `evaluate`. ''
+    for a task that no run has tried yet."""
+    reason: str
+    """One line."""
+    attempts: int = 1
+    """How often it was tried."""
+
+    def __str__(self) -> str:
+        stage = f"{self.stage}: " if self.stage else ""
+        tried = f" ({self.attempts} attempts)" if self.attempts > 1 else ""
+        return f"{self.name}: {stage}{self.reason}{tried}"
+
+
+class PartialRunError(UserError):
+    """Parts of a run are missing. Everything else is done and stored.
+
+    It is raised after all other work. The command line then ends with the exit code 3.
+    """
+
+    def __init__(
+        self, message: str, failed: Sequence[FailedPart], *, has_results: bool = True
+    ) -> None:
+        """message: what was done. failed: what is missing, and why. has_results: whether anything
+        could be built without it.
+        """
+        super().__init__(message, failed)
+        self.message = message
+        self.failed = tuple(failed)
+        self.has_results = has_results
+
+    def __str__(self) -> str:
+        lines = "".join(f"\n  {part}" for part in self.failed)
+        return (
+            f"{self.message}{lines}\n"
+            f"Once the cause is removed, run the same command again: it makes only what is missing."
+        )
 
 
 class VectorError(ValueError):

@@ -7,9 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from raytvb.storage.store import Store
+from raytvb.suite import glyphs
+from raytvb.suite.task_names import class_names
 
 TASKS = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/clock-blur")
 EXPERIMENT = {
@@ -34,3 +38,13 @@ def vector_bytes(store: str) -> dict[str, bytes]:
     """All vector files of a store."""
     target = Store(store)
     return {k: target.read(k) for k in target.keys("vectors") if k.endswith("vector.safetensors")}
+
+
+def write_images(folder: Path, task: str, split: str, count: int) -> None:
+    """The first images of a split of the suite as PNG files, in one folder for each class."""
+    made = glyphs.render(task, split, count)
+    for number, (image, label) in enumerate(zip(made.images, made.labels, strict=True)):
+        name = class_names(task)[label].replace(" ", "_").replace("/", "-")
+        path = folder / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(image)).save(path)

@@ -5,6 +5,7 @@ die.
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from vector_files import problems_of
 
 from raytvb.bases.builder import BasisBuilder
 from raytvb.bases.messages import BuilderStatus, CacheUse, WrittenBases
@@ -35,7 +37,6 @@ from raytvb.storage.records import RECORD
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.vectors import vector_bytes, vector_info
-from raytvb.storage.verify import verify
 from raytvb.suite.task_names import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7)}
@@ -228,7 +229,7 @@ def test_bases_are_the_products_and_records_come_last(tmp_path: Path) -> None:
         index = json.loads(store.read(f"basis/{name}/basis.safetensors.index.json"))
         loaded = load_file(store.path(f"basis/{name}/{index['weight_map']['visual.a']}"))
         assert loaded["visual.a"].shape == (2, int(mask().tensors()["visual.a"].sum()))
-    assert verify(store)[1] == []
+    assert problems_of(store) == []
 
 
 def test_sizes_beyond_the_rank_give_the_exact_basis_with_a_note(tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_a_damaged_vector_is_named_and_the_rest_goes_on(tmp_path: Path, bad: int
     builder = BasisBuilder(asked)
     failed = builder.add(asked.task_names).failed
     assert list(failed) == [asked.task_names[bad]] and str(path) in failed[asked.task_names[bad]]
-    assert "delete the folder" in failed[asked.task_names[bad]]
+    assert "is not as its record says" in failed[asked.task_names[bad]]
     good = [i for i in range(4) if i != bad]
     assert tasks_in(asked) == [asked.task_names[i] for i in good]
     with pytest.raises(ValueError, match=f"not taken in yet: {asked.task_names[bad]}"):
@@ -304,10 +305,7 @@ def test_truncated_and_strange_vectors_are_named(tmp_path: Path) -> None:
     records.commit(store, vector_prefix(names[2]), identity={}, files={"vector.safetensors": data})
     failed = BasisBuilder(asked).add(names).failed
     assert set(failed) == set(names[:3])
-    assert (
-        "is not a whole raytvb safetensors file" in failed[names[0]]
-        and names[0] in failed[names[0]]
-    )
+    assert "is not as its record says" in failed[names[0]] and names[0] in failed[names[0]]
     assert "NaN or infinite values in visual.a" in failed[names[1]] and names[1] in failed[names[1]]
     assert names[2] in failed[names[2]]
     assert "different" in failed[names[2]]
@@ -382,6 +380,85 @@ def test_an_online_basis_starts_anew_where_a_vector_changed(tmp_path: Path) -> N
     assert left == right
 
 
+class KilledError(BaseException):
+    """Ends a builder as a kill does: nothing catches it."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, changes: int) -> None:
+    """From now on, a builder dies at its change of a store number `changes`, counted from 0."""
+    left = [changes]
+
+    def counted(name: str) -> None:
+        plain = getattr(Store, name)
+
+        def change(self: Store, *args: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KilledError
+            plain(self, *args)
+
+        monkeypatch.setattr(Store, name, change)
+
+    counted("write")
+    counted("delete")
+
+
+def vectors_of_online(store: Store) -> Tensor:
+    """The vectors (K, M) of the online basis of `svd`, read with their checksums."""
+    basis = StoredBasis(store, "basis/svd-m2-online")
+    assert load_coefficients(store, "svd-m2-online")[1].shape == (basis.size, 4)
+    return torch.cat([rows for _, rows in basis.blocks()], dim=1).T
+
+
+def write_all(asked: Experiment) -> tuple[str, ...]:
+    """What a new builder does. Returns the bases that it wrote."""
+    builder = BasisBuilder(asked)
+    builder.add(asked.task_names)
+    return builder.write_bases().names
+
+
+def test_a_builder_killed_at_any_change_keeps_the_last_online_basis(tmp_path: Path) -> None:
+    """The basis of the old vectors can be read until that of the new ones takes its place."""
+    fields = {"basis": {"method": "svd", "online": True, "buffer": 2}}
+    first, _ = filled(tmp_path / "first", 4, **fields)
+    write_all(first)
+    old = vectors_of_online(Store(first.store))
+    commit(first, 1, seed=77)
+    seen_old, changes = 0, 0
+    while True:
+        place = tmp_path / str(changes)
+        shutil.copytree(first.store, place)
+        asked, store = first.model_copy(update={"store": str(place)}), Store(str(place))
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, changes)
+            try:
+                write_all(asked)
+            except KilledError:
+                is_killed = True
+            else:
+                is_killed = False
+        present = vectors_of_online(store)
+        seen_old += torch.equal(present, old)
+        write_all(asked)
+        new = vectors_of_online(store)
+        assert torch.equal(present, old) or torch.equal(present, new)
+        torch.testing.assert_close(new, final(tmp_path / "fresh", fields), rtol=0, atol=0)
+        if not is_killed:
+            break
+        changes += 1
+    assert seen_old > 8 and changes > seen_old
+    assert problems_of(store) == []
+
+
+def final(folder: Path, fields: dict[str, Any]) -> Tensor:
+    """The online basis of a store that had the new vector from the start."""
+    if not folder.exists():
+        asked, _ = filled(folder, 4, **fields)
+        commit(asked, 1, seed=77)
+        write_all(asked)
+    return vectors_of_online(Store(str(folder)))
+
+
 @pytest.mark.parametrize("what", ["", "/basis-00001-of-00001.safetensors"])
 def test_a_deleted_online_basis_is_made_again(tmp_path: Path, what: str) -> None:
     """Delete the whole folder, or one of its files, as the message for a damaged basis says."""
@@ -394,7 +471,7 @@ def test_a_deleted_online_basis_is_made_again(tmp_path: Path, what: str) -> None
     store.delete(f"basis/svd-m2-online{what}")
     assert BasisBuilder(asked).write_bases().names == ("svd-m2-online",)
     assert {k: store.read(k) for k in store.keys("basis/svd-m2-online")} == before
-    assert verify(store)[1] == []
+    assert problems_of(store) == []
 
 
 def test_errors_by_task_are_those_of_explicit_vectors() -> None:

@@ -15,6 +15,7 @@ from vector_files import open_set, put_set
 
 from raytvb.errors import VectorError
 from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
+from raytvb.experiment.inventory import verify_store
 from raytvb.experiment.layout import BASE, vector_key
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.stored import common_mask, stored_bytes
@@ -24,7 +25,6 @@ from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.mirror import Mirror, mirror
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
-from raytvb.storage.verify import verify
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 LISTING = ("list_objects_v2", "")
@@ -82,13 +82,10 @@ def test_a_file_is_verified_in_pieces(
     store: Store, requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.commit(store, "things/one", identity={}, files={"a": bytes(range(100))})
-    monkeypatch.setattr("raytvb.storage.verify._READ_BYTES", 40)
+    monkeypatch.setattr("raytvb.storage.checked_file._STREAM", 40)
     requests.clear()
-    assert verify(store) == (1, [])
-    assert [method for method, key in requests if key == "things/one/a"] == [
-        "head_object",
-        *["get_object"] * 3,
-    ]
+    assert verify_store(store).messages() == []
+    assert [method for method, key in requests if key == "things/one/a"] == ["get_object"] * 3
 
 
 def test_vectors_with_the_same_mask_read_its_header_once(store: Store, requests: Requests) -> None:

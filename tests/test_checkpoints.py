@@ -12,7 +12,7 @@ from raytvb.experiment.identities import twin_identity, vector_identity
 from raytvb.experiment.layout import (
     basis_vector_key,
     checkpoint_prefix,
-    head_key,
+    head_prefix,
     vector_key,
     vector_prefix,
 )
@@ -78,7 +78,7 @@ def test_what_is_carried_is_what_the_layout_and_the_identities_say(
     assert one.identity == vector_identity(experiment, task) and one.identity is one.identity
     assert one.twin_identity == twin_identity(experiment, task)
     assert one.prefix == vector_prefix(task.name) and one.vector_key == vector_key(task.name)
-    assert one.head_key == head_key(experiment, task)
+    assert one.head_prefix == head_prefix(task.name)
     assert one.checkpoint_prefix == checkpoint_prefix(task.name)
     assert one.basis_vector_key == basis_vector_key(experiment, task.name)
     assert one.has_twin == (prepare != "none")

@@ -31,6 +31,7 @@ from raytvb.orchestration import tune_trial
 from raytvb.plugins import PLUGINS
 from raytvb.search.merged_vectors import method_direction
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 
 GUIDE = Path(__file__).parent.parent / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
@@ -579,11 +580,13 @@ def test_a_run_uses_them_in_its_workers(plugin: Path, tmp_path: Path, suite_cach
         (MethodError("wrong"), True),
         (TypeError("wrong"), True),
         (IndexError("wrong"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
+        (OddError("of some library"), True),
+        (StoreKeyError("no such key"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
         (torch.OutOfMemoryError("CUDA out of memory."), False),
         (MemoryError(), False),
         (ConnectionError("reset"), False),
-        (OddError("of some library"), False),
     ],
 )
 def test_a_trial_is_repeated_only_for_errors_that_may_pass(

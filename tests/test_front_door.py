@@ -72,7 +72,7 @@ COMMANDS = (
     "tasks",
     "methods",
 )
-BENCHMARKS = ("fisher", "finetune", "basis", "gram", "arrivals", "search")
+BENCHMARKS = ("fisher", "finetune", "basis", "gram", "arrivals", "search", "chaos")
 
 
 def packages_after(*arguments: str, status: int = 0) -> tuple[set[str], set[str]]:
@@ -140,7 +140,7 @@ def test_submit_tells_a_mistake_as_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["ls", "verify"])
 def test_looking_into_a_local_store_needs_no_maths_and_no_ray(command: str, tmp_path: Path) -> None:
     files = {"vector.safetensors": b"data"}
-    records.commit(Store(str(tmp_path)), "vectors/a", identity={"a": 1}, files=files)
+    records.commit(Store(str(tmp_path)), "masks/a", identity={"a": 1}, files=files)
     packages, own = packages_after(command, str(tmp_path))
     assert not packages & HEAVY
     rooms = {name.split(".")[1] for name in own}

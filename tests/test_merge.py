@@ -73,7 +73,7 @@ def test_merged_models_classify_from_any_folder(
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(["a picture of a greek letter alpha."])
     assert int((tokens != 0).sum()) > 3
     twice = open_clip.create_model(f"local-dir:{out}").state_dict()
-    merge(finished[1], out, "--add", f"{TASKS[0]}=1.5", *options)
+    merge(finished[1], out, "--add", f"{TASKS[0]}=1.5", *options, "--overwrite")
     once = open_clip.create_model(f"local-dir:{out}").state_dict()
     assert all(torch.equal(t, once[n]) for n, t in twice.items())
 

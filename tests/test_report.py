@@ -16,7 +16,7 @@ from raytvb.cli.printing import print_summary
 from raytvb.errors import UserError
 from raytvb.evaluation.rows import Row
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SUMMARY, TIMINGS
+from raytvb.experiment.layout import REPORT, SUMMARY, TIMINGS
 from raytvb.experiment.metrics import PrecisionMetrics
 from raytvb.experiment.parsing import load_experiment
 from raytvb.maths.counts import Count, mean, wilson
@@ -47,8 +47,9 @@ from raytvb.report.summary_contracts import (
     WeightedAccuracies,
     read_summary,
 )
+from raytvb.report.timings import add_timing
 from raytvb.search.results import Choice
-from raytvb.storage.gram_state import Arrival
+from raytvb.storage.gram_rows import Arrival
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 
@@ -614,7 +615,7 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path: Path, chosen: str | 
     summary = make_summary(12, chosen=chosen)
     if chosen:
         summary = with_everything(summary)
-    store.write_json(SUMMARY, summary.to_json())
+    store.write_json(f"{REPORT}/{SUMMARY}", summary.to_json())
     assert read_summary(store) == summary
 
 
@@ -651,7 +652,7 @@ def test_a_finished_store_has_the_same_summary_again(
 ) -> None:
     """Sizes come from the listing: a request for each file would take minutes on a large store."""
     store, experiment = finished_store
-    written = store.read_json(SUMMARY)
+    written = store.read_json(f"{REPORT}/{SUMMARY}")
     monkeypatch.delattr(Store, "size")
     again = json.loads(json.dumps(summarise(store, experiment).to_json()))
     del written["provenance"]["versions"], again["provenance"]["versions"]
@@ -664,7 +665,11 @@ def test_damaged_timings_count_as_absent(
 ) -> None:
     store, experiment = finished_store
     assert summarise(store, experiment).seconds
-    store.write(TIMINGS, data)
+    store.write("report/timings.json", data)  # where format 1 has them
+    assert summarise(store, experiment).seconds == {}
+    add_timing(store, "basis", 2.5)
+    assert summarise(store, experiment).seconds == {"basis": 2.5}
+    store.write(f"{TIMINGS}/record.json", data)
     assert summarise(store, experiment).seconds == {}
 
 

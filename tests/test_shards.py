@@ -2,7 +2,7 @@
 arrival or the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from raytvb.finetuning.masks import write_mask
 from raytvb.maths.gram_blocks import BLOCK
 from raytvb.storage import records
 from raytvb.storage.basis_layout import Layout
-from raytvb.storage.basis_writer import write_combinations
+from raytvb.storage.basis_writer import NO_TAGS, write_combinations
 from raytvb.storage.masks import Mask
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
@@ -142,11 +142,15 @@ class Several:
         return torch.cat([s.atoms_gram(source, versions) for s in self.shares])
 
     def write(
-        self, outputs: Outputs, versions: Versions, source: str | None = None
+        self,
+        outputs: Outputs,
+        versions: Versions,
+        source: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FilesByFolder:
         written: FilesByFolder = {folder: {} for folder, _ in outputs}
         for share in self.shares:
-            for folder, files in share.write(outputs, versions, source).items():
+            for folder, files in share.write(outputs, versions, source, tags).items():
                 written[folder] |= files
         return written
 

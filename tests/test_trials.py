@@ -39,6 +39,7 @@ from raytvb.search.merged_vectors import method_direction
 from raytvb.search.results import Invalid, Measured, Setting, TunedWeights, parse_round
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try
 from raytvb.search.trial import CandidateSearch, objective
+from raytvb.storage import records
 from raytvb.storage.basis_writer import write_combinations
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.gram_state import GramState, GramWriter
@@ -102,8 +103,14 @@ class Small:
         write_combinations(
             [self.store.where(k) for k in keys], {prefix: self.fit.B}, self.store.url
         )
-        self.store.write(
-            f"{prefix}/coefficients.safetensors", write_coefficients(self.fit.B, self.fit.W)
+        record = records.read_record(self.store, f"{prefix}/record.json")
+        table = write_coefficients(self.fit.B, self.fit.W)
+        records.commit(
+            self.store,
+            prefix,
+            identity=record.identity,
+            written=record.files,
+            files={"coefficients.safetensors": table},
         )
         GramWriter(self.store).append(GramState(), [(n, "checksum") for n in NAMES], self.gram, [])
         decoded = self.V @ self.fit.B @ self.fit.W

@@ -25,8 +25,18 @@ from raytvb.bases.shards import CoordinateShard, write_bases
 from raytvb.errors import VectorError
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import basis_identity
-from raytvb.experiment.layout import COEFFICIENTS, basis_prefix, basis_vector_prefix
+from raytvb.experiment.identities import (
+    basis_identity,
+    covers_other_tasks,
+    find_of_these_tasks,
+)
+from raytvb.experiment.layout import (
+    BASES,
+    COEFFICIENTS,
+    ONLINE,
+    basis_prefix,
+    basis_vector_prefix,
+)
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.stored import write_coefficients
 from raytvb.experiment.task_store import task_stores
@@ -34,8 +44,12 @@ from raytvb.maths.basis_fit import BasisFit, fit_bases, relative_loss
 from raytvb.maths.gram_blocks import grown
 from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
-from raytvb.storage.gram_state import Arrival, GramState, GramWriter
+from raytvb.storage.basis_layout import tag_of
+from raytvb.storage.gram_rows import Arrival
+from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.records import FileInfo
+from raytvb.storage.replacing import commit_over, delete_thing, tagged
+from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
@@ -52,15 +66,21 @@ class BasisBuilder:
         shards: by default one shard in this process.
         """
         worker_setup()
+        set_patience(experiment.resources.storage_timeout_s)
         self._experiment, self._store = experiment, Store(experiment.store)
         self._tasks = task_stores(experiment)
         self._shards = shards if shards is not None else CoordinateShard(experiment)
-        self._state = GramState.read(self._store)
+        self._state = GramState.undamaged(self._store)
         self._claimed: GramWriter | None = None
-        self._online: list[OnlineBasis] = []
-        for spec in basis_specs(experiment):
+        self._online = self._online_bases()
+
+    def _online_bases(self) -> list[OnlineBasis]:
+        """The online bases of the experiment, as they are in the store."""
+        bases: list[OnlineBasis] = []
+        for spec in basis_specs(self._experiment):
             if spec.online:
-                self._online.append(OnlineBasis(experiment, self._store, self._shards, spec))
+                bases.append(OnlineBasis(self._experiment, self._store, self._shards, spec))
+        return bases
 
     @property
     def _writer(self) -> GramWriter:
@@ -70,7 +90,7 @@ class BasisBuilder:
         """
         if self._claimed is None:
             self._claimed = GramWriter(self._store)
-            self._state = GramState.read(self._store)  # as the builder before this one left it
+            self._state = GramState.undamaged(self._store)  # as the builder before this one left it
         return self._claimed
 
     def status(self) -> BuilderStatus:
@@ -186,11 +206,16 @@ class BasisBuilder:
 
     # Writing bases --------------------------------------------------------------------------------
 
-    def write_bases(self) -> WrittenBases:
-        """Write every basis that has no record. All offline bases share one pass over the vectors.
+    def write_bases(self, experiment: Experiment | None = None) -> WrittenBases:
+        """Write every basis that has no record, or was made from other tasks. All offline bases
+        share one pass over the vectors.
 
-        Raises ValueError that names the vectors which have not been taken in yet.
+        experiment: the builder's, or the same one without the tasks that have no vector. Raises
+        ValueError that names the vectors which have not been taken in yet.
         """
+        if experiment is not None and experiment != self._experiment:
+            self._experiment = experiment
+            self._online = self._online_bases()
         gram = self.gram()
         for basis in self._online:
             basis.follow(self._state.checksums)
@@ -198,17 +223,39 @@ class BasisBuilder:
         if not missing:
             return WrittenBases()
         self._writer.check()
+        if self._state.snapshot < len(self._state.tasks):
+            # The last task of the experiment brings a snapshot, but it may be missing.
+            self._writer.save(self._state)
         notes = self._write_offline(gram, [spec for spec in missing if not spec.online])
         for basis in self._online:
             if basis.spec in missing:
                 self._commit_online(basis, gram)
+        if not self._experiment.missing:
+            self._delete_smaller()
         return WrittenBases(tuple(spec.name for spec in missing), tuple(notes))
 
+    def _delete_smaller(self) -> None:
+        """Delete what was made from fewer tasks, and has a size that the present bases lack."""
+        names = {spec.name for spec in basis_specs(self._experiment)}
+        tasks = self._experiment.identity()["tasks"]
+        for folder in (BASES, ONLINE):
+            for prefix, record in records.find_all(self._store, folder).items():
+                identity = {**record.identity, "tasks": tasks}
+                is_smaller = covers_other_tasks(record.identity, identity, ())
+                if is_smaller and prefix.removeprefix(f"{folder}/") not in names:
+                    delete_thing(self._store, prefix)
+
     def _missing_bases(self) -> list[BasisSpec]:
+        """The bases without a record, those that were made from other tasks, and online bases that
+        have been started anew since.
+        """
+        online = {basis.spec: basis for basis in self._online}
         missing = []
         for spec in basis_specs(self._experiment):
             identity = basis_identity(self._experiment, spec)
-            if records.find(self._store, basis_prefix(spec.name), identity) is None:
+            prefix, others = basis_prefix(spec.name), self._experiment.missing
+            record = find_of_these_tasks(self._store, prefix, identity, others)
+            if record is None or (spec in online and not online[spec].is_stored(record)):
                 missing.append(spec)
         return missing
 
@@ -255,17 +302,17 @@ class BasisBuilder:
 
     def _commit_online(self, basis: OnlineBasis, gram: Tensor) -> None:
         """Commit an online basis that has followed all tasks. Its files are already stored."""
-        state = basis.state
+        H, W = basis.tables()
         metrics = BasisMetrics(
             tasks=self._experiment.task_names,
-            vectors=state.H.shape[1],
-            convex=_is_convex(state.H),
-            relative_error=relative_loss(gram, state.H, state.W),
+            vectors=H.shape[1],
+            convex=_is_convex(H),
+            relative_error=relative_loss(gram, H, W),
             floor=self._floors(gram).get(basis.spec.size, 0.0),
             condition=None,
             error_bounds=basis.error_bounds(),
         )
-        self._commit(basis.spec, state.H, state.W, basis.written, metrics)
+        self._commit(basis.spec, H, W, basis.write(), metrics)
 
     def _commit(
         self,
@@ -276,14 +323,15 @@ class BasisBuilder:
         metrics: BasisMetrics,
     ) -> None:
         parents: dict[str, str] = {}
-        for task, checksum in sorted(self._state.checksums.items()):
-            parents[basis_vector_prefix(self._experiment, task)] = checksum
-        records.commit(
+        for task in sorted(self._experiment.task_names):
+            folder = basis_vector_prefix(self._experiment, task)
+            parents[folder] = self._state.checksums[task]
+        commit_over(
             self._store,
             basis_prefix(spec.name),
             written=written,
             identity=basis_identity(self._experiment, spec),
-            files={COEFFICIENTS: write_coefficients(B, W)},
+            files={tagged(COEFFICIENTS, tag_of(written)): write_coefficients(B, W)},
             parents=parents,
             metrics=metrics,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from raytvb.errors import VectorError
 from raytvb.experiment.layout import VECTOR
 from raytvb.storage.basis_layout import Layout
+from raytvb.storage.basis_writer import NO_TAGS
 from raytvb.storage.records import FileInfo, Record
 
 
@@ -27,7 +28,7 @@ class VectorVersion:
     @classmethod
     def of(cls, task: str, record: Record) -> VectorVersion:
         """The version that the record of a vector, or of its twin, describes."""
-        file = record.files[VECTOR]
+        file = record.file(VECTOR, task)
         return cls(task, file.sha256, file)
 
 
@@ -86,7 +87,11 @@ class Shards(Protocol):
         """Gram matrices by segment, see `CoordinateShard.atoms_gram`."""
 
     def write(
-        self, outputs: Outputs, versions: Versions, source: str | None = None
+        self,
+        outputs: Outputs,
+        versions: Versions,
+        source: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FilesByFolder:
         """Write combinations, see `CoordinateShard.write`."""
 

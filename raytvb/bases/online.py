@@ -3,31 +3,63 @@
 `maths.online_basis` advances the small matrices. The shards read and write the basis vectors S,
 block by block. After every refit the state is stored: `online/<name>/` has the small matrices, and
 S in a subfolder. The last S is `basis/<name>/`. Tasks are taken in the order of the experiment, not
-in the order in which their fine-tunes end, so the result does not depend on which is faster.
+in the order in which their fine-tunes end, so the result does not depend on which is faster. Only a
+task that was missing in an earlier run comes after those that were taken in then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safetensors.torch import load, save
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from raytvb.bases.messages import Shards, VectorVersion, Versions
 from raytvb.bases.shards import write_bases
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import basis_identity
-from raytvb.experiment.layout import basis_prefix, online_prefix, online_tables
+from raytvb.experiment.identities import basis_identity, covers_other_tasks
+from raytvb.experiment.layout import (
+    basis_prefix,
+    basis_vector_prefix,
+    online_prefix,
+    online_tables,
+)
 from raytvb.experiment.metrics import OnlineMetrics
 from raytvb.maths import online_basis
 from raytvb.maths.online_basis import OnlineState
 from raytvb.storage import records
+from raytvb.storage.damage import unreadable
 from raytvb.storage.records import FileInfo, Record
+from raytvb.storage.replacing import delete_thing
 from raytvb.storage.store import Store
+from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 TABLES = ("W", "H", "error", "norm")
 """The tensors of an `OnlineState`."""
+
+
+def read_tables(store: Store, prefix: str, record: Record, count: int) -> dict[str, Tensor]:
+    """The small matrices of an online basis after `count` tasks, see `OnlineState`.
+
+    Raises DamagedError if they are missing, differ from the record, or do not fit each other.
+    """
+    name = online_tables(count)
+    where = store.where(f"{prefix}/{name}")
+    stored = tensors_of(records.read_file(store, prefix, name, record), where)
+    tables: dict[str, Tensor] = {}
+    for table, dimensions in (("W", 2), ("H", 2), ("error", 1), ("norm", 1)):
+        tables[table] = tensor_of(stored, table, torch.float64, dimensions, where)
+    for table, shape in (
+        ("W", (len(tables["W"]), count)),
+        ("H", (count, len(tables["W"]))),
+        ("error", (count,)),
+        ("norm", (count,)),
+    ):
+        if tuple(tables[table].shape) != shape:
+            raise unreadable(where, f"{table} has the shape {tuple(tables[table].shape)}")
+    return tables
 
 
 class OnlineBasis:
@@ -53,13 +85,21 @@ class OnlineBasis:
         self._experiment, self._store, self._shards = experiment, store, shards
         self._prefix = online_prefix(spec.name)
         self._identity = basis_identity(experiment, spec)
-        record = records.find(store, self._prefix, self._identity)
+        self._replaced = set[str]()
+        """Stored files of a state that was given up, which the next state replaces."""
+        record = records.find(store, self._prefix)
         if record is None:
             self._start()
         else:
+            self._check(record)
             count = len(self._metrics(record).tasks)
-            tables = load(store.read(f"{self._prefix}/{online_tables(count)}"))
-            self._continue(record, tables)
+            self._continue(record, read_tables(store, self._prefix, record, count))
+
+    def _check(self, record: Record) -> None:
+        """Raise UserError unless the state is one of this experiment, with any of its tasks."""
+        missing = self._experiment.missing
+        if not covers_other_tasks(record.identity, self._identity, missing):
+            records.check_identity(self._store, self._prefix, record, self._identity)
 
     def _start(self) -> None:
         """The state before the first task."""
@@ -70,7 +110,8 @@ class OnlineBasis:
     def _continue(self, record: Record, tables: Mapping[str, Tensor]) -> None:
         """The state that a record and its latest tables describe."""
         metrics = self._metrics(record)
-        self.seen = tuple(VectorVersion(task, record.parents[task]) for task in metrics.tasks)
+        where = self._store.where(self._prefix)
+        self.seen = tuple(VectorVersion(t, record.parent(t, where)) for t in metrics.tasks)
         self.folder, self.written = metrics.folder, metrics.written
         self._files = record.files
         # Products must not depend on the address of a table. The copies begin at multiples of 64
@@ -85,16 +126,29 @@ class OnlineBasis:
         """Take in the available tasks, in the order of the experiment.
 
         A vector cannot be taken out of the basis again. So the basis starts anew if one of its
-        vectors was made again, or if its files were deleted.
+        vectors was made again or cannot be used any more, or if its files were deleted. In the
+        first case the last basis stays as it is until the new one is complete.
 
         checksums: by task, the checksums of the available vectors.
         """
-        if self._is_gone() or self._is_outdated(checksums):
-            self._store.delete(self._prefix)
-            self._store.delete(basis_prefix(self.spec.name))
+        if self._is_gone():
+            # Nothing can be read from a basis without some of its files.
+            delete_thing(self._store, self._prefix)
+            delete_thing(self._store, basis_prefix(self.spec.name))
+            self._replaced = set()
+            self._start()
+        elif self._is_outdated(checksums):
+            self._replaced |= self._files.keys()
             self._start()
         while (batch := self._next_batch(checksums)) is not None:
             self._take_in(batch)
+
+    def is_stored(self, record: Record) -> bool:
+        """Whether the record of a basis is that of the vectors taken in so far."""
+        parents: dict[str, str] = {}
+        for version in self.seen:
+            parents[basis_vector_prefix(self._experiment, version.task)] = version.checksum
+        return parents == record.parents
 
     def _is_gone(self) -> bool:
         """Whether files of S were deleted."""
@@ -104,13 +158,19 @@ class OnlineBasis:
         return not {f"{self.folder}/{name}" for name in self.written} <= set(keys)
 
     def _is_outdated(self, checksums: Mapping[str, str]) -> bool:
-        """Whether a vector was made again after it had been taken in."""
-        return any(checksums.get(v.task, v.checksum) != v.checksum for v in self.seen)
+        """Whether a vector was made again, or left out, after it had been taken in."""
+        for version in self.seen:
+            if version.task in self._experiment.missing:
+                return True
+            if checksums.get(version.task, version.checksum) != version.checksum:
+                return True
+        return False
 
     def _next_batch(self, checksums: Mapping[str, str]) -> list[VectorVersion] | None:
         """The next `basis.buffer` vectors (fewer at the end); None until all are available."""
-        start = len(self.seen)
-        tasks = self._experiment.task_names[start : start + self._experiment.basis.buffer]
+        seen = {version.task for version in self.seen}
+        rest = [task for task in self._experiment.task_names if task not in seen]
+        tasks = rest[: self._experiment.basis.buffer]
         if not tasks or not all(task in checksums for task in tasks):
             return None
         return [VectorVersion(task, checksums[task]) for task in tasks]
@@ -122,10 +182,13 @@ class OnlineBasis:
         seen = [*self.seen, *batch]
         is_last = len(seen) == len(self._experiment.tasks)
         step = f"{len(seen):06d}"
-        folder = basis_prefix(self.spec.name) if is_last else f"{self._prefix}/{step}"
+        basis = basis_prefix(self.spec.name)
+        # A basis of fewer tasks stays as it is until this one is committed in its place.
+        in_basis = is_last and records.find(self._store, basis) is None
+        folder = basis if in_basis else f"{self._prefix}/{step}"
         written = write_bases(self._store, self._shards, {folder: mix}, batch, self.folder)[folder]
         files = self._kept_tables()
-        if not is_last:
+        if not in_basis:
             files |= {f"{step}/{name}": info for name, info in written.items()}
         tables = {name: getattr(state, name).contiguous().clone() for name in TABLES}
         record = records.commit(
@@ -139,17 +202,37 @@ class OnlineBasis:
                 tasks=tuple(version.task for version in seen), folder=folder, written=written
             ),
         )
-        outdated = self._files.keys() - record.files.keys()
+        outdated = (self._files.keys() | self._replaced) - record.files.keys()
         self._continue(record, tables)
+        self._replaced = set()
         for name in outdated:
             self._store.delete(f"{self._prefix}/{name}")
 
     def _kept_tables(self) -> dict[str, FileInfo]:
         """The stored tables of earlier states that an evaluation will read."""
         experiment = self._experiment
-        looks = online_basis.arrivals(len(experiment.tasks), experiment.basis.buffer)
-        kept = {online_tables(count) for count in looks}
-        return {name: info for name, info in self._files.items() if name in kept}
+        stored = [n for n in range(1, len(self.seen) + 1) if online_tables(n) in self._files]
+        total, buffer = len(experiment.tasks), experiment.basis.buffer
+        names = [online_tables(n) for n in online_basis.stored_arrivals(stored, total, buffer)]
+        return {name: self._files[name] for name in names}
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """H (T, M) and W (M, T), with the tasks in the order of the experiment."""
+        seen = [version.task for version in self.seen]
+        order = [seen.index(task) for task in self._experiment.task_names]
+        return self.state.H[order], self.state.W[:, order]
+
+    def write(self) -> dict[str, FileInfo]:
+        """The files of S in the folder of the basis. They are copied there if they are not yet."""
+        folder = basis_prefix(self.spec.name)
+        if self.folder != folder:
+            size = self.state.H.shape[1]
+            # [S N] @ weights is S: the vector has the weight 0, and only tells the coordinates.
+            weights = torch.eye(size + 1, size, dtype=torch.float64)
+            outputs = {folder: weights}
+            files = write_bases(self._store, self._shards, outputs, self.seen[:1], self.folder)
+            return files[folder]
+        return self.written
 
     def error_bounds(self) -> dict[str, float]:
         """Upper bound of the relative error (a norm, not squared) of each task taken in so far."""

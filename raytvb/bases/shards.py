@@ -21,10 +21,13 @@ from raytvb.maths.gram_blocks import BLOCK, gram_of_blocks
 from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
 from raytvb.storage.basis_layout import INDEX, SEGMENT, Layout, index_bytes
-from raytvb.storage.basis_writer import write_pieces
-from raytvb.storage.block_cache import BlockCache, check_header, damaged
+from raytvb.storage.basis_writer import NO_TAGS, write_pieces
+from raytvb.storage.block_cache import BlockCache
+from raytvb.storage.damage import differs
 from raytvb.storage.masks import OpenMasks
 from raytvb.storage.records import FileInfo
+from raytvb.storage.replacing import new_tag, tagged
+from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.stored_basis import StoredBasis
@@ -45,6 +48,7 @@ class CoordinateShard:
     def __init__(self, experiment: Experiment, index: int = 0, of: int = 1) -> None:
         """Touches no storage."""
         worker_setup()
+        set_patience(experiment.resources.storage_timeout_s)
         self._experiment, self._store = experiment, Store(experiment.store)
         self._index, self._of = index, of
         self._dense = experiment.own_masks and len(experiment.tasks) > 1
@@ -81,11 +85,11 @@ class CoordinateShard:
         file = version.file or self._recorded_file(task)
         vector = VectorFile(self._store, self._tasks[task].basis_vector_key, self._masks)
         if file.sha256 != version.checksum or vector.file_size != file.size:
-            raise damaged(self._store, vector.key)
+            raise differs(vector.where, self._store.url, "its contents have changed")
         if self._first is None:
             # All others are compared with this header, so it is checked even if its bytes lie in
             # another share.
-            check_header(vector, file)
+            vector.check_header()
         self._check(vector)
         layout = self._layout or self._layout_of(vector)
         cache = self._cache or self._make_cache(layout.count)
@@ -102,7 +106,7 @@ class CoordinateShard:
         if record is None:
             where = self._store.where(task_store.basis_vector_key)
             raise StoreKeyError(f"{where} has not been committed")
-        return record.files[VECTOR]
+        return record.file(VECTOR, self._store.where(task_store.basis_vector_prefix))
 
     def _check(self, vector: VectorFile) -> None:
         """Raise VectorError unless the vector is of the experiment's model and fits the others."""
@@ -208,16 +212,21 @@ class CoordinateShard:
     # Writing bases --------------------------------------------------------------------------------
 
     def write(
-        self, outputs: Outputs, versions: Versions, source: str | None = None
+        self,
+        outputs: Outputs,
+        versions: Versions,
+        source: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FilesByFolder:
         """Write this share of the files of [S N] @ weights for each (folder, weights).
 
-        This takes one pass over N (and S). Returns checksums by folder and file.
+        tags: as in `write_pieces`. This takes one pass over N (and S). Returns checksums by folder
+        and file.
         """
         cache, layout = self._ready(versions)
         basis = None if source is None else StoredBasis(self._store, source)
         blocks = _blocks(cache, basis, versions, _segments(cache))
-        return write_pieces(blocks, outputs, layout, self._store, cache.stop)
+        return write_pieces(blocks, outputs, layout, self._store, cache.stop, tags)
 
 
 def _segments(cache: BlockCache) -> list[tuple[int, int]]:
@@ -285,12 +294,18 @@ def write_bases(
     """Write the basis [S N] @ weights into each folder of `outputs` (folder to weights).
 
     The shards write the vectors, and this function writes the indices. The caller then writes the
-    records. source: the folder of S; None: there is no S. Returns checksums by folder and file.
+    records with `commit_over`. If a folder holds a basis already, the files get other names than
+    those of that basis, which stays as it is until then. source: the folder of S; None: there is no
+    S. Returns checksums by folder and file. Raises VectorError for values that are not finite.
     """
-    files = shards.write(list(outputs.items()), versions, source)
+    tags: dict[str, str] = {}
+    for folder, weights in outputs.items():
+        tags[folder] = new_tag(store, folder, weights.double().contiguous().numpy().tobytes())
+    files = shards.write(list(outputs.items()), versions, source, tags)
     layout = shards.layout(versions)
     for folder, weights in outputs.items():
-        data = index_bytes(layout, weights.shape[1], folder)
-        store.write(f"{folder}/{INDEX}", data)
-        files[folder][INDEX] = FileInfo.of(data)
+        name = tagged(INDEX, tags[folder])
+        data = index_bytes(layout, weights.shape[1], folder, tags[folder])
+        store.write(f"{folder}/{name}", data)
+        files[folder][name] = FileInfo.of(data)
     return files

@@ -6,8 +6,9 @@ has the options that several commands share, and `printing` has the tables that 
 command imports what it needs when it is called, because torch alone takes seconds to import. So
 `--help`, or the error for a mistake in an experiment file, appears at once.
 
-An error prints one message on standard error, and the exit code is 1 (2 for wrong options).
-`--debug` shows the traceback.
+An error prints one message on standard error, and the exit code is 1 (2 for wrong options, 3 if
+some tasks failed and everything else is done).
+`--debug` shows the traceback. After Ctrl-C and SIGTERM the exit code is 130 (see `signals`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from raytvb.cli.merge import merge
 from raytvb.cli.methods import list_methods
 from raytvb.cli.quickstart import list_tasks, quickstart
 from raytvb.cli.run import STAGE_COMMANDS, plan, report, run, submit
+from raytvb.cli.signals import INTERRUPTED, STOPPED, handle_signals
 from raytvb.cli.store_commands import list_store, spectrum, verify
-from raytvb.errors import UserError
+from raytvb.errors import PartialRunError, UserError
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, the same as in a shell."""
+PARTIAL = 3
+"""Exit code if tasks failed, and everything else is done."""
 
 
 class _Group(click.Group):
@@ -73,9 +75,14 @@ for _command in (
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code, which is 0 only if the command did all of its work."""
+    """Run a command. Returns the exit code, which is 0 only if the command did all of its work.
+
+    args: None, if this process runs nothing but the command. Then signals end it in an orderly way.
+    """
     arguments = sys.argv[1:] if args is None else args
     try:
+        if args is None:
+            handle_signals()
         # Commands return None. Where one raises click's Exit (--help does, and `submit` for a job
         # that failed), click returns the exit code.
         return int(cli.main(arguments, prog_name="raytvb", standalone_mode=False) or 0)
@@ -83,13 +90,25 @@ def main(args: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        if args is None:
+            _shut_ray_down()
+        print(STOPPED, file=sys.stderr)
         return INTERRUPTED
+    except PartialRunError as error:
+        print(f"incomplete: {error}", file=sys.stderr)
+        return PARTIAL
     except Exception as error:
         if "--debug" in arguments or os.environ.get("RAYTVB_DEBUG"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 1
+
+
+def _shut_ray_down() -> None:
+    """Leave Ray, or end the Ray that this process started, if there is one."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
 
 
 def _message(error: Exception) -> str:

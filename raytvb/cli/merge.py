@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -100,10 +99,11 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder to write.",
+    metavar="FOLDER",
+    help="Folder to write. It must be empty, or not exist, and lie outside of every store.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the model that the folder holds.")
 def merge(
     store: str,
     add: Weighted,
@@ -115,7 +115,8 @@ def merge(
     vectors: Weighted,
     coefficient: float | None,
     lengths: Literal["projected", "own"] | None,
-    out: Path,
+    out: str,
+    overwrite: bool,
 ) -> None:
     """Write any mix of tasks as an open_clip folder.
 
@@ -145,6 +146,7 @@ def merge(
         out,
         basis=basis,
         coefficient=coefficient,
+        overwrite=overwrite,
     )
     if basis is None and not merged.searched:
         print("no basis has been chosen yet (`raytvb run` does): merged from the full vectors")
@@ -175,6 +177,9 @@ def _summed(terms: Weighted) -> dict[str, float]:
     weights: dict[str, float] = {}
     for name, weight in terms:
         weights[name] = weights.get(name, 0.0) + weight
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise UserError(f"the weights of {name} add up to {weight}: use smaller ones")
     return weights
 
 
@@ -220,7 +225,7 @@ def _description(
     tasks: Mapping[str, float],
     numbers: Mapping[int, float],
     method: str,
-    out: Path,
+    out: str,
 ) -> str:
     """One line that says what was merged, from which vectors, how, and where the result is."""
     terms = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,14 @@ def _cells(summary: Summary, name: str, sizes: Sequence[int]) -> list[str]:
         percent(overall(entry)) if complete else percent(None),
         format_bytes(entry.stored_bytes),
     ]
+
+
+def print_result(fields: JsonObject, as_json: bool) -> None:
+    """Print the fields of a result as one JSON object, or as a table."""
+    if as_json:
+        print(json.dumps(fields, indent=1))
+    else:
+        print_fields(fields)
 
 
 def print_fields(fields: JsonObject) -> None:

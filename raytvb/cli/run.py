@@ -15,6 +15,7 @@ from raytvb.cli.options import (
     local_cluster_options,
     read_experiment,
 )
+from raytvb.errors import PartialRunError
 
 if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
@@ -26,11 +27,12 @@ def start_pipeline(
     experiment: Experiment, num_cpus: int | None = None, num_gpus: int | None = None
 ) -> Pipeline:
     """Connect to Ray, or start one on this machine, and check that the experiment can run there."""
+    from raytvb.experiment.places import check_usable
     from raytvb.orchestration.progress import Reporter
     from raytvb.storage.store import Store
 
     store, reporter = Store(experiment.store), Reporter()
-    store.check_writable()  # before Ray, which takes seconds to start
+    check_usable(store)  # before Ray, which takes seconds to start
     address = os.environ.get("RAY_ADDRESS")
     where = f"joining Ray at {address}" if address else "starting Ray"
     reporter.say(
@@ -39,27 +41,39 @@ def start_pipeline(
     from raytvb.orchestration.connect import connect
     from raytvb.orchestration.pipeline import Pipeline
 
-    connect(cpus=num_cpus, gpus=num_gpus)
+    retries = experiment.resources.max_retries
+    connect(cpus=num_cpus, gpus=num_gpus, retries=retries, tell=reporter.say)
     return Pipeline(experiment, reporter)
 
 
 def run_everything(pipeline: Pipeline, verify: bool) -> None:
-    """Run all stages, then print the results and where the report is."""
+    """Run all stages, then print the results and where the report is.
+
+    Raises PartialRunError after all this if tasks are missing.
+    """
     from raytvb.cli.printing import print_results
 
-    pipeline.run()
+    partial = None
+    try:
+        pipeline.run()
+    except PartialRunError as error:
+        partial = error
     checked = pipeline.verify() if verify else None
+    if partial is not None and not partial.has_results:
+        raise partial
     print_results(pipeline.store)
     if checked is not None:
         print(f"{checked} stored files verified.", end=" ")
     print_report_place(pipeline.store)
+    if partial is not None:
+        raise partial
 
 
 def print_report_place(store: Store) -> None:
     """Print where the report of a store is."""
-    from raytvb.experiment.layout import REPORT
+    from raytvb.experiment.layout import PAGE, REPORT
 
-    print(f"Report: {store.where(REPORT)}")
+    print(f"Report: {store.where(f'{REPORT}/{PAGE}')}")
 
 
 @click.command()
@@ -77,10 +91,11 @@ def plan(file: Path, store: str | None) -> None:
     import yaml
 
     experiment = read_experiment(file, store)
-    from raytvb.orchestration.plan import describe
+    from raytvb.orchestration.plan import check_data, describe
 
     print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     print(describe(experiment))
+    check_data(experiment)
 
 
 @click.command()
@@ -146,6 +161,7 @@ def report(file: Path, store: str | None) -> None:
     experiment = read_experiment(file, store)
     from raytvb.cli.printing import print_results
     from raytvb.experiment.freezing import check_frozen
+    from raytvb.experiment.missing import raise_missing
     from raytvb.report.page import write_report
     from raytvb.storage.store import Store
 
@@ -154,6 +170,7 @@ def report(file: Path, store: str | None) -> None:
     write_report(target, experiment)
     print_results(target)
     print_report_place(target)
+    raise_missing(target, experiment)
 
 
 @click.command()

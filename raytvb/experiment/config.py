@@ -8,9 +8,9 @@ hyperparameters) says what is computed, and is frozen in the store at the first 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from raytvb.experiment.fields import Frozen
 from raytvb.experiment.sections.basis import BasisConfig
@@ -52,6 +52,8 @@ class Experiment(Frozen):
     resources: ResourceConfig = Field(
         ResourceConfig(), description="The resources that Ray gives to each task."
     )
+
+    _missing: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _different_names(self) -> Experiment:
@@ -156,6 +158,30 @@ class Experiment(Frozen):
         if section is None or len(self.tasks) < 2:
             return ()
         return section.pairs or ((self.tasks[0].name, self.tasks[1].name),)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the tasks that `restricted` has left out."""
+        return self._missing
+
+    def restricted(self, present: Collection[str]) -> Experiment:
+        """The experiment with only those tasks whose names are in `present`.
+
+        The control and unseen tasks are restricted, too. Additions and pairs that name a task that
+        is left out are left out themselves, and so are basis sizes that are no longer smaller than
+        the number of tasks.
+        """
+        tasks = tuple(task for task in self.tasks if task.name in present)
+        search = self.search
+        if len(tasks) < len(self.tasks):
+            sizes = tuple(size for size in search.sizes if size < len(tasks))
+            search = search.model_copy(update={"sizes": sizes})
+        evaluate = self.evaluate.restricted({task.name for task in tasks}, present)
+        changes = {"tasks": tasks, "search": search, "evaluate": evaluate}
+        experiment = self.model_copy(update=changes)
+        left_out = {*self._missing, *self.task_names} - set(experiment.task_names)
+        experiment._missing = tuple(sorted(left_out))
+        return experiment
 
     def identity(self) -> JsonObject:
         """What the experiment computes, as plain JSON values, with every default filled in."""

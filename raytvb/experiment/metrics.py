@@ -10,8 +10,10 @@ import math
 
 from pydantic import Field
 
+from raytvb.storage.addresses import Key
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.records import FileInfo
+from raytvb.storage.shapes import Size
 
 
 class BaseMetrics(Contract):
@@ -55,7 +57,7 @@ class VectorMetrics(Contract):
 class CheckpointMetrics(Contract):
     """Metrics of a fine-tune that has not ended."""
 
-    step: int
+    step: Size
     """Number of steps done."""
     loss: float
     """Loss of the last of those steps."""
@@ -77,7 +79,7 @@ class OnlineMetrics(Contract):
 
     tasks: tuple[str, ...]
     """The tasks taken in so far, in the order in which they were taken in."""
-    folder: str | None
+    folder: Key | None
     """Folder of the M basis vectors; null before the first task."""
     written: dict[str, FileInfo]
     """The files in that folder."""

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -17,6 +16,7 @@ from raytvb.experiment.sections.evaluate import DisentanglementConfig, EvaluateC
 from raytvb.experiment.sections.finetune import FinetuneConfig
 from raytvb.experiment.sections.search import SearchConfig
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.yaml_text import YamlTextError, parse_yaml
 from raytvb.suite.task_names import CONTROL
 
 Location = Sequence[int | str]
@@ -29,10 +29,10 @@ def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = N
     Raises UserError if the file cannot be read or is wrong.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the experiment file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YamlTextError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if isinstance(values, dict):
         values = {**values, **(overrides or {})}

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import mask_identity, twin_identity, vector_identity
+from raytvb.experiment.identities import (
+    as_recorded,
+    mask_identity,
+    twin_identity,
+    vector_identity,
+)
 from raytvb.experiment.layout import (
     SHARED_MASK,
     VECTOR,
     basis_vector_prefix,
     checkpoint_prefix,
-    head_key,
+    head_prefix,
     mask_prefix,
     vector_prefix,
 )
@@ -59,7 +64,7 @@ class TaskStore:
 
     @property
     def prefix(self) -> str:
-        """Folder of the task vector, its head and their record."""
+        """Folder of the task vector and its record."""
         return vector_prefix(self.task.name)
 
     @property
@@ -68,9 +73,9 @@ class TaskStore:
         return f"{self.prefix}/{VECTOR}"
 
     @property
-    def head_key(self) -> str:
-        """Key of the zero-shot head (see `layout.head_key`)."""
-        return head_key(self.experiment, self.task)
+    def head_prefix(self) -> str:
+        """Folder of the zero-shot head."""
+        return head_prefix(self.task.name)
 
     @property
     def checkpoint_prefix(self) -> str:
@@ -110,7 +115,22 @@ class TaskStore:
 
         Raises UserError if the vector was made with other settings.
         """
-        return records.find(self.store, self.prefix, self.identity)
+        return self._find(self.prefix, self.identity)
+
+    def checkpoint(self) -> Record | None:
+        """Record of the checkpoint; None if there is none. Raises UserError as `record`."""
+        return self._find(self.checkpoint_prefix, self.identity)
+
+    def check_twin(self) -> None:
+        """Raise UserError if the prepared twin was made with other settings."""
+        self._find(self.basis_vector_prefix, self.twin_identity)
+
+    def _find(self, prefix: str, identity: JsonObject) -> Record | None:
+        record = records.find(self.store, prefix)
+        if record is not None:
+            wanted = as_recorded(identity, record.identity)
+            records.check_identity(self.store, prefix, record, wanted)
+        return record
 
     def basis_vector(self) -> Record | None:
         """Record of the vector that bases use; None if it has not been committed.
@@ -125,7 +145,10 @@ class TaskStore:
     def twin_of(self, vector: Record) -> Record | None:
         """Record of the prepared twin; None if this version of the vector has no twin."""
         twin = records.find(self.store, self.basis_vector_prefix)
-        if twin is None or twin.parents["vector"] != vector.files[VECTOR].sha256:
+        if twin is None:
+            return None
+        file = vector.file(VECTOR, self.store.where(self.prefix))
+        if twin.parent("vector", self.store.where(self.basis_vector_prefix)) != file.sha256:
             return None
         return twin
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from safetensors.torch import load, save
+import torch
+from safetensors.torch import save
 
 from raytvb.experiment.metrics import CheckpointMetrics
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.storage import records
-from raytvb.storage.store_errors import StoreKeyError
+from raytvb.storage.damage import DamagedError
+from raytvb.storage.records import Record
+from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 
 class CheckpointFolder:
@@ -30,21 +33,30 @@ class CheckpointFolder:
     def load(self) -> Checkpoint | None:
         """The checkpoint to go on from; None if there is no whole one.
 
-        Raises UserError for a checkpoint of a fine-tune with other settings.
+        A damaged checkpoint counts as none: the fine-tune begins anew, and its next checkpoint
+        takes the place of this one. Raises UserError for a checkpoint of a fine-tune with other
+        settings.
         """
-        record = records.find(self._store, self._prefix, self._task_store.identity)
-        if record is None or len(record.files) != 1:
-            return None
-        ((name, file),) = record.files.items()
         try:
-            data = self._store.read(f"{self._prefix}/{name}")
-        except StoreKeyError:
+            record = self._task_store.checkpoint()
+            checkpoint = None if record is None else self._checkpoint(record)
+        except DamagedError:
             return None
-        if not file.is_of(data):
+        if checkpoint is not None:
+            self.latest = checkpoint.step
+        return checkpoint
+
+    def _checkpoint(self, record: Record) -> Checkpoint | None:
+        """The checkpoint that a record describes. Raises DamagedError if it is not whole."""
+        if len(record.files) != 1:
             return None
+        (name,) = record.files
+        where = self._store.where(f"{self._prefix}/{name}")
+        tensors = tensors_of(records.read_file(self._store, self._prefix, name, record), where)
+        tensor_of(tensors, "values", torch.float32, 1, where)
+        tensor_of(tensors, "rng", torch.uint8, 1, where)
         metrics = record.metrics_as(CheckpointMetrics, self.where)
-        self.latest = metrics.step
-        return Checkpoint(metrics.step, metrics.loss, metrics.seconds, load(data))
+        return Checkpoint(metrics.step, metrics.loss, metrics.seconds, tensors)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Store a checkpoint. The one before is deleted when this one is whole."""

@@ -19,14 +19,16 @@ from raytvb.data.load_split import load_split
 from raytvb.data.splits import Split
 from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import HEAD, SHARED_MASK, VECTOR, mask_key
+from raytvb.experiment.layout import SHARED_MASK, VECTOR, mask_key
 from raytvb.experiment.metrics import VectorMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
+from raytvb.finetuning.interruption import noted_interruption
 from raytvb.finetuning.masks import load_mask, own_mask
 from raytvb.finetuning.training_loop import Finetuned, finetune
 from raytvb.finetuning.twins import norm, write_twin
+from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.seeds import task_seed
 from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.worker_process import device, threads, worker_setup
@@ -79,7 +81,7 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
     checkpoints = CheckpointFolder(task_store)
     tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
     _check_finite(tuned.values, task_store.store.where(task_store.vector_key))
-    parents = {"base": fingerprint}
+    parents = {"base": fingerprint, "head": pretrained.head.file.sha256}
     if trainable.mask is not None:
         parents["mask"] = trainable.mask.fingerprint
     record = records.commit(
@@ -87,7 +89,6 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
         task_store.prefix,
         identity=task_store.identity,
         files={VECTOR: vector_bytes(tuned.values, trainable.info)},
-        written={HEAD: pretrained.head.file},
         parents=parents,
         metrics=_metrics(tuned, split),
     )
@@ -115,23 +116,28 @@ def _trained(
     split: Split,
     checkpoints: CheckpointFolder,
 ) -> Finetuned:
-    """Train from the latest checkpoint, or from the start."""
+    """Train from the latest checkpoint, or from the start.
+
+    Raises KeyboardInterrupt, after it has saved a checkpoint, if the process is interrupted.
+    """
     experiment, task = task_store.experiment, task_store.task
     epochs = task.epochs or experiment.finetune.epochs
     classifier = pretrained.classifier()
     try:
-        return finetune(
-            classifier,
-            split,
-            trainable.tensors(classifier),
-            experiment.finetune.model_copy(update={"epochs": epochs}),
-            pretrained.preprocess,
-            seed=task_seed(experiment.seed, task.name),
-            device=device(),
-            start=checkpoints.load(),
-            save=checkpoints.save,
-            save_every_s=experiment.resources.checkpoint_s,
-        )
+        with noted_interruption() as interrupted:
+            return finetune(
+                classifier,
+                split,
+                trainable.tensors(classifier),
+                experiment.finetune.model_copy(update={"epochs": epochs}),
+                pretrained.preprocess,
+                seed=task_seed(experiment.seed, task.name),
+                device=device(),
+                start=checkpoints.load(),
+                save=checkpoints.save,
+                save_every_s=experiment.resources.checkpoint_s,
+                interrupted=interrupted,
+            )
     except UserError as error:
         kept = ""
         if checkpoints.latest is not None:
@@ -158,6 +164,8 @@ def _metrics(tuned: Finetuned, split: Split) -> VectorMetrics:
 
 def _check_finite(values: Mapping[str, Tensor], where: str) -> None:
     """Raise VectorError that names the tensors with NaN or infinite values."""
-    bad = [name for name, tensor in sorted(values.items()) if not tensor.isfinite().all()]
+    bad = not_finite(values)
     if bad:
-        raise VectorError(f"{where}: NaN or infinite values in {', '.join(bad)}")
+        raise VectorError(
+            f"{where} would have NaN or infinite values in {listed(bad)}", "lower finetune.lr"
+        )

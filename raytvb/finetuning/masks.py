@@ -17,12 +17,14 @@ from torch import Tensor
 
 from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
+from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import mask_identity
+from raytvb.experiment.identities import find_of_these_tasks, mask_identity
 from raytvb.experiment.layout import MASK, OVERLAP, SHARED_MASK, mask_key, mask_prefix
 from raytvb.experiment.metrics import MaskMetrics, OverlapMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
+from raytvb.maths.finite import listed
 from raytvb.maths.fisher import fisher_scores
 from raytvb.maths.mask_selection import (
     damp,
@@ -75,7 +77,7 @@ def record_overlap(experiment: Experiment) -> None:
     worker_setup()
     store = Store(experiment.store)
     identity = mask_identity(experiment, experiment.tasks)
-    if records.find(store, OVERLAP, identity) is not None:
+    if find_of_these_tasks(store, OVERLAP, identity, experiment.missing) is not None:
         return
     masks = [MaskFile(store, mask_key(task)) for task in experiment.task_names]
     intersections = mask_intersections(masks)
@@ -135,7 +137,11 @@ def _sensitivities(
     preprocess: Preprocess,
     generator: torch.Generator,
 ) -> Tensor:
-    """Fisher scores (D,) float32 on the worker's device, over a sample of training images."""
+    """Fisher scores (D,) float32 on the worker's device, over a sample of training images.
+
+    Raises UserError for logits that are not finite, and UserError that names the parameters whose
+    scores are NaN. A score that overflowed to infinity is the highest one.
+    """
     experiment = task_store.experiment
     split = load_split(
         task_store.task,
@@ -146,14 +152,27 @@ def _sensitivities(
         generator=generator,
     )
     place = device()
-    scores = fisher_scores(
-        classifier.to(place),
-        preprocess.normalise(split.images.to(place)),
-        draws=experiment.talos.draws,
-        generator=generator,
-        precision=experiment.talos.precision,
-    )
+    try:
+        scores = fisher_scores(
+            classifier.to(place),
+            preprocess.normalise(split.images.to(place)),
+            draws=experiment.talos.draws,
+            generator=generator,
+            precision=experiment.talos.precision,
+        )
+    except ValueError as error:
+        raise _cannot_score(task_store, str(error)) from error
+    bad = [name for name, score in sorted(scores.items()) if bool(score.isnan().any())]
+    if bad:
+        raise _cannot_score(task_store, f"the scores are NaN in {listed(bad)}")
     return flatten(scores)
+
+
+def _cannot_score(task_store: TaskStore, problem: str) -> UserError:
+    return UserError(
+        f"task {task_store.task.name}: the sensitivity of the parameters cannot be measured: "
+        f"{problem}; check the weights of the pretrained model, or use talos.precision: fp32"
+    )
 
 
 def add_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -181,7 +200,7 @@ def select_round(
 
 
 def commit_shared_mask(experiment: Experiment, fingerprint: str, kept: np.ndarray) -> MaskMetrics:
-    """Store the shared mask of the kept entries (D,) bool."""
+    """Store the shared mask of the kept entries (D,) bool, scored on the experiment's tasks."""
     encoder = load_base(experiment.store, fingerprint)
     store = Store(experiment.store)
     return write_mask(store, experiment, SHARED_MASK, experiment.tasks, _mask_of(encoder, kept))

@@ -21,6 +21,7 @@ from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
 from raytvb.errors import UserError
 from raytvb.experiment.sections.finetune import FinetuneConfig
+from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.masked_adamw import MaskedAdamW
 
 
@@ -94,6 +95,7 @@ def finetune(
     start: Checkpoint | None = None,
     save: Callable[[Checkpoint], None] | None = None,
     save_every_s: float = math.inf,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Finetuned:
     """Train the entries that `mask` keeps; the classifier is changed in place.
 
@@ -104,9 +106,12 @@ def finetune(
         mask: a bool tensor for every parameter of the classifier.
         start: the checkpoint to go on from; None: the pretrained model.
         save: called with a checkpoint every `save_every_s` seconds, at the end of a step.
+        interrupted: asked after each step. If it says so, a checkpoint is saved, and
+            KeyboardInterrupt is raised. After the last step, the fine-tune ends as usual.
 
     Raises UserError at the first loss or gradient that is not finite; it names the step. No
-    checkpoint is saved after that step.
+    checkpoint is saved after that step. Raises UserError that names the parameters if values that
+    are not finite would be saved or returned.
     """
     run = _Run(classifier, split, mask, config, preprocess, device)
     generator = torch.Generator().manual_seed(seed)
@@ -121,10 +126,14 @@ def finetune(
     for indices in islice(batches(len(split), config.batch_size, run.steps, generator), step, None):
         loss = run.step(step, indices)
         step += 1
-        now = time.perf_counter()
-        if save is not None and now - saved >= save_every_s:
+        now, ends = time.perf_counter(), step < run.steps and interrupted()
+        if save is not None and (ends or now - saved >= save_every_s):
+            run.check_finite(step)
             save(Checkpoint(step, loss, seconds_before + now - clock, run.state()))
             saved = time.perf_counter()
+        if ends:
+            raise KeyboardInterrupt
+    run.check_finite(step)
     values = run.end()
     return Finetuned(values, run.steps, loss, seconds_before + time.perf_counter() - clock)
 
@@ -180,6 +189,22 @@ class _Run:
         )
         loss.backward()
         return loss.item()
+
+    def check_finite(self, step: int) -> None:
+        """Raise UserError that names the parameters which the updates made NaN or infinite.
+
+        step: number of updates so far.
+        """
+        values = self._optimizer.values.detach()
+        if bool(values.isfinite().all()):
+            return
+        names = sorted(self._mask)
+        parts = values.split([int(self._mask[name].sum()) for name in names])
+        bad = not_finite(dict(zip(names, parts, strict=True)))
+        raise UserError(
+            f"after step {step} of {self.steps} the parameters have NaN or infinite values in "
+            f"{listed(bad)}; lower finetune.lr ({self._config.lr})"
+        )
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on, except the order of the images."""

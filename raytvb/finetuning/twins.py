@@ -13,18 +13,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import VECTOR
 from raytvb.experiment.metrics import TwinMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
+from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.seeds import task_seed
 from raytvb.maths.thresholds import global_thresholds
 from raytvb.maths.trimming import PREPARE
 from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
-from raytvb.storage.block_cache import damaged
 from raytvb.storage.mirror import Mirror
 from raytvb.storage.records import FileInfo, Record
 from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
@@ -52,16 +52,14 @@ def write_twin(task_store: TaskStore, record: Record) -> None:
     if not task_store.has_twin:
         return
     if task_store.twin_of(record) is not None:
-        # Raises UserError if the twin was made with other settings.
-        records.find(task_store.store, task_store.basis_vector_prefix, task_store.twin_identity)
+        task_store.check_twin()
         return
-    store, file = task_store.store, record.files[VECTOR]
+    store = task_store.store
+    file = record.file(VECTOR, store.where(task_store.prefix))
     # A new mirror, since the process's mirror may hold an older version of the vector. The copies
     # live as long as the mirror.
     copies = Mirror(store)
-    vector = copies.vector(task_store.vector_key)
-    if not file.is_of(copies.local.read(vector.key)):
-        raise damaged(store, vector.key)
+    vector = copies.vector(task_store.vector_key)  # compared with its record while it is read
     experiment = task_store.experiment
     seed = task_seed(experiment.seed, f"{task_store.task.name}/prepare")
     _commit_twin(task_store, file, vector, twin_values(vector, experiment.basis.prepare, seed))
@@ -77,7 +75,13 @@ def _commit_twin(
         parents["mask"] = vector.mask.fingerprint
         path = os.path.relpath(vector.mask_key, prefix)
         info = vector_info(vector.info.base, mask_path=path, mask=vector.mask.fingerprint)
-    store.delete(prefix)  # it may hold the twin of another version of the vector
+    bad = not_finite(values)
+    if bad:
+        raise VectorError(
+            f"{store.where(prefix)} would have NaN or infinite values in {listed(bad)}",
+            "use another method for basis.prepare, in another store",
+        )
+    # The folder may hold the twin of another version of the vector. Its record no longer counts.
     records.commit(
         store,
         prefix,

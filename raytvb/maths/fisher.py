@@ -68,9 +68,9 @@ def fisher_scores(
 
     Returns: name -> float32 tensor of the parameter's shape.
 
-    Raises ValueError for other options than these, for images of another shape or dtype, and if
-    there is nothing to score. Raises RuntimeError if the model uses a parameter in another way for
-    a later batch than for the first.
+    Raises ValueError for other options than these, for images of another shape or dtype, for logits
+    that are not finite, and if there is nothing to score. Raises RuntimeError if the model uses a
+    parameter in another way for a later batch than for the first.
     """
     _check_options(draws, batch_size, precision)
     parameters = _parameters_to_score(classifier, images, draws)
@@ -216,8 +216,14 @@ def _labels_and_weights(
 ) -> tuple[Tensor, Tensor]:
     """Labels (N, R) to score and their weights (N, R), which sum to 1 for each image.
 
-    The labels are `draws` samples, or every class for "exact".
+    The labels are `draws` samples, or every class for "exact". Raises ValueError for logits that
+    are not finite.
     """
+    bad = int((~logits.isfinite()).any(dim=1).sum())
+    if bad:
+        raise ValueError(
+            f"the model's logits are NaN or infinite for {bad} of {len(logits)} images"
+        )
     probabilities = logits.float().softmax(dim=1)
     if draws == "exact":
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)

@@ -16,6 +16,7 @@ CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,19 @@ def arrivals(count: int, buffer: int = 1) -> list[int]:
     times = -(-count // buffer)
     steps = min(times, LOOKS)
     return sorted({min(count, buffer * round(times * (i + 1) / steps)) for i in range(steps)})
+
+
+def stored_arrivals(stored: Collection[int], count: int, buffer: int = 1) -> list[int]:
+    """The numbers of tasks out of `stored` that stand for `arrivals`, as far as they have come.
+
+    A number that is not stored, since more tasks came than were expected at first, is replaced by
+    the next smaller one.
+    """
+    numbers: set[int] = set()
+    for wanted in arrivals(count, buffer):
+        if wanted <= max(stored, default=0):
+            numbers.update(sorted(number for number in stored if number <= wanted)[-1:])
+    return sorted(numbers)
 
 
 def watched(count: int) -> list[int]:

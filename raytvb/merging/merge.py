@@ -12,18 +12,21 @@ addition, the vector of that method takes the place of the sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from os import PathLike
 
 import torch
 from torch import Tensor
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.experiment.layout import BASE, SEARCH
+from raytvb.experiment.places import output_folder
+from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.flat_parameters import FlatParameters
-from raytvb.merging.addends import Addends, Tasks
-from raytvb.merging.folder import write_folder
+from raytvb.merging.addends import Addends, BasisSum, Tasks
+from raytvb.merging.folder import check_free, write_folder
 from raytvb.merging.mixtures import Mixture, mixture
 from raytvb.models.pretrained_model import load_base
 from raytvb.search.candidates import ADDITION, FULL
@@ -32,7 +35,7 @@ from raytvb.search.results import Choice
 from raytvb.storage import records
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
-from raytvb.storage.vector_set import Coordinates
+from raytvb.storage.vector_set import Coordinates, VectorSet
 
 
 def merged_state(
@@ -40,7 +43,8 @@ def merged_state(
 ) -> dict[str, Tensor]:
     """A new state dict: `state` plus sum_f weights[f] * vectors[f], in float32.
 
-    weights: (F,) float64. Raises UserError if the vectors are of another model.
+    weights: (F,) float64. Raises UserError if the vectors are of another model, and VectorError
+    that names the tensors which would not be finite.
     """
     return _with_direction(state, vectors, next(vectors.combinations(weights[:, None])))
 
@@ -60,7 +64,8 @@ def method_state(
         merge_method: a method of `maths.merge_registry`; see
             `search.merged_vectors.method_direction`.
 
-    Raises UserError if the vectors are of another model.
+    Raises UserError if the vectors are of another model, VectorError that names the tensors which
+    would not be finite, and MethodError if the method fails.
     """
     direction = method_direction(vectors, columns, merge_method)
     return _with_direction(state, vectors, direction, coefficient)
@@ -83,7 +88,35 @@ def _with_direction(
     values = coefficient * direction
     values += flat.gather()
     flat.scatter(values)
+    _check_finite(state, merged, vectors)
     return merged
+
+
+def _check_finite(
+    state: Mapping[str, Tensor], merged: Mapping[str, Tensor], vectors: Coordinates
+) -> None:
+    """Raise VectorError that names the changed tensors with NaN or infinite values.
+
+    The other tensors are those of `state`. A buffer among them may be infinite, as attention masks
+    are.
+    """
+    bad = not_finite({name: merged[name] for name in vectors.parameters})
+    if not bad:
+        return
+    pretrained = not_finite({name: state[name] for name in bad})
+    if pretrained:
+        raise VectorError(
+            f"the pretrained model has NaN or infinite values in {listed(pretrained)}",
+            "use a model whose weights are finite",
+        )
+    if isinstance(vectors, VectorSet):
+        for file in vectors.files:
+            if file.not_finite():
+                raise file.complain().with_remedy("make the vector again, or leave it out")
+    raise VectorError(
+        f"the merged model would have NaN or infinite values in {listed(bad)}",
+        "use smaller weights, or a smaller coefficient",
+    )
 
 
 def _parameters(state: Mapping[str, Tensor], vectors: Coordinates) -> dict[str, Tensor]:
@@ -118,10 +151,11 @@ class Merged:
 def merge(
     store: Store,
     addends: Addends,
-    out: Path,
+    out: str | PathLike[str],
     *,
     basis: str | None = None,
     coefficient: float | None = None,
+    overwrite: bool = False,
 ) -> Merged:
     """Write a merged model to the folder `out`, which open_clip loads as `local-dir:out`.
 
@@ -131,10 +165,16 @@ def merge(
             default: the basis that the search chose, or `full` if it chose none.
         coefficient: factor on the whole merge; default: the value that validation chose for adding
             as many tasks, and 1 for single basis vectors.
+        overwrite: whether a model in the folder `out` is replaced. Nothing else is ever replaced.
 
-    Raises UserError for a basis that is not in the store, for addends that the basis does not have,
-    and for damaged files. Raises ValueError for tasks without a vector.
+    Raises UserError for a folder that is not empty or lies in a store, for a basis that is not in
+    the store, and for addends that the basis does not have. Raises VectorError for damaged files,
+    for weights that are not finite, and for a result that is not finite; ValueError for tasks
+    without a vector. After an error the folder is as it was.
     """
+    out = output_folder(out, store)
+    check_free(out, overwrite=overwrite)
+    _check_weights(addends, coefficient)
     choice = _choice(store)
     chosen = None if choice is None else choice.name
     source = basis or chosen or FULL.name
@@ -146,6 +186,19 @@ def merge(
     state = load_base(store.url, base.parent("fingerprint", store.where(BASE))).model.state_dict()
     write_folder(store, base, _apply(state, mixed, addends, alpha), out)
     return Merged(mixed.source, alpha, mixed.setting.own_lengths, choice is not None)
+
+
+def _check_weights(addends: Addends, coefficient: float | None) -> None:
+    """Raise VectorError for a weight or a coefficient that is NaN or infinite."""
+    numbers: dict[str, float] = {}
+    if coefficient is not None:
+        numbers["the coefficient"] = coefficient
+    if not isinstance(addends, BasisSum):
+        for name, weight in addends.weights.items():
+            numbers[f"the weight of {name}"] = weight
+    for what, number in numbers.items():
+        if not math.isfinite(number):
+            raise VectorError(f"{what} is {number}", "use a finite number")
 
 
 def _base(store: Store) -> Record:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import basis_specs
-from raytvb.orchestration.finetune_stage import (
-    finish_stream,
-    make_missing_twins,
-    start_stream,
-)
-from raytvb.orchestration.ray_tasks import raise_failed
+from raytvb.orchestration.finetune_stage import finish_stream, start_stream, with_twins
 from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.stream import Stream
 from raytvb.report.formatting import format_bytes
@@ -19,16 +14,21 @@ NAMED = 3
 
 
 def build_bases(context: RunContext) -> bool:
-    """Write the bases that the store lacks. Returns whether any was written.
+    """Write the bases that the store lacks, and those that were made from other tasks. Returns
+    whether any was written.
 
     If fine-tuning has fed a basis actor in this run, that actor writes them. Otherwise this stage
-    starts an actor and feeds it. Raises UserError if a vector is missing or cannot be used.
+    starts an actor and feeds it. The bases are built from the vectors that are there. If a single
+    one of several is left, nothing is built. Raises UserError if there is none.
     """
-    _check_vectors(context)
     stream, context.stream = _fed_stream(context), None
+    context.leave_out_missing()
+    if context.has_too_few:
+        stream.close()
+        return False
     with context.reporter.stage("basis", 1) as stage:
         cache = _cache_note(stream)
-        written = stream.write_bases()
+        written = stream.write_bases(context.experiment)
         count = len(basis_specs(context.experiment))
         stage.advance(f"{count} bases, {len(written.names)} new{cache}")
     for note in written.notes:
@@ -36,27 +36,28 @@ def build_bases(context: RunContext) -> bool:
     return bool(written.names)
 
 
-def _check_vectors(context: RunContext) -> None:
-    """Raise UserError unless the store has the vector of every task."""
-    missing = context.missing_vectors()
-    if missing:
-        names = ", ".join(task.name for task in missing[:NAMED])
-        more = ", …" if len(missing) > NAMED else ""
-        raise UserError(
-            f"{len(missing)} of {len(context.experiment.tasks)} task vectors are missing "
-            f"({names}{more}): run `raytvb finetune` first"
-        )
-
-
 def _fed_stream(context: RunContext) -> Stream:
     """The stream to a basis actor that has taken in all vectors."""
     if context.stream is not None:
         return context.stream
-    tasks = context.experiment.tasks
-    raise_failed("basis", make_missing_twins(context, tasks))
-    stream = start_stream(context, tasks)
-    raise_failed("basis", finish_stream(stream, {}))
+    committed = context.vector_records()
+    if not committed:
+        raise no_vectors(context)
+    tasks = [task for task in context.whole.tasks if task.name in committed]
+    stream = start_stream(context, with_twins(context, tasks))
+    finish_stream(context, stream)
     return stream
+
+
+def no_vectors(context: RunContext) -> UserError:
+    """The error of stages that need vectors, if no task has one."""
+    tasks = context.whole.tasks
+    names = ", ".join(task.name for task in tasks[:NAMED])
+    more = ", …" if len(tasks) > NAMED else ""
+    return UserError(
+        f"{len(tasks)} of {len(tasks)} task vectors are missing ({names}{more}): run "
+        f"`raytvb finetune` first"
+    )
 
 
 def _cache_note(stream: Stream) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,13 +17,23 @@ import ray
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.sections.resources import ResourceConfig
+from raytvb.orchestration.leftovers import start_guard
 from raytvb.orchestration.passed_variables import job_environment
+from raytvb.orchestration.progress import Reporter
+from raytvb.orchestration.ray_start import start_ray
+from raytvb.orchestration.task_memory import GB
 
 FREE_PATIENCE_S = 10.0
 """How long other work may occupy the resources of a task before that is an error."""
 
 REACH_S = 10.0
 """An address must answer within this time."""
+
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""The preface of a connection, and an empty frame of settings (RFC 9113, section 3.4)."""
+
+JOIN_TRIES = 2
+"""How often Ray asks a cluster that stops answering while it is joined, for some 40 s each."""
 
 RAY_SETTINGS = {
     # Ray leaves CUDA_VISIBLE_DEVICES as it is for tasks that ask for no GPU. Without this setting
@@ -45,32 +58,94 @@ LOCAL_SETTINGS = {
 }
 
 
-def connect(*, cpus: int | None = None, gpus: int | None = None) -> None:
+def connect(
+    *,
+    cpus: int | None = None,
+    gpus: int | None = None,
+    retries: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a Ray on this machine for this process.
 
-    In a Ray job, RAY_ADDRESS names the cluster of the job. cpus, gpus: the size of a Ray that is
-    started here; default: all that the machine has. Raises UserError if the cluster cannot be
-    reached.
+    In a Ray job, RAY_ADDRESS names the cluster of the job.
+
+    Args:
+        cpus, gpus: the size of a Ray that is started here; default: all that the machine has.
+        retries: how often Ray repeats a task that it ended because memory ran out; default: without
+            end, as Ray does.
+        tell: called with a line if a start is tried again, and for what Ray reports. Default: it is
+            printed on standard error.
+
+    Raises UserError if the cluster cannot be reached, or if no Ray can be started.
     """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     _set_defaults(RAY_SETTINGS)
-    _check_reachable(address or "")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
+    if retries is not None:
+        # Read by the process that submits the tasks. The task's own `max_retries` is not for this.
+        _set_defaults({"RAY_task_oom_retries": str(retries)})
+    tell = tell or Reporter().say
+    _shorten_reports(tell)
+    with _own_sigterm():
         if address:
-            ray.init(runtime_env={"env_vars": job_environment(os.environ)}, **quiet)
+            _join(address)
         else:
             _set_defaults(LOCAL_SETTINGS)
-            ray.init("local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+            start_guard()
+            start_ray(cpus, gpus, tell)
+
+
+def _shorten_reports(tell: Callable[[str], None]) -> None:
+    """Tell only the first line of what Ray reports, such as that it repeats a task.
+
+    Ray prints its reports on standard output, which is for results, some of them in 60 lines.
+    """
+    worker: Any = ray._private.worker
+
+    def print_first_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        lines = "\n".join(data["lines"]).strip().splitlines()
+        if lines:
+            tell(f"note from Ray: {lines[0]}")
+
+    worker.print_to_stdstream = print_first_line
+
+
+def _join(address: str) -> None:
+    """Join a cluster. Raises UserError if that is not possible."""
+    _check_reachable(address)
+    variables = {"env_vars": job_environment(os.environ)}
+    _set_defaults({"RAY_gcs_server_port_wait_time_s": str(JOIN_TRIES)})
+    try:
+        ray.init(runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # some of Ray's errors are of no more special type
         raise UserError(
-            f"cannot connect to Ray at {address or 'a local cluster'}: {error}\n"
-            f"Check RAY_ADDRESS, or unset it to start a local cluster. A cluster that wants a "
-            f"token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN, "
-            f"RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+            f"cannot connect to Ray at {address}: {error}\n"
+            f"Check RAY_ADDRESS and that the cluster is up (`ray status`), or unset RAY_ADDRESS to "
+            f"start a local cluster. A cluster that wants a token needs RAY_AUTH_MODE=token, and "
+            f"the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put this process's handler of SIGTERM back after Ray has replaced it, if there was one.
+
+    Ray's own ends the process with exit code 15, and its C++ code prints a stack trace and aborts.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not callable(handler) or not is_main:
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        # Raised by Ray's handler, within `ray.init`.
+        handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _set_defaults(settings: dict[str, str]) -> None:
@@ -79,16 +154,22 @@ def _set_defaults(settings: dict[str, str]) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise UserError if nothing listens at host:port. Ray itself would try for minutes."""
+    """Raise UserError if nothing answers at host:port. Ray itself would try for 14 minutes.
+
+    Ray's control server speaks HTTP/2, so a healthy one answers a greeting at once. A port that
+    takes the connection and says nothing is that of a head which hangs or is overloaded.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+        with socket.create_connection((host, int(port)), timeout=REACH_S) as connection:
+            connection.sendall(HTTP2_GREETING)
+            connection.recv(1)
     except OSError as error:
         raise UserError(
-            f"nothing answers at RAY_ADDRESS={address} ({error}): check it, or unset it to start a "
-            f"local cluster"
+            f"nothing answers at RAY_ADDRESS={address} ({error}): check it and the cluster's head, "
+            f"or unset it to start a local cluster"
         ) from None
 
 
@@ -117,11 +198,13 @@ def _announce(resources: ResourceConfig) -> None:
 def _wait_for_a_node(resources: ResourceConfig, deadline: float) -> None:
     while not _some_node_fits(resources):
         if time.monotonic() >= deadline:
-            nodes = "; ".join(_amounts(node) for node in _alive_nodes())
+            memory = bool(resources.memory_gb_per_task)
+            nodes = "; ".join(_amounts(node, memory) for node in _alive_nodes())
+            or_memory = " or resources.memory_gb_per_task" if memory else ""
             raise UserError(
                 f"the experiment asks for {_request(resources)}, but no node of the cluster has "
-                f"that (nodes: {nodes}). Lower resources.cpus_per_task or resources.gpus_per_task, "
-                f"add nodes, or set resources.wait_s to wait for an autoscaler"
+                f"that (nodes: {nodes}). Lower resources.cpus_per_task or resources.gpus_per_task"
+                f"{or_memory}, add nodes, or set resources.wait_s to wait for an autoscaler"
             )
         time.sleep(1.0)
 
@@ -129,11 +212,12 @@ def _wait_for_a_node(resources: ResourceConfig, deadline: float) -> None:
 def _wait_until_free(resources: ResourceConfig, deadline: float) -> None:
     while not _fits(ray.available_resources(), resources):
         if time.monotonic() >= deadline:
+            memory = bool(resources.memory_gb_per_task)
             raise UserError(
                 f"the experiment asks for {_request(resources)}, but only "
-                f"{_amounts(ray.available_resources())} of the cluster's "
-                f"{_amounts(ray.cluster_resources())} are free. Wait for the other work to end, or "
-                f"set resources.wait_s to wait here"
+                f"{_amounts(ray.available_resources(), memory)} of the cluster's "
+                f"{_amounts(ray.cluster_resources(), memory)} are free. Wait for the other work to "
+                f"end, or set resources.wait_s to wait here"
             )
         time.sleep(0.5)
 
@@ -159,6 +243,8 @@ def _bundle(resources: ResourceConfig) -> dict[str, float]:
         bundle["CPU"] = resources.cpus_per_task
     if resources.gpus_per_task:
         bundle["GPU"] = resources.gpus_per_task
+    if resources.memory_gb_per_task:
+        bundle["memory"] = resources.memory_gb_per_task * GB
     return bundle
 
 
@@ -167,13 +253,16 @@ def _some_node_fits(resources: ResourceConfig) -> bool:
 
 
 def _fits(available: dict[str, float], resources: ResourceConfig) -> bool:
-    enough_cpus = available.get("CPU", 0.0) >= resources.cpus_per_task
-    return enough_cpus and available.get("GPU", 0.0) >= resources.gpus_per_task
+    return all(available.get(name, 0.0) >= amount for name, amount in _bundle(resources).items())
 
 
 def _request(resources: ResourceConfig) -> str:
-    return f"{resources.cpus_per_task:g} CPUs and {resources.gpus_per_task:g} GPUs per task"
+    gigabytes = resources.memory_gb_per_task
+    memory = f", with {gigabytes:g} GB of memory," if gigabytes else ""
+    return f"{resources.cpus_per_task:g} CPUs and {resources.gpus_per_task:g} GPUs{memory} per task"
 
 
-def _amounts(resources: dict[str, float]) -> str:
-    return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
+def _amounts(resources: dict[str, float], memory: bool = False) -> str:
+    """A node's resources. memory: also its memory, without that of Ray's object store."""
+    amounts = f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
+    return f"{amounts} with {resources.get('memory', 0.0) / GB:.1f} GB" if memory else amounts

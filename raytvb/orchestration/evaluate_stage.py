@@ -9,8 +9,11 @@ from raytvb.errors import UserError
 from raytvb.evaluation.evaluation import Evaluation
 from raytvb.evaluation.plan import evaluations
 from raytvb.evaluation.rows import has_rows
+from raytvb.evaluation.store_names import unseen_name
+from raytvb.experiment.missing import EVALUATE
 from raytvb.orchestration.evaluation_service import evaluate_group, evaluation_groups
-from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task
+from raytvb.orchestration.failures import Failure, raise_failed
+from raytvb.orchestration.ray_tasks import collect, ray_task
 from raytvb.orchestration.run_context import RunContext
 from raytvb.search.candidates import all_candidates
 from raytvb.search.results import Outcome
@@ -33,19 +36,29 @@ def evaluate(context: RunContext) -> bool:
         splits.update(evaluation.splits)
     service = context.service(sorted(splits))
     evaluate_in_worker = ray_task(evaluate_group, context.experiment)
-    pending, failed = dict[Any, str](), dict[str, str]()
+    pending, failed = dict[Any, str](), dict[str, Failure]()
     for group in evaluation_groups(context.experiment, todo):
         names = ", ".join(evaluation.name for evaluation in group)
         pending[evaluate_in_worker.remote(service, group)] = names
     with context.reporter.stage("evaluate", len(pending)) as stage:
 
-        def finish_group(names: str, failures: dict[str, str]) -> None:
-            failed.update(failures)
+        def finish_group(names: str, reasons: dict[str, str]) -> None:
+            for name, reason in reasons.items():
+                failed[name] = Failure(reason)
             stage.advance(names)
 
-        failed |= collect(pending, finish_group)
+        failed |= collect(context.experiment, pending, finish_group)
+    _leave_out_unseen(context, failed)
     raise_failed("evaluate", failed)
     return True
+
+
+def _leave_out_unseen(context: RunContext, failed: dict[str, Failure]) -> None:
+    """Take the failures of unseen tasks out of `failed`: no other result depends on them."""
+    for task in context.experiment.unseen:
+        failure = failed.pop(unseen_name(task.name), None)
+        if failure is not None:
+            context.failures.add(EVALUATE, {task.name: failure})
 
 
 def _missing_evaluations(context: RunContext) -> Sequence[Evaluation]:

@@ -1,4 +1,5 @@
-"""The stage `finetune`: makes the masks, then runs one Ray task for each missing task vector.
+"""The stage `finetune`: checks the data of the tasks without a vector, makes the masks, then runs
+one Ray task for each missing task vector. A task that fails at a step is left out of the next ones.
 
 If the stage `basis` follows in the same run, every vector goes to the basis actor as soon as it is
 committed. The Gram matrix is then complete soon after the last fine-tune ends.
@@ -10,101 +11,132 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.identities import find_of_these_tasks, mask_identity
 from raytvb.experiment.layout import OVERLAP, vector_prefix
 from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.missing import BASIS, DATA, FINETUNE, MASK, PREPARED
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.finetune_task import finetune_task
 from raytvb.finetuning.masks import record_overlap
 from raytvb.finetuning.twins import make_twin
+from raytvb.orchestration.data_check import check_tasks
+from raytvb.orchestration.failures import Failure, stage_error
 from raytvb.orchestration.progress import Stage
-from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task, result_of
+from raytvb.orchestration.ray_tasks import collect, ray_task, result_of
+from raytvb.orchestration.restored_parts import restore_parts
 from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.shared_mask import make_shared_mask
 from raytvb.orchestration.stream import Stream
-from raytvb.storage import records
 from raytvb.storage.records import Record
 
 
 def finetune(context: RunContext, *, stream: bool) -> bool:
     """Commit the masks and vectors that the store lacks. Returns whether any vector was missing.
 
-    stream: send committed vectors to a basis actor, which `context.stream` holds afterwards. Raises
-    UserError that names the tasks that failed. The vectors of the other tasks are kept.
+    stream: send committed vectors to a basis actor, which `context.stream` holds afterwards. Tasks
+    that fail are kept in `context.failures`. Raises UserError that names them if no task has a
+    vector at the end.
     """
-    experiment, missing = context.experiment, context.missing_vectors()
+    experiment, committed = context.whole, context.vector_records()
+    missing = [task for task in experiment.tasks if task.name not in committed]
     fingerprint = context.fingerprint  # puts the model into the store before a task needs it
-    if missing and experiment.talos.mask == "shared" and experiment.talos.density < 1.0:
-        make_shared_mask(context)
-    failed = {}
+    ready = check_tasks(context, missing)
+    is_shared = experiment.talos.mask == "shared" and experiment.talos.density < 1.0
+    if is_shared and (ready or committed):  # a vector cannot be read without its mask
+        ready = make_shared_mask(context, ready, committed)
+    restore_parts(context, committed)
     if stream:
-        committed = [task for task in experiment.tasks if task not in missing]
-        failed = make_missing_twins(context, committed)
-        start_stream(context, [task for task in committed if task.name not in failed])
-    with context.reporter.stage("finetune", len(missing)) as stage:
-        failed |= _finetune_missing(context, fingerprint, missing, stage)
+        stored = [task for task in experiment.tasks if task.name in committed]
+        start_stream(context, with_twins(context, stored))
+    with context.reporter.stage("finetune", len(ready)) as stage:
+        _finetune_missing(context, fingerprint, ready, stage)
     if context.stream is not None:
-        failed |= finish_stream(context.stream, failed)
-    raise_failed("finetune", failed)
+        finish_stream(context, context.stream)
+    _raise_without_vectors(context, missing)
     _record_overlap(context)
     return bool(missing)
 
 
+def _raise_without_vectors(context: RunContext, missing: Sequence[TaskConfig]) -> None:
+    """Raise UserError with the failures if no task has a vector; the run ends.
+
+    missing: the tasks that had no vector before.
+    """
+    tasks = set(context.whole.task_names)
+    parts = {part.name: part for part in context.missing_parts()}
+    if len(missing) == len(tasks) and parts.keys() >= tasks:
+        if context.stream is not None:
+            context.stream.close()
+        failed = {name: Failure(part.reason, part.attempts) for name, part in parts.items()}
+        raise stage_error("finetune", failed)
+
+
 def start_stream(context: RunContext, committed: Sequence[TaskConfig]) -> Stream:
     """Start the basis actor, set `context.stream` to it, and offer it the committed vectors."""
-    context.stream = Stream(context.experiment)
+    context.stream = Stream(context.whole)
     for task in committed:
         context.stream.offer(task.name)
     return context.stream
 
 
-def finish_stream(stream: Stream, failed: dict[str, str]) -> dict[str, str]:
+def finish_stream(context: RunContext, stream: Stream) -> None:
     """Wait until the actor has taken in all vectors that were offered.
 
-    failed: reasons of earlier failures, by task. Returns the reasons of the vectors that the actor
-    could not use, by task. If anything failed, here or earlier, ends the actor, for the run stops.
+    The vectors that it could not use are kept in `context.failures`. Raises UserError if the actor
+    itself failed.
     """
     stream.finish()
-    if failed or stream.failed:
+    if stream.errors:
         stream.close()
-    return stream.failed
+        raise stage_error(BASIS, stream.errors)
+    context.failures.add(BASIS, stream.failed)
+    context.failures.clear(stream.offered - stream.failed.keys(), BASIS)
 
 
-def make_missing_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> dict[str, str]:
+def with_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> list[TaskConfig]:
     """Make the prepared twins that committed vectors lack, if the bases are built from such twins.
 
     A fine-tune makes its own twin. A twin is missing if it was deleted, or if the run was killed
-    after the vector and before the twin. Returns the reasons of failures, by task.
+    after the vector and before the twin. Returns the tasks that have all that bases need; the
+    failures of the others are kept in `context.failures`.
     """
-    experiment = context.experiment
+    experiment = context.whole
     if experiment.basis.prepare == "none":
-        return {}
+        return list(tasks)
     make, pending = ray_task(make_twin, experiment, gpu=False), dict[Any, str]()
     for task in tasks:
         if TaskStore(experiment, task).basis_vector() is None:
             pending[make.remote(experiment, task)] = task.name
     with context.reporter.stage("prepared", len(pending)) as stage:
-        return collect(pending, lambda name, _: stage.advance(name))
+        failed = collect(experiment, pending, lambda name, _: stage.advance(name))
+    context.failures.add(PREPARED, failed)
+    context.failures.clear({task.name for task in tasks} - failed.keys(), PREPARED)
+    return [task for task in tasks if task.name not in failed]
 
 
 def _finetune_missing(
     context: RunContext, fingerprint: str, missing: Sequence[TaskConfig], stage: Stage
-) -> dict[str, str]:
-    """Run one Ray task for each vector. Returns the reasons of failures, by task."""
-    task_of, pending = ray_task(finetune_task, context.experiment), dict[Any, str]()
+) -> None:
+    """Run one Ray task for each vector. The failures are kept in `context.failures`."""
+    experiment, pending = context.whole, dict[Any, str]()
+    task_of = ray_task(finetune_task, experiment)
     for task in missing:
-        call = task_of.remote(context.experiment, fingerprint, task)
-        pending[call] = task.name
+        pending[task_of.remote(experiment, fingerprint, task)] = task.name
 
     def tell_committed(name: str, record: Record) -> None:
         metrics = record.metrics_as(VectorMetrics, context.store.where(vector_prefix(name)))
-        notes = [f"{name}: loss {metrics.final_loss:.3f}", *_warnings(metrics, context.experiment)]
+        notes = [f"{name}: loss {metrics.final_loss:.3f}", *_warnings(metrics, experiment)]
         if context.stream is not None:
             context.stream.offer(name)
             notes += context.stream.floor_notes()
         stage.advance(", ".join(notes))
 
-    return collect(pending, tell_committed, context.stream.pump if context.stream else None)
+    pump = context.stream.pump if context.stream else None
+    failed = collect(experiment, pending, tell_committed, pump)
+    context.failures.add(FINETUNE, failed)
+    succeeded = {task.name for task in missing} - failed.keys()
+    context.failures.clear(succeeded, DATA, MASK, FINETUNE, PREPARED)
 
 
 def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
@@ -122,9 +154,11 @@ def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
 
 def _record_overlap(context: RunContext) -> None:
     """Measure how far the tasks' own masks overlap, unless the store has the result already."""
+    context.leave_out_missing()
     experiment = context.experiment
     if not experiment.own_masks or len(experiment.tasks) < 2:
         return
-    if records.find(context.store, OVERLAP) is None:
+    identity = mask_identity(experiment, experiment.tasks)
+    if find_of_these_tasks(context.store, OVERLAP, identity, experiment.missing) is None:
         call = ray_task(record_overlap, experiment, gpu=False).remote(experiment)
-        result_of(call, "mask overlap", "masks")
+        result_of(experiment, call, "mask overlap", "masks")

@@ -17,20 +17,23 @@ import time
 from collections.abc import Callable, Sequence
 
 from raytvb.data.image_source import SPLITS
+from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.freezing import freeze
-from raytvb.experiment.layout import TIMINGS
-from raytvb.orchestration.basis_stage import build_bases
+from raytvb.experiment.missing import EVALUATE, LATER, raise_missing
+from raytvb.experiment.places import check_usable
+from raytvb.orchestration.basis_stage import build_bases, no_vectors
 from raytvb.orchestration.connect import connect, preflight
 from raytvb.orchestration.evaluate_stage import evaluate
 from raytvb.orchestration.finetune_stage import finetune
 from raytvb.orchestration.progress import Reporter
-from raytvb.orchestration.run_context import RunContext
+from raytvb.orchestration.run_context import ImagesMissingError, RunContext
 from raytvb.orchestration.search_stage import search
 from raytvb.orchestration.verify_store import verify_on_ray
 from raytvb.report.page import write_report
-from raytvb.report.timings import read_timings
+from raytvb.report.timings import add_timing
 from raytvb.storage.store import Store
+from raytvb.storage.verify import ORPHANED
 
 STAGES = ("finetune", "basis", "search", "evaluate", "report")
 
@@ -44,7 +47,7 @@ class Pipeline:
         Raises StoreError or UserError if one of them cannot be used.
         """
         self._context = RunContext(experiment, reporter)
-        self.store.check_writable()
+        check_usable(self.store)
         freeze(self.store, self._context.experiment)
         preflight(self._context.experiment, reporter.say)
 
@@ -54,35 +57,85 @@ class Pipeline:
         return self._context.store
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
-        """Run the given stages in the order of STAGES. Raises UserError if one fails."""
+        """Run the given stages in the order of STAGES.
+
+        A task that fails is left out, and the others go on. Raises PartialRunError at the end if
+        tasks are missing, and UserError if a stage fails.
+        """
         context = self._context
         evaluates = "search" in stages or "evaluate" in stages
         context.splits = SPLITS if evaluates else SPLITS[:1]
+        context.measured_splits = SPLITS[1:] if "evaluate" in stages else SPLITS[1:2]
         if "finetune" in stages:
             self._timed("finetune", lambda: finetune(context, stream="basis" in stages))
+        if set(stages) - {"finetune"}:
+            if evaluates:
+                context.retry_images()
+                context.failures.clear(context.failures.at(EVALUATE), EVALUATE)
+            self._use_vectors(stages)
+        self._raise_missing(stages)
+
+    def _use_vectors(self, stages: Sequence[str]) -> None:
+        """Run the stages after fine-tuning, on the tasks that are there.
+
+        If images of a task turn out to be missing, they are run again without that task.
+        """
+        context, problem = self._context, None
+        while True:
+            context.leave_out_missing()
+            if not context.experiment.tasks:
+                raise problem or no_vectors(context)
+            try:
+                return self._run_with(stages)
+            except ImagesMissingError as error:
+                problem = error
+
+    def _run_with(self, stages: Sequence[str]) -> None:
+        context = self._context
         if "basis" in stages:
             self._timed("basis", lambda: build_bases(context))
+        if context.has_too_few:
+            return
         if "search" in stages:
             self._timed("search", lambda: search(context))
         if "evaluate" in stages:
             self._timed("evaluate", lambda: evaluate(context))
         if "report" in stages:
-            write_report(self.store, context.experiment)
+            write_report(self.store, context.whole)
+
+    def _raise_missing(self, stages: Sequence[str]) -> None:
+        """Raise PartialRunError if something is missing that these stages were to make."""
+        context = self._context
+        parts = context.missing_parts()
+        if set(stages) == {"finetune"}:
+            parts = [part for part in parts if part.stage not in LATER]
+        raise_missing(self.store, context.whole, parts)
 
     def verify(self) -> int:
-        """Compare every stored file with its checksum, in Ray tasks. Returns the number of files.
+        """Check every stored file, in Ray tasks. Returns the number of files with a checksum.
 
-        Raises UserError that names the damaged files, if there are any.
+        Files of no record, which killed writers leave, are told and not an error. Raises UserError
+        that names the files that are missing or damaged, if there are any.
         """
-        return verify_on_ray(self._context)
+        context = self._context
+        findings = verify_on_ray(self.store, context.whole, context.reporter)
+        orphans = [problem for problem in findings.problems if problem.kind == ORPHANED]
+        for problem in orphans:
+            context.reporter.say(f"note: {problem}")
+        findings.problems = [p for p in findings.problems if p.kind != ORPHANED]
+        if findings.messages():
+            raise UserError(
+                "the store does not match its records:\n  "
+                + "\n  ".join(findings.messages())
+                + f"\n`raytvb verify {self.store.url} --repair` removes what is damaged"
+            )
+        return findings.checked
 
     def _timed(self, stage: str, work: Callable[[], bool]) -> None:
         """Run a stage, and add its seconds to those in the store unless it had nothing to do."""
         started = time.perf_counter()
         if work():
-            timings = read_timings(self.store)
-            timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
-            self.store.write_json(TIMINGS, timings)
+            add_timing(self.store, stage, time.perf_counter() - started)
 
 
 def run(
@@ -91,7 +144,8 @@ def run(
     """Run stages of an experiment. What is in the store already is not made again.
 
     Uses the Ray that this process is connected to. Otherwise joins the cluster that RAY_ADDRESS
-    names, or starts a Ray on this machine.
+    names, or starts a Ray on this machine. Raises PartialRunError at the end if tasks failed: its
+    `failed` lists them, and everything else is done. Raises UserError if a stage fails.
     """
-    connect()
+    connect(retries=experiment.resources.max_retries)
     Pipeline(experiment, reporter or Reporter()).run(stages)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from raytvb.data.image_source import SPLITS
 from raytvb.data.splits import check_task
+from raytvb.errors import FailedPart, PartialRunError, UserError
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.freezing import check_frozen
+from raytvb.experiment.identities import basis_identity
 from raytvb.experiment.layout import basis_prefix, vector_prefix
+from raytvb.experiment.missing import DATA, missing_parts, without
+from raytvb.experiment.places import check_new_store
+from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.mask_selection import kept_count
 from raytvb.models.open_clip_models import count_parameters
 from raytvb.models.open_clip_package import quiet_open_clip
 from raytvb.report.formatting import format_bytes
 from raytvb.storage import records
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreError
 
 FLOAT_BYTES = 4
 """Bytes of a stored value, in float32."""
@@ -23,13 +29,12 @@ def describe(experiment: Experiment) -> str:
     """The plan of an experiment, as lines of text.
 
     Writes, deletes and makes nothing, not even the store's folder. Raises StoreError if a run could
-    not write the store, and UserError if the store belongs to another experiment or a task's data
-    cannot be used.
+    not write the store, and UserError if the store belongs to another experiment.
     """
     store = Store(experiment.store)
     store.check_reachable()
+    check_new_store(store)
     check_frozen(store, experiment)
-    _check_data(experiment)
     quiet_open_clip()
     parameters = count_parameters(experiment.model)
     kept = kept_count(parameters, experiment.talos.density)
@@ -38,20 +43,52 @@ def describe(experiment: Experiment) -> str:
         f"{kept:,} trained per task",
         _vectors_line(experiment, store, parameters, kept),
         _bases_line(experiment, store, parameters, kept),
+        *_missing_lines(experiment, store),
         _resources_line(experiment),
         _store_line(store),
     )
     return "\n".join(lines)
 
 
-def _check_data(experiment: Experiment) -> None:
-    """Raise UserError if the data of a task is missing or cannot be used."""
+def _missing_lines(experiment: Experiment, store: Store) -> list[str]:
+    """The tasks that an earlier run has left out."""
+    lines = []
+    for part in missing_parts(store, experiment):
+        if part.stage:
+            lines.append(f"missing   {part}")
+    return lines
+
+
+def check_data(experiment: Experiment) -> None:
+    """Check the data of the tasks that have no vector yet, as a run does.
+
+    Raises PartialRunError that lists the tasks whose data cannot be used, for a run would leave
+    them out, and UserError if it would leave out all.
+    """
+    store = Store(experiment.store)
+    missing = [part.name for part in missing_parts(store, experiment, {})]
+    if not set(missing) & set(experiment.task_names):
+        return
+    parts = []
     for task in experiment.every_task:
-        splits = []
-        for split in SPLITS:
-            if task in experiment.tasks_with(split):
-                splits.append(split)
+        if task.name in missing or task.name not in experiment.task_names:
+            part = _data_problem(experiment, task)
+            if part is not None:
+                parts.append(part)
+    if parts and not without(experiment, parts).tasks:
+        raise UserError("no task can be used:\n  " + "\n  ".join(map(str, parts)))
+    if parts:
+        raise PartialRunError("a run would leave these out:", parts)
+
+
+def _data_problem(experiment: Experiment, task: TaskConfig) -> FailedPart | None:
+    """What is wrong with the data of a task; None if they can be used."""
+    splits = [split for split in SPLITS if task in experiment.tasks_with(split)]
+    try:
         check_task(task, splits)
+    except (UserError, StoreError) as error:
+        return FailedPart(task.name, DATA, str(error).removeprefix(f"task {task.name}: "))
+    return None
 
 
 def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
@@ -71,7 +108,8 @@ def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: i
 def _bases_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
     specs, done, vectors = basis_specs(experiment), 0, 0
     for spec in specs:
-        done += records.find(store, basis_prefix(spec.name)) is not None
+        record = records.find(store, basis_prefix(spec.name))
+        done += record is not None and record.is_of(basis_identity(experiment, spec))
         vectors += spec.size
     names = ", ".join(spec.name for spec in specs)
     # If every vector has a mask of its own, the only coordinates that all share are the dense ones.

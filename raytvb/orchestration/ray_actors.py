@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.orchestration.ray_tasks import patiently
 from raytvb.storage.basis_layout import Layout
+from raytvb.storage.basis_writer import NO_TAGS
 
 
 class ShardGroup:
@@ -65,11 +66,15 @@ class ShardGroup:
         return torch.cat(self._on_all("atoms_gram", source, versions))
 
     def write(
-        self, outputs: Outputs, versions: Versions, source: str | None = None
+        self,
+        outputs: Outputs,
+        versions: Versions,
+        source: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FilesByFolder:
         """All files of each output."""
         written: FilesByFolder = {folder: {} for folder, _ in outputs}
-        for share in self._on_all("write", outputs, versions, source):
+        for share in self._on_all("write", outputs, versions, source, dict(tags)):
             for folder, files in share.items():
                 written[folder].update(files)
         return written

@@ -1,39 +1,48 @@
-"""Turns plain functions into Ray tasks, waits for them, and explains how they failed."""
+"""Turns plain functions into Ray tasks, and waits for them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
+from raytvb.orchestration.failures import Failure, TransientError, failure_of, stage_error
+from raytvb.orchestration.task_memory import task_memory
+from raytvb.storage.retries import set_patience
 from raytvb.storage.store_errors import StoreKeyError
 
 WAIT_S = 1.0
 """How long a single wait for results lasts. Between waits, Ctrl-C and other events are noticed."""
 
+GRACE_S = 20.0
+"""How long tasks have for their end after the run is interrupted. Cluster managers that send
+SIGTERM kill what is left after 30 seconds, and Ray needs some of these for its own end."""
+
 Result = TypeVar("Result")
 
 
-class TransientError(Exception):
-    """The storage or the network failed in a way that may pass, so Ray runs the task again."""
-
-
-def _marking_transient_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+def _marking_transient_errors(
+    function: Callable[..., Any], experiment: Experiment
+) -> Callable[..., Any]:
     """The function, changed to raise TransientError if the storage or the network fails.
 
     An error that the user must correct (a missing key, a wrong setting) is raised unchanged, for
     to run the task again would not help.
     """
 
+    patience = experiment.resources.storage_timeout_s
+
     def call(*args: Any) -> Any:
+        set_patience(patience)
         try:
             return function(*args)
-        except (StoreKeyError, UserError):
+        except (StoreKeyError, UserError, VectorError):
             raise
         except (OSError, ConnectionError) as error:
             raise TransientError(str(error)) from error
@@ -60,9 +69,10 @@ def ray_task(
         max_retries=resources.max_retries,
         retry_exceptions=[TransientError],
     )
-    return as_task(_marking_transient_errors(function)).options(
+    return as_task(_marking_transient_errors(function, experiment)).options(
         num_cpus=resources.cpus_per_task,
         num_gpus=gpus,
+        memory=task_memory(experiment, gpus),
         name=function.__name__,
         num_returns=results,
     )
@@ -100,67 +110,64 @@ def patiently(call: Callable[[], Result], attempts: int = 30) -> Result:
     raise AssertionError("unreachable")
 
 
-def explain(error: BaseException) -> str:
-    """What went wrong in a worker, in one line, without Ray's traceback."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, UserError | TransientError | ValueError | OSError):
-        return str(cause)
-    if isinstance(error, RayTaskError) or not isinstance(error, RayError):
-        return f"{type(cause).__name__}: {cause}"
-    return str(error).strip().splitlines()[0]
-
-
 def _ignore(name: str, result: Any) -> None:
     """Do nothing with a result."""
 
 
 def collect(
+    experiment: Experiment,
     pending: Mapping[Any, str],
     done: Callable[[str, Any], None] = _ignore,
     idle: Callable[[], None] | None = None,
-) -> dict[str, str]:
-    """Wait for all tasks. Returns the reason of each task that failed, by its name.
+) -> dict[str, Failure]:
+    """Wait for all tasks of `ray_task`. Returns the failure of each that failed, by its name.
 
     pending: the name of each task, by its reference. done: called with the name and the result of
     each task that succeeds, as it ends. idle: called at least once a second. The failure of one
     task does not stop the others.
     """
-    waiting, failed = dict(pending), dict[str, str]()
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S)
-        for reference in ready:
-            name = waiting.pop(reference)
-            try:
-                result = ray.get(reference)
-            except (RayTaskError, RayError) as error:
-                failed[name] = explain(error)
-            else:
-                done(name, result)
-        if idle is not None:
-            idle()
+    waiting, failed = dict(pending), dict[str, Failure]()
+    with _cancelled_on_interruption(waiting):
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S)
+            for reference in ready:
+                name = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except (RayTaskError, RayError) as error:
+                    failed[name] = failure_of(error, experiment.resources.max_retries)
+                else:
+                    done(name, result)
+            if idle is not None:
+                idle()
     return failed
 
 
-def result_of(reference: Any, stage: str, name: str) -> Any:
+@contextmanager
+def _cancelled_on_interruption(waiting: Collection[Any]) -> Iterator[None]:
+    """If the work in this context is interrupted, cancel the tasks with these references.
+
+    A task that has not started is never started. One that runs gets a KeyboardInterrupt, at which a
+    fine-tune saves a checkpoint. GRACE_S seconds are left for that.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        references = list(waiting)
+        for reference in references:
+            ray.cancel(reference)
+        if references:
+            ray.wait(references, num_returns=len(references), timeout=GRACE_S, fetch_local=False)
+        raise
+
+
+def result_of(experiment: Experiment, reference: Any, stage: str, name: str) -> Any:
     """The result of one task. Raises UserError that names the stage and the task if it fails."""
-    while not ray.wait([reference], timeout=WAIT_S)[0]:
-        continue
+    with _cancelled_on_interruption([reference]):
+        while not ray.wait([reference], timeout=WAIT_S)[0]:
+            continue
     try:
         return ray.get(reference)
     except (RayTaskError, RayError) as error:
-        raise stage_error(stage, {name: explain(error)}) from error
-
-
-def stage_error(stage: str, failed: Mapping[str, str]) -> UserError:
-    """The error of a stage in which some tasks failed: their reasons, and what the user can do."""
-    lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failed.items()))
-    return UserError(
-        f"{stage} failed for {len(failed)} of its parts, the rest is done and kept:{lines}\n"
-        f"Once the cause is removed, run the same command again to go on."
-    )
-
-
-def raise_failed(stage: str, failed: Mapping[str, str]) -> None:
-    """Raise UserError if tasks of a stage failed."""
-    if failed:
-        raise stage_error(stage, failed)
+        failure = failure_of(error, experiment.resources.max_retries)
+        raise stage_error(stage, {name: failure}) from error

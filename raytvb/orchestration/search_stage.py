@@ -20,6 +20,8 @@ def search(context: RunContext) -> bool:
     candidates = all_candidates(store, experiment)
     measured = is_measured(store, experiment, candidates)
     if not measured:
+        for split in context.measured_splits:
+            context.split_refs(split)  # tells now, and not after the search, what is missing
         run_search(context.service(["val"]), candidates, context.reporter.stage)
     sizes = candidate_bytes(store, experiment, candidates)
     decision = decide(store, experiment, candidates, sizes)

@@ -11,8 +11,9 @@ from ray.exceptions import ActorUnavailableError, RayError
 from raytvb.bases.messages import BuilderStatus, WrittenBases
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
+from raytvb.orchestration.failures import Failure, explain
 from raytvb.orchestration.ray_actors import basis_actors
-from raytvb.orchestration.ray_tasks import explain, patiently
+from raytvb.orchestration.ray_tasks import patiently
 
 ATTEMPTS = 30
 """How often a call is repeated, once a second, while an actor is being restarted."""
@@ -33,13 +34,18 @@ class Stream:
         self._call: Any = None
         self._sent: list[str] = []
         self._unavailable = 0
-        self.failed: dict[str, str] = {}
-        """Tasks whose vectors could not be taken in, with the reason."""
+        self.offered = set[str]()
+        """The tasks whose vectors were offered."""
+        self.failed: dict[str, Failure] = {}
+        """Tasks whose vectors cannot be used, with the reason."""
+        self.errors: dict[str, Failure] = {}
+        """Failures of the actor itself, by the tasks that it was to take in."""
         self.status = BuilderStatus()
         """The last status that the actor returned."""
 
     def offer(self, task: str) -> None:
         """Queue a committed vector to be sent to the actor."""
+        self.offered.add(task)
         self._waiting.append(task)
         self.pump()
 
@@ -57,12 +63,13 @@ class Stream:
     def _take_answer(self) -> None:
         try:
             self.status = ray.get(self._call)
-            self.failed |= self.status.failed
+            for task, reason in self.status.failed.items():
+                self.failed[task] = Failure(reason)
             self._unavailable = 0
         except ActorUnavailableError as error:
             self._send_again(error)
         except RayError as error:
-            self.failed |= dict.fromkeys(self._sent, explain(error))
+            self.errors |= dict.fromkeys(self._sent, Failure(explain(error)))
         self._call = None
 
     def _send_again(self, error: ActorUnavailableError) -> None:
@@ -72,7 +79,7 @@ class Stream:
         """
         self._unavailable += 1
         if self._unavailable > ATTEMPTS:
-            self.failed |= dict.fromkeys(self._sent, explain(error))
+            self.errors |= dict.fromkeys(self._sent, Failure(explain(error)))
         else:
             self._waiting = self._sent + self._waiting
             time.sleep(1.0)
@@ -89,18 +96,19 @@ class Stream:
         while self._call is not None or self._waiting:
             self.pump(timeout=1.0)
 
-    def write_bases(self) -> WrittenBases:
+    def write_bases(self, experiment: Experiment | None = None) -> WrittenBases:
         """Call `BasisBuilder.write_bases`, then end the actors. Raises UserError on failure."""
+
+        def written() -> WrittenBases:
+            bases: WrittenBases = ray.get(self._actor.write_bases.remote(experiment))
+            return bases
+
         try:
-            return patiently(self._written_bases, ATTEMPTS)
+            return patiently(written, ATTEMPTS)
         except RayError as error:
             raise UserError(f"the bases could not be written: {explain(error)}") from error
         finally:
             self.close()
-
-    def _written_bases(self) -> WrittenBases:
-        bases: WrittenBases = ray.get(self._actor.write_bases.remote())
-        return bases
 
     def close(self) -> None:
         """End the actors."""

@@ -15,21 +15,22 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SEARCH
 from raytvb.maths.halving import LEAST
 from raytvb.orchestration.evaluation_service import Service
+from raytvb.orchestration.failures import explain
 from raytvb.orchestration.progress import Stage
+from raytvb.orchestration.task_memory import task_memory
 from raytvb.orchestration.tune_trial import Report, asha_time, run_trial
 from raytvb.search.candidates import Candidate
 from raytvb.search.choice import halving_state
@@ -195,13 +196,16 @@ def _run_trials(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Otherwise Tune prints where it keeps its own files.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    tuner = tune.Tuner(
-        _trainable(service, candidates, limits),
-        param_space={"index": tune.grid_search(list(range(len(candidates))))},
-        tune_config=_tune_config(service.experiment, candidates, may_end_early),
-        run_config=_run_config(service.experiment, candidates, stage),
-    )
-    results = tuner.fit()
+    # Otherwise Tune writes a log of every trial for TensorBoard.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    with tempfile.TemporaryDirectory(prefix="raytvb-tune-") as folder:
+        tuner = tune.Tuner(
+            _trainable(service, candidates, limits),
+            param_space={"index": tune.grid_search(list(range(len(candidates))))},
+            tune_config=_tune_config(service.experiment, candidates, may_end_early),
+            run_config=_run_config(service.experiment, candidates, stage, folder),
+        )
+        results = tuner.fit()
     failed: dict[str, str] = {}
     for position in range(len(results)):
         result = results[position]
@@ -209,7 +213,7 @@ def _run_trials(
         if result.metrics and "error" in result.metrics:
             failed[name] = str(result.metrics["error"])
         elif result.error is not None:
-            failed[name] = str(result.error).strip().splitlines()[-1]
+            failed[name] = explain(result.error)
     return failed
 
 
@@ -220,7 +224,12 @@ def _trainable(service: Service, candidates: Sequence[Candidate], limits: Sequen
         run_trial, service=service, candidates=list(candidates), limits=list(limits)
     )
     return tune.with_resources(
-        trial, {"cpu": resources.cpus_per_task, "gpu": resources.gpus_per_task}
+        trial,
+        {
+            "cpu": resources.cpus_per_task,
+            "gpu": resources.gpus_per_task,
+            "memory": task_memory(service.experiment, resources.gpus_per_task),
+        },
     )
 
 
@@ -245,26 +254,19 @@ def _tune_config(
 
 
 def _run_config(
-    experiment: Experiment, candidates: Sequence[Candidate], stage: Stage
+    experiment: Experiment, candidates: Sequence[Candidate], stage: Stage, folder: str
 ) -> tune.RunConfig:
     """Where Tune keeps its own files, and what it does on failures.
 
-    The files go into the store, in one folder for each pass, so that every node and every later run
-    sees them.
+    folder: of the driver. Trials report to the driver through Ray, and every round is a record in
+    the store, so no other node and no later run reads Tune's files. Some of them are pickles, which
+    do not belong into a store.
     """
-    store = Store(experiment.store)
-    passes: set[str] = set()
-    for key in store.keys(SEARCH):
-        if key.startswith(f"{SEARCH}/tune-"):
-            passes.add(key.split("/")[1])
     failures = min(experiment.resources.max_retries, MAX_FAILURES)
-    local = store.local_path(SEARCH)
-    remote = None if local is not None else PyFileSystem(FSSpecHandler(store.fs))
     return tune.RunConfig(
-        name=f"tune-{len(passes) + 1}",
+        name="search",
         verbose=0,
-        storage_path=local if local is not None else store.path(SEARCH),
-        storage_filesystem=remote,
+        storage_path=folder,
         failure_config=tune.FailureConfig(max_failures=failures),
         callbacks=[_Progress(stage.advance, [candidate.name for candidate in candidates])],
     )

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import torch
 from ray import tune
+from ray.exceptions import RayError
 
 from raytvb.errors import UserError, described, raised_at
 from raytvb.experiment.config import Experiment
@@ -19,26 +21,29 @@ from raytvb.search.results import Invalid, Measured, RoundResult
 from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage import records
+from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 
 Report = dict[str, float | int | str]
 """What a trial reports to Tune about one round."""
 
-FINAL_ERRORS = (
-    UserError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NameError,
-    ArithmeticError,
-    AssertionError,
+PASSING_ERRORS = (
+    OSError,
+    RayError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    # New in torch 2.8, for what a GPU reports. A RuntimeError before.
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
-"""Errors that would come again if a trial ran again: nothing in a trial is left to chance, so a
-wrong file or a mistake in the code stays one. A method that raises anything is a ValueError too
-(`MethodError`). Tune repeats a trial for all other errors. Those may pass: storage and networks
-fail with OSError or an error of their library, a GPU with RuntimeError, and Ray has its own.
+"""Errors that may not come again if a trial runs again: of storage and networks, of Ray, and of a
+GPU or a machine that others use too. Tune repeats a trial for these, and if its worker dies. All
+others would come again: nothing in a trial is left to chance, so a wrong file or a mistake in the
+code stays one.
 """
+
+LASTING_ERRORS = (UserError, ValueError, StoreKeyError)
+"""Errors that a user must correct, although some of them are an OSError too."""
 
 
 class Rounds:
@@ -85,12 +90,15 @@ def run_trial(
     """Run the rounds of candidate `config["index"]` up to its limit. Report each round to Tune."""
     index = config["index"]
     experiment, candidate = service.experiment, candidates[index]
+    set_patience(experiment.resources.storage_timeout_s)
     rounds = Rounds(service, candidate)
     for number in range(1, limits[index] + 1):
         if len(rounds.results) < number:
             try:
                 result = rounds.measure_next()
-            except FINAL_ERRORS as error:
+            except Exception as error:
+                if isinstance(error, PASSING_ERRORS) and not isinstance(error, LASTING_ERRORS):
+                    raise
                 # Tune repeats every trial that raises, so that a worker may die. This trial
                 # therefore reports its error and returns.
                 tune.report(_failure_report(experiment, number, _reason(error)))

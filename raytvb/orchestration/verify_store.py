@@ -1,47 +1,48 @@
-"""Compares stored files with their recorded checksums. Ray tasks read the files, for the driver
-may be far from the store and has only one network connection.
+"""Checks a store in Ray tasks: the files are read where the work is, for the driver may be far from
+the store and has only one network connection.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from raytvb.errors import UserError
-from raytvb.orchestration.ray_tasks import collect, raise_failed, ray_task
-from raytvb.orchestration.run_context import RunContext
-from raytvb.storage.records import record_keys
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.inventory import missing_things, outlived
+from raytvb.orchestration.failures import raise_failed
+from raytvb.orchestration.progress import Reporter
+from raytvb.orchestration.ray_tasks import collect, ray_task
+from raytvb.storage.records import Record
 from raytvb.storage.store import Store
-from raytvb.storage.verify import verify_records
+from raytvb.storage.verify import Findings, record_keys_of, unclaimed, verify_records
 
-GROUP = 64
+GROUP = 32
 """How many records one task checks."""
 
 
-def verify_on_ray(context: RunContext) -> int:
-    """Check every recorded file. Returns how many there are.
+def verify_on_ray(store: Store, experiment: Experiment, reporter: Reporter) -> Findings:
+    """As `experiment.inventory.verify_store`, in Ray tasks with the experiment's resources.
 
-    Raises UserError that names the damaged files, if there are any.
+    Raises UserError if tasks failed.
     """
-    keys = record_keys(context.store)
-    verify, pending = ray_task(_verify_group, context.experiment, gpu=False), dict[Any, str]()
+    sizes = store.sizes()
+    keys = record_keys_of(sizes)
+    check, pending = ray_task(_verify_group, experiment, gpu=False), dict[Any, str]()
     for start in range(0, len(keys), GROUP):
         group = keys[start : start + GROUP]
-        pending[verify.remote(context.store.url, group)] = f"{len(group)} records"
-    checked, problems = 0, list[str]()
+        pending[check.remote(store.url, group)] = f"{len(group)} records"
+    findings, found = Findings(), dict[str, Record]()
+    with reporter.stage("verify", len(pending)) as stage:
 
-    with context.reporter.stage("verify", len(pending)) as stage:
-
-        def add(name: str, result: tuple[int, list[str]]) -> None:
-            nonlocal checked
-            checked += result[0]
-            problems.extend(result[1])
+        def add(name: str, result: tuple[Findings, dict[str, Record]]) -> None:
+            findings.add(result[0])
+            found.update(result[1])
             stage.advance(name)
 
-        raise_failed("verify", collect(pending, add))
-    if problems:
-        raise UserError("the store does not match its records:\n  " + "\n  ".join(sorted(problems)))
-    return checked
+        raise_failed("verify", collect(experiment, pending, add))
+    findings.add(unclaimed(store, sizes))
+    findings.problems += missing_things(found, sizes) + outlived(found)
+    return findings
 
 
-def _verify_group(url: str, keys: list[str]) -> tuple[int, list[str]]:
+def _verify_group(url: str, keys: list[str]) -> tuple[Findings, dict[str, Record]]:
     return verify_records(Store(url), keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -28,6 +29,11 @@ class UnseenConfig(Frozen):
     )
     batch_size: Count = Field(64, description="Images in each step.")
 
+    def restricted(self, present: Collection[str]) -> UnseenConfig | None:
+        """The section with only these tasks; None if none of them is left."""
+        tasks = tuple(task for task in self.tasks if task.name in present)
+        return self.model_copy(update={"tasks": tasks}) if tasks else None
+
 
 class DisentanglementConfig(Frozen):
     """Weight disentanglement error of pairs of tasks, over a grid of two coefficients."""
@@ -46,6 +52,14 @@ class DisentanglementConfig(Frozen):
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         return self
+
+    def restricted(self, vectors: Collection[str]) -> DisentanglementConfig | None:
+        """The section with only the pairs of these tasks; None if pairs were given and none is
+        left."""
+        pairs = tuple(pair for pair in self.pairs if set(pair) <= set(vectors))
+        if self.pairs and not pairs:
+            return None
+        return self.model_copy(update={"pairs": pairs})
 
 
 def _control_task(given: object) -> object:
@@ -118,3 +132,19 @@ class EvaluateConfig(Frozen):
         if isinstance(values, dict) and values.get("control") == "none":
             return {**values, "control": None, "negation": False}
         return values
+
+    def restricted(self, vectors: Collection[str], present: Collection[str]) -> EvaluateConfig:
+        """What can be measured if only some tasks are there.
+
+        vectors: names of the tasks with a vector. present: names of all tasks that are there, so
+        that the control and unseen tasks are among them.
+        """
+        changes: dict[str, object] = {
+            "additions": tuple(group for group in self.additions if set(group) <= set(vectors)),
+            "unseen": None if self.unseen is None else self.unseen.restricted(present),
+        }
+        if self.control is not None and self.control.name not in present:
+            changes["negation"] = False
+        if self.disentanglement is not None:
+            changes["disentanglement"] = self.disentanglement.restricted(vectors)
+        return self.model_copy(update=changes)

@@ -19,6 +19,14 @@ class ResourceConfig(Frozen):
     gpus_per_task: float = Field(
         0.0, ge=0.0, description="GPUs of a Ray task. 0.25: four tasks share a GPU."
     )
+    memory_gb_per_task: float | None = Field(
+        None,
+        ge=0.0,
+        description=(
+            "Memory of a Ray task in GB: no more tasks run at once than fit into a node's memory. "
+            "null: an estimate from the size of the model."
+        ),
+    )
     max_retries: int = Field(
         20, ge=0, description="How often a task is restarted after its worker or node has died."
     )
@@ -47,6 +55,12 @@ class ResourceConfig(Frozen):
         0.0,
         ge=0.0,
         description="Seconds to wait until an autoscaler has added the resources.",
+    )
+
+    storage_timeout_s: float = Field(
+        300.0,
+        ge=0.0,
+        description="Seconds for which a failing request to the storage is tried again.",
     )
 
     @model_validator(mode="after")

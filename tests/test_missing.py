@@ -1,0 +1,237 @@
+"""What a missing task changes: the experiment, identities, bases and failures in the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_basis_actor import commit, experiment, filled
+from vector_files import problems_of
+
+from raytvb.bases.builder import BasisBuilder
+from raytvb.errors import FailedPart, UserError
+from raytvb.experiment.basis_specs import BasisSpec, basis_specs
+from raytvb.experiment.config import Experiment
+from raytvb.experiment.freezing import check_frozen, freeze
+from raytvb.experiment.identities import basis_identity, covers_other_tasks, mask_identity
+from raytvb.experiment.layout import vector_prefix
+from raytvb.experiment.metrics import BasisMetrics
+from raytvb.experiment.missing import commit_failure, failures, missing_parts, without
+from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.stored import load_coefficients
+from raytvb.experiment.task_store import TaskStore
+from raytvb.maths.online_basis import arrivals, stored_arrivals
+from raytvb.orchestration.failures import Failure
+from raytvb.orchestration.task_failures import TaskFailures
+from raytvb.storage import records
+from raytvb.storage.contract import JsonObject
+from raytvb.storage.store import Store
+
+NAMES = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/clock-blur", "glyphs/greek-fog")
+
+
+def asked(store: Path, **fields: Any) -> Experiment:
+    return parse_experiment({"store": str(store), "tasks": list(NAMES), **fields})
+
+
+def test_an_experiment_without_a_task_measures_what_is_left(tmp_path: Path) -> None:
+    whole = asked(
+        tmp_path,
+        search={"sizes": [1, 2, 3]},
+        evaluate={
+            "additions": [NAMES[:2], NAMES[2:]],
+            "disentanglement": {"pairs": [NAMES[:2]]},
+            "unseen": ["glyphs/dingbats-photo", "glyphs/latin-blur"],
+        },
+    )
+    left = whole.restricted([*NAMES[1:], "glyphs/latin-blur"])
+    assert (left.task_names, left.missing) == (NAMES[1:], NAMES[:1])
+    assert left.search.sizes == (1, 2) and left.control is None
+    assert left.evaluate.additions == (NAMES[2:],) and left.pairs == ()
+    assert [task.name for task in left.unseen] == ["glyphs/latin-blur"]
+    everything = [task.name for task in whole.every_task]
+    assert whole.restricted(everything) == whole and left != whole
+    again = whole.restricted(everything[1:])
+    assert again.control == whole.control and again.missing == NAMES[:1]
+
+
+def test_other_tasks_are_told_from_another_experiment(tmp_path: Path) -> None:
+    def identity(experiment: Experiment) -> JsonObject:
+        return mask_identity(experiment, experiment.tasks)
+
+    whole = asked(tmp_path)
+    some = whole.restricted(NAMES[1:3])
+    for stored, now in ((some, whole), (whole, some), (whole.restricted(NAMES[:1]), some)):
+        assert covers_other_tasks(identity(stored), identity(now), now.missing)
+    strange = asked(tmp_path, tasks=[*NAMES[:3], "glyphs/latin-blur"])
+    for stored, now in (
+        (whole, whole),
+        (strange, whole),
+        (asked(tmp_path, seed=1).restricted(NAMES[:2]), whole),
+        (asked(tmp_path, tasks=[{"name": NAMES[0], "epochs": 3}]), whole),
+    ):
+        assert not covers_other_tasks(identity(stored), identity(now), now.missing)
+
+
+def test_a_vector_of_the_first_format_lists_the_tasks_of_its_mask(tmp_path: Path) -> None:
+    whole = asked(tmp_path)
+    task_store = TaskStore(whole, whole.tasks[0])
+    assert "mask_tasks" not in task_store.identity
+    for tasks in (NAMES, NAMES[:1]):
+        identity: JsonObject = {**task_store.identity, "mask_tasks": [*tasks]}
+        records.commit(task_store.store, task_store.prefix, identity=identity)
+        assert task_store.record() is not None
+    records.commit(task_store.store, task_store.prefix, identity={**identity, "seed": 1})
+    with pytest.raises(UserError, match="seed: stored 1, asked for 0"):
+        task_store.record()
+
+
+def test_failures_are_kept_until_they_do_not_count(tmp_path: Path) -> None:
+    whole, store = asked(tmp_path), Store(str(tmp_path))
+    told: list[str] = []
+    known = TaskFailures(store, whole, told.append)
+    known.add("data", {NAMES[0]: Failure(f"task {NAMES[0]}: no folder", 1)})
+    known.add("images", {NAMES[1]: Failure("no images", 3), "glyphs/clean": Failure("gone")})
+    assert told[:2] == [
+        f"left out: {NAMES[0]}: data: no folder",
+        f"left out: {NAMES[1]}: images: no images (3 attempts)",
+    ]
+    for name in NAMES[:3]:
+        records.commit(store, vector_prefix(name), identity={})
+    parts = missing_parts(store, whole)
+    assert [(part.name, part.stage, part.attempts) for part in parts] == [
+        (NAMES[1], "images", 3),  # the first has a vector now, so its failure is over
+        (NAMES[3], "", 1),
+        ("glyphs/clean", "images", 1),
+    ]
+    assert "negation is not measured" in parts[-1].reason
+    left = without(whole, parts)
+    assert left.task_names == (NAMES[0], NAMES[2]) and left.control is None
+    known.clear(NAMES, "data")
+    assert set(failures(store, whole)) == {NAMES[1], "glyphs/clean"}
+    mended = asked(tmp_path, tasks=[NAMES[0], {"name": NAMES[1], "epochs": 2}, *NAMES[2:]])
+    assert set(TaskFailures(store, mended, told.append).parts) == {"glyphs/clean"}
+    assert store.keys("failed") == ["failed/glyphs/clean/record.json"]
+
+
+def test_only_a_task_of_which_nothing_was_made_may_be_mended(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    tasks = [{"name": name, "data": f"/wrong/{name}"} for name in ("a", "b")]
+    freeze(store, asked(tmp_path, tasks=tasks))
+    records.commit(store, "vectors/a", identity={})
+    mended = asked(tmp_path, tasks=[tasks[0], {"name": "b", "data": "/right"}])
+    check_frozen(store, mended)
+    with pytest.raises(UserError, match=r"tasks\[a\].data: stored '/wrong/a', asked for '/right'"):
+        freeze(store, asked(tmp_path, tasks=[{"name": "a", "data": "/right"}, tasks[1]]))
+    with pytest.raises(UserError, match="tasks: b stored only"):
+        freeze(store, asked(tmp_path, tasks=[tasks[0], {"name": "c", "data": "/right"}]))
+    freeze(store, mended)
+    assert store.exists("vectors/a/record.json")
+    check_frozen(store, mended)
+    identity = mask_identity(mended, mended.tasks)
+    records.commit(store, "masks/shared", identity=identity)
+    with pytest.raises(UserError, match=r"tasks\[b\].data: stored '/right'"):
+        check_frozen(store, asked(tmp_path, tasks=tasks))
+
+
+@pytest.mark.parametrize("buffer", [1, 2])
+def test_bases_of_fewer_vectors_grow_when_the_last_one_comes(tmp_path: Path, buffer: int) -> None:
+    basis = {"method": "svd", "online": True, "buffer": buffer}
+    fields: dict[str, Any] = {"basis": basis, "search": {"sizes": [2]}}
+    whole = experiment(str(tmp_path / "grown"), 4, **fields)
+    names, store = whole.task_names, Store(whole.store)
+    for index in (0, 2, 3):
+        commit(whole, index)
+    builder = BasisBuilder(whole)
+    builder.add([names[index] for index in (0, 2, 3)])
+    some = whole.restricted([name for name in names if name != names[1]])
+    assert set(builder.write_bases(some).names) == {"svd-m2", "svd-m2-online"}
+    assert problems_of(store) == []
+    record = records.read_record(store, "basis/svd-m2/record.json")
+    assert record.identity == basis_identity(some, *specs_of(some, "svd-m2"))
+    assert len(record.parents) == 3
+    assert BasisBuilder(whole).write_bases(some).names == ()
+
+    commit(whole, 1)
+    late = BasisBuilder(whole)
+    late.add([names[1]])
+    assert set(late.write_bases().names) == {"svd-m2", "svd-m2-online"}
+    assert BasisBuilder(whole).write_bases().names == ()
+    assert problems_of(store) == []
+    fresh, _ = filled(tmp_path / "fresh", 4, **fields)
+    builder = BasisBuilder(fresh)
+    builder.add(fresh.task_names)
+    builder.write_bases()
+    for left, right in zip(tables(whole, "svd-m2"), tables(fresh, "svd-m2"), strict=True):
+        assert torch.equal(left, right)
+    # The online basis has seen the tasks in the order 0, 2, 3, 1. Its columns are in the order of
+    # the experiment, and decode every task nearly as well as those of the other order.
+    H, W = tables(whole, "svd-m2-online")
+    arrived = records.read_record(store, "online/svd-m2-online/record.json").metrics["tasks"]
+    assert arrived == [names[0], names[2], names[3], names[1]]
+    V = torch.stack([commit(fresh, index) for index in range(4)], dim=1)
+    error = float(((V @ H @ W - V) ** 2).sum() / (V**2).sum())
+    assert error == pytest.approx(metrics_of(whole, "svd-m2-online").relative_error, rel=1e-4)
+    assert error < 1.3 * metrics_of(fresh, "svd-m2-online").relative_error
+
+
+def specs_of(asked: Experiment, name: str) -> list[BasisSpec]:
+    return [spec for spec in basis_specs(asked) if spec.name == name]
+
+
+def metrics_of(asked: Experiment, name: str) -> BasisMetrics:
+    record = records.read_record(Store(asked.store), f"basis/{name}/record.json")
+    return record.metrics_as(BasisMetrics, name)
+
+
+def tables(asked: Experiment, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return load_coefficients(Store(asked.store), name)
+
+
+def test_a_size_that_only_fewer_tasks_have_is_removed_with_the_last_task(tmp_path: Path) -> None:
+    """T/2 is 1 for two tasks, and 2 for four."""
+    fields: dict[str, Any] = {"basis": {"method": "svd", "online": True}, "search": {"sizes": [2]}}
+    whole, _ = filled(tmp_path, 4, **fields)
+    builder = BasisBuilder(whole)
+    builder.add(whole.task_names)
+    assert builder.write_bases(whole.restricted(whole.task_names[:2])).names == (
+        "svd-m1",
+        "svd-m1-online",
+    )
+    assert set(builder.write_bases(whole).names) == {"svd-m2", "svd-m2-online"}
+    keys = Store(whole.store).keys()
+    assert not [key for key in keys if "svd-m1" in key] and problems_of(Store(whole.store)) == []
+
+
+def test_a_vector_that_cannot_be_used_any_more_leaves_the_bases(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"basis": {"method": "svd", "online": True}, "search": {"sizes": [2]}}
+    whole, _ = filled(tmp_path, 4, **fields)
+    builder = BasisBuilder(whole)
+    builder.add(whole.task_names)
+    builder.write_bases()
+    some = whole.restricted(whole.task_names[1:])
+    assert set(BasisBuilder(whole).write_bases(some).names) == {"svd-m2", "svd-m2-online"}
+    for name in ("svd-m2", "svd-m2-online"):
+        assert metrics_of(whole, name).tasks == some.task_names
+    assert problems_of(Store(whole.store)) == []
+    assert set(BasisBuilder(whole).write_bases().names) == {"svd-m2", "svd-m2-online"}
+
+
+def test_tables_that_were_not_kept_are_replaced_by_those_before_them() -> None:
+    assert stored_arrivals(range(1, 201), 200) == arrivals(200)
+    assert arrivals(40)[:3] == [2, 5, 8] and stored_arrivals([1, 2, 4, 6], 40) == [2, 4]
+    kept = arrivals(199)
+    looks = stored_arrivals([*kept, 200], 200)
+    assert looks[-1] == 200 and set(looks) <= {*kept, 200} and len(looks) > 12
+
+
+def test_failures_of_a_store_that_cannot_be_written_are_still_told(tmp_path: Path) -> None:
+    whole = asked(tmp_path)
+    (tmp_path / "failed").write_text("a file in the place of the folder")
+    known = TaskFailures(Store(str(tmp_path)), whole, lambda line: None)
+    known.add("finetune", {NAMES[0]: Failure("killed", 4)})
+    assert known.parts == {NAMES[0]: FailedPart(NAMES[0], "finetune", "killed", 4)}
+    with pytest.raises(OSError):
+        commit_failure(Store(str(tmp_path)), whole.tasks[0], known.parts[NAMES[0]])
