@@ -63,8 +63,11 @@ YAMLS: tuple[bytes, ...] = (
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all values in a JSON document."""
     found = [path]
-    items = value.items() if isinstance(value, dict) else ()
-    items = enumerate(value) if isinstance(value, list) else items
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = [*value.items()]
+    elif isinstance(value, list):
+        items = [*enumerate(value)]
     for key, inner in items:
         found += places(inner, (*path, key))
     return found
@@ -116,7 +119,8 @@ def altered_bytes(draw: Draw, data: bytes) -> bytes:
         case "double":
             return data[:at] + data[at : at + length] + data[at:]
         case "noise":
-            return data[:at] + draw(st.binary(min_size=1, max_size=16)) + data[at + length :]
+            noise = bytes(draw(st.binary(min_size=1, max_size=16)))
+            return data[:at] + noise + data[at + length :]
         case _:
             return bytes(draw(st.sampled_from(TEXTS)))
 

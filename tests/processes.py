@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,8 +44,13 @@ def session(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def titles(process: subprocess.Popen[bytes]) -> list[str]:
     """What the processes of a session call themselves, such as `ray::finetune_task`."""
+    return titles_of(session(process))
+
+
+def titles_of(processes: Iterable[psutil.Process]) -> list[str]:
+    """The same for some processes; one that has ended has no title."""
     found = []
-    for other in session(process):
+    for other in processes:
         with suppress(psutil.Error):
             found.append((other.cmdline() or [other.name()])[0].rpartition("/")[2].strip())
     return found

@@ -31,7 +31,8 @@ def task_store(folder: Path, index: int = 1, **fields: Any) -> TaskStore:
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, 0.5 / step, 2.0 * step, {"values": torch.full((4,), float(step))})
+    tensors = {"values": torch.full((4,), float(step)), "rng": torch.get_rng_state()}
+    return Checkpoint(step, 0.5 / step, 2.0 * step, tensors)
 
 
 def same(left: Checkpoint | None, right: Checkpoint) -> bool:

@@ -17,6 +17,7 @@ from processes import (
     nothing_is_left_of,
     start_python,
     titles,
+    titles_of,
     wait_until,
     wait_while_running,
 )
@@ -225,8 +226,7 @@ def test_a_driver_that_dies_leaves_no_actor_on_a_cluster(
 
     def workers() -> set[str]:
         children = psutil.Process(raylet.pid).children(recursive=True)
-        names = {(child.cmdline() or [""])[0].strip() for child in children}
-        return {name for name in names if name in ("ray::BasisBuilder", "ray::finetune_task")}
+        return {"ray::BasisBuilder", "ray::finetune_task"} & set(titles_of(children))
 
     try:
         process = start_python(

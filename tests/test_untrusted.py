@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import altered, as_record
+from hostile_files import YAMLS, altered, as_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_split_cache import PREPROCESS, task_of, write_data
@@ -40,12 +40,13 @@ from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.maths.counts import Count
 from raytvb.models.heads import load_head
-from raytvb.models.open_clip_models import Encoder, load_encoder
-from raytvb.models.pretrained_model import store_base
+from raytvb.models.open_clip_models import CONFIG_FILE, Encoder, load_encoder
+from raytvb.models.pretrained_model import load_base, store_base
 from raytvb.report.summary_contracts import read_summary
 from raytvb.report.timings import read_timings
 from raytvb.search.results import Choice, parse_outcome, parse_round
 from raytvb.storage import records
+from raytvb.storage.damage import DamagedError
 from raytvb.storage.gram_rows import Arrival, RowsInfo
 from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.masks import MaskFile
@@ -391,3 +392,65 @@ def test_many_changes_of_a_file_are_read_or_are_documented_errors(
     stores: Path, case: Case, data: st.DataObject
 ) -> None:
     changed(stores, case, data)
+
+
+@pytest.mark.parametrize("document", YAMLS)
+def test_yaml_that_is_no_experiment_is_refused(stores: Path, document: bytes) -> None:
+    case = Case("shared", "experiment.yaml", read_experiment)
+    attack(stores, case, document, "kept")
+
+
+def test_a_store_without_an_experiment_of_plain_values_is_damaged(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for document in YAMLS:
+        (tmp_path / "experiment.yaml").write_bytes(document)
+        try:
+            found = stored_experiment(store)
+        except DamagedError as error:
+            assert "experiment.yaml" in str(error)
+        else:
+            assert len(repr(found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(
+            b"",
+            b"[]",
+            b"null",
+            b"{}",
+            b'{"model_cfg": 5}',
+            b'{"model_cfg": {}, "preprocess_cfg": 1}',
+        ),
+        b'{"model_cfg": {"embed_dim": "x", "vision_cfg": null, "text_cfg": []}}',
+    ],
+)
+def test_a_model_folder_whose_description_is_none_is_damaged(stores: Path, config: bytes) -> None:
+    store = Store(str(stores / "made"))
+    before = whole(stores / "made")
+    fingerprint = records.read_record(store, "base/record.json").parents["fingerprint"]
+    (stores / "made" / "base" / CONFIG_FILE).write_bytes(config)
+    vouch(stores / "made", f"base/{CONFIG_FILE}", config, "again")
+    try:
+        with pytest.raises(DamagedError, match=f"{store.url}/base cannot be read"):
+            load_base(store.url, fingerprint)
+    finally:
+        put_back(stores / "made", before)
+
+
+def test_a_claim_of_ten_terabytes_takes_no_memory(tmp_path: Path) -> None:
+    """The record vouches for the size, and the header agrees with it."""
+    store, size = Store(str(tmp_path)), 10 * 2**40
+    entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    info = {"base": "b", "format": 1, "kind": "dense"}
+    header = json.dumps({"__metadata__": {"raytvb": json.dumps(info)}, "a": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    record = {"identity": {}, "files": {"vector.safetensors": FileInfo.of(data).to_json()}}
+    record["files"]["vector.safetensors"]["size"] = len(data) + size
+    store.write("vectors/a/vector.safetensors", data)
+    for recorded in (False, True):
+        if recorded:
+            store.write("vectors/a/record.json", as_record(record, True))
+        with pytest.raises(VectorError, match="vectors/a/vector"):
+            read_vector(store, "vectors/a/vector.safetensors")

@@ -81,6 +81,12 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
     checkpoints = CheckpointFolder(task_store)
     tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
     _check_finite(tuned.values, task_store.store.where(task_store.vector_key))
+    finished = task_store.record()
+    if finished is not None:
+        # Another run has finished this task meanwhile. On GPUs its vector has other bits, and its
+        # Gram matrix and bases name that vector, so the first one stays.
+        checkpoints.delete()
+        return finished
     parents = {"base": fingerprint, "head": pretrained.head.file.sha256}
     if trainable.mask is not None:
         parents["mask"] = trainable.mask.fingerprint

@@ -6,7 +6,7 @@ writes it anew, and no run or report ends because of it.
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from raytvb.experiment.layout import TIMINGS
 from raytvb.storage import records
@@ -20,7 +20,7 @@ _FIRST_FORMAT_KEY = "report/timings.json"
 class Timings(Contract):
     """Metrics of the record of the timings."""
 
-    seconds: dict[str, float] = Field(default_factory=dict)
+    seconds: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Seconds of each stage, summed over all runs."""
 
 
