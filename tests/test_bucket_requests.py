@@ -5,6 +5,7 @@ remote store.
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from raytvb.experiment.layout import BASE, vector_key
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.stored import common_mask, stored_bytes
 from raytvb.search.candidates import FULL, candidate_bytes
-from raytvb.storage import records
+from raytvb.storage import checked_file, records
+from raytvb.storage.basis_writer import write_combinations
+from raytvb.storage.damage import DamagedError
 from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.mirror import Mirror, mirror
+from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
+from raytvb.storage.vectors import VectorFile
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 LISTING = ("list_objects_v2", "")
@@ -88,22 +93,36 @@ def test_a_file_is_verified_in_pieces(
     assert [method for method, key in requests if key == "things/one/a"] == ["get_object"] * 3
 
 
+def record_of(key: str) -> str:
+    """Key of the record in the folder of a file."""
+    return records.record_key(records.prefix_of(key))
+
+
+def put_with_records(store: Store, kind: str) -> list[str]:
+    """As `put_set`, as a run does: with a record for each vector and mask."""
+    keys, _ = put_set(store, kind)
+    for key in (*keys, *store.keys("masks")):
+        written = {key.rpartition("/")[2]: FileInfo.of(store.read(key))}
+        records.commit(store, records.prefix_of(key), identity={}, written=written)
+    return keys
+
+
 def test_vectors_with_the_same_mask_read_its_header_once(store: Store, requests: Requests) -> None:
-    keys, _ = put_set(store, "shared")
+    keys = put_with_records(store, "shared")
     requests.clear()
     vectors = VectorSet.open(store, keys)
     assert vectors.compact and [file.key for file in vectors.files] == keys
     expected = []
-    for key in (*keys, "masks/shared/mask.safetensors"):
-        expected += [("get_object", key), ("head_object", key)]
+    for key in (*keys, "masks/shared/mask.safetensors"):  # the record says how long the file is
+        expected += [("get_object", key), ("get_object", record_of(key))]
     assert sorted(requests) == sorted(expected)
 
 
 def test_vectors_with_masks_of_their_own_read_each(store: Store, requests: Requests) -> None:
-    keys, _ = put_set(store, "per-task")
+    keys = put_with_records(store, "per-task")
     requests.clear()
     assert VectorSet.open(store, keys).mask is None
-    masks = {key for _, key in requests if key.startswith("masks/")}
+    masks = {key for _, key in requests if key.startswith("masks/") and key != record_of(key)}
     assert masks == {f"masks/own-{number}/mask.safetensors" for number in range(3)}
     assert len(requests) == 2 * (len(keys) + len(masks))
 
@@ -125,13 +144,15 @@ def test_an_arrival_in_the_gram_matrix_is_two_requests(store: Store, requests: R
 
 
 def test_a_copied_vector_is_fetched_once_with_its_mask(store: Store, requests: Requests) -> None:
-    keys, _ = put_set(store, "shared")
+    keys = put_with_records(store, "shared")
     copies = Mirror(store)
     requests.clear()
     opened = VectorSet([copies.vector(key) for key in keys])
     assert opened.compact and opened.files[0].store.is_local
-    fetched = {*keys, "masks/shared/mask.safetensors"}
-    assert sorted(key for method, key in requests if method == "get_object") == sorted(fetched)
+    fetched = [*keys, "masks/shared/mask.safetensors"]
+    read = [key for method, key in requests if method == "get_object"]
+    assert sorted(key for key in read if key != record_of(key)) == sorted(fetched)
+    assert set(read) == {*fetched, *map(record_of, fetched)}
     for copy, remote in zip(opened.files, open_set(store, keys).files, strict=True):
         assert torch.equal(copy.values(0, copy.stored), remote.values(0, remote.stored))
 
@@ -141,6 +162,56 @@ def test_an_error_of_a_copied_vector_names_the_file_in_the_store(store: Store) -
     store.write(keys[1], store.read(keys[1])[:-4])
     with pytest.raises(VectorError, match=f"{store.url}/{keys[1]} is not a whole"):
         Mirror(store).vector(keys[1])
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[:-4],
+    "longer": lambda data: data + b"1234",
+    "flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "header": lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_in_the_bucket_and_no_copy_is_used(
+    store: Store, damage: str
+) -> None:
+    """Vectors, masks and bases that are copied; the error names the object, not its copy."""
+    keys = put_with_records(store, "shared")
+    paths = [store.where(key) for key in keys]
+    write_combinations(paths, {"basis/m2": torch.ones(len(keys), 2)}, store.url)
+    basis = ["basis/m2/basis-00001-of-00001.safetensors", "basis/m2/basis.safetensors.index.json"]
+    for key in (keys[1], "masks/shared/mask.safetensors", *basis):
+        data = store.read(key)
+        store.write(key, DAMAGE[damage](data))
+        with pytest.raises(DamagedError, match=f"{store.url}/{key} is not as its record says"):
+            if key in basis:
+                list(Mirror(store).basis("basis/m2").blocks())
+            else:
+                Mirror(store).vector(keys[1])
+        store.write(key, data)
+    assert Mirror(store).vector(keys[1]).stored and Mirror(store).basis("basis/m2").size == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_range_of_a_bucket_is_not_used(store: Store, damage: str) -> None:
+    """What shards read: ranges of the object itself."""
+    keys = put_with_records(store, "shared")
+    whole = VectorFile(store, keys[0])
+    expected = whole.values(0, whole.stored)
+    checked_file._CHECKED.clear()
+    for key in (keys[0], "masks/shared/mask.safetensors"):
+        data = store.read(key)
+        store.write(key, DAMAGE[damage](data))
+        if damage == "longer":  # ranges end before what is too much
+            vector = VectorFile(store, keys[0])
+            assert torch.equal(vector.values(0, vector.stored), expected)
+        else:
+            with pytest.raises(VectorError, match=f"{store.url}/{key}"):
+                vector = VectorFile(store, keys[0])
+                assert vector.mask is not None
+                vector.values(0, vector.stored), vector.mask.load()
+        store.write(key, data)
 
 
 # What evaluators fetch ----------------------------------------------------------------------------
@@ -191,7 +262,7 @@ def test_the_mask_in_common_is_read_from_one_header(
     mask = common_mask(experiment)
     assert mask is not None
     vectors = [(method, key) for method, key in requests if key in keys]
-    assert vectors == [("head_object", keys[0]), ("get_object", keys[0])]
+    assert vectors == [("get_object", keys[0])]
     expected = VectorSet.open(Store(str(unpacked / "shared")), keys).mask
     assert expected is not None and mask.fingerprint == expected.fingerprint
     assert torch.equal(mask.load().bits, expected.load().bits)

@@ -173,7 +173,7 @@ def test_a_training_that_was_killed_loses_the_time_since_its_checkpoint(clock: C
     kills = [Kill("node", 2.0), Kill("actor", 3.5), Kill("worker", 4.1), Kill("driver", 8.0)]
     assert restarted(log.events) == ["a/b"]
     (cut,) = find_cuts(log.events, kills, {"a/b": METRICS})
-    assert (cut.task, cut.by, cut.time) == ("a/b", "worker", 4.1)
+    assert (cut.task, cut.kill, cut.time) == ("a/b", kills[2], 4.1)
     assert cut.steps == pytest.approx(10)  # a second, at ten steps a second
     assert list(training_recoveries(log.events, [cut], kills)) == [("worker", 9.5 - 4.1)]
 
@@ -190,9 +190,27 @@ def test_a_training_that_was_not_killed_or_had_ended_is_seen(clock: Clock) -> No
         (14.0, "GET", BEGIN, 404, ""),  # it was finished
         (24.0, "PUT", DONE, 200, ""),
     )
-    first, second = find_cuts(log.events, [Kill("driver", 13.0)], {"a/b": METRICS})
-    assert first.by is None and first.steps == pytest.approx(20)
-    assert (second.by, second.steps) == ("driver", 100)
+    kill = Kill("driver", 13.0)
+    first, second = find_cuts(log.events, [kill], {"a/b": METRICS})
+    assert first.kill is None and first.steps == pytest.approx(20)
+    assert (second.kill, second.steps) == (kill, 100)
+
+
+def test_a_training_may_outlive_its_driver_for_a_moment(clock: Clock) -> None:
+    log = RequestLog("bucket/run")
+    replay(
+        log,
+        clock,
+        (0.0, "GET", BEGIN, 404, ""),
+        (2.0, "PUT", SAVED, 200, ""),
+        (2.1, "PUT", BEGIN, 200, ""),
+        (20.0, "GET", BEGIN, 200, ""),
+        (27.0, "PUT", DONE, 200, ""),
+    )
+    kills = [Kill("driver", 1.5), Kill("node", 8.0)]
+    (cut,) = find_cuts(log.events, kills, {"a/b": METRICS})
+    assert (cut.kill, cut.time, cut.steps) == (kills[0], 2.1, 0)
+    assert list(training_recoveries(log.events, [cut], kills)) == [("driver", 18.5)]
 
 
 def test_an_actor_has_recovered_when_the_next_one_takes_over(clock: Clock) -> None:

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytvb.errors import UserError
-from raytvb.evaluation.rows import ROWS as ROWS_FILE
 from raytvb.evaluation.rows import (
     PAIR_SCHEMA,
     SCHEMA,
@@ -26,6 +25,7 @@ from raytvb.evaluation.rows import (
     write_pair_rows,
     write_rows,
 )
+from raytvb.evaluation.rows import ROWS as ROWS_FILE
 from raytvb.maths.counts import Count
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject

@@ -64,7 +64,7 @@ SPARE = 4 * 2**30
 """Bytes of address space that a reader may take: far less than the sizes that files claim."""
 
 QUICK = settings(
-    max_examples=12,
+    max_examples=8,
     derandomize=True,
     database=None,
     deadline=datetime.timedelta(seconds=20),

@@ -28,6 +28,9 @@ CHECKPOINT = re.compile(r"vectors/(?P<task>.+)/checkpoint/(?P<name>[^/]+)")
 VECTOR = re.compile(r"vectors/(?P<task>.+)/record\.json")
 STEP = re.compile(r"step-(\d+)\.")
 
+LINGER_S = 3.0
+"""How long after a kill the last requests of a training may be answered."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -45,8 +48,8 @@ class Cut:
     """A training that ended before it had finished, and that began again later."""
 
     task: str
-    by: Victim | None
-    """What was killed; None if nothing was, so that the training ended by itself."""
+    kill: Kill | None
+    """None if nothing was killed, so that the training ended by itself."""
     steps: float
     """Steps that were lost."""
     time: float
@@ -125,20 +128,22 @@ def find_cuts(
         for last, event in pairwise(history):
             if event.kind != "begun":
                 continue
-            kill = _first_kill(kills, last.time, event.time)
-            ended = event.time if kill is None else kill.time
+            kill = _cutting_kill(kills, last.time, event.time)
+            ended = event.time if kill is None else max(last.time, kill.time)
             steps = min((ended - last.time) / pace, total - last.step)
             if last.kind == "committed":
                 steps = total  # it was finished, and is made again
-            yield Cut(task, kill.kind if kill else None, steps, ended)
+            yield Cut(task, kill, steps, ended)
 
 
-def _first_kill(kills: Sequence[Kill], start: float, end: float) -> Kill | None:
-    """The first kill in a time that can end a training."""
-    for kill in kills:
-        if start < kill.time < end and kill.kind != "actor":
-            return kill
-    return None
+def _cutting_kill(kills: Sequence[Kill], last: float, end: float) -> Kill | None:
+    """The kill that cut a training. last: time of its last sign of life. end: when it went on."""
+    possible = [kill for kill in kills if kill.kind != "actor"]
+    before = [kill for kill in possible if last - LINGER_S < kill.time <= last]
+    after = [kill for kill in possible if last < kill.time < end]
+    # The death of a driver ends all trainings, a little later.
+    drivers = [kill for kill in before if kill.kind == "driver"]
+    return next(iter([*drivers, *after, *before]), None)
 
 
 def training_recoveries(
@@ -155,9 +160,9 @@ def training_recoveries(
             if event.kind != "saved":
                 changes.append((event.time, 1 if event.kind == "begun" else -1))
     changes.sort()
-    cutting = {cut.time for cut in cuts}
+    cutting = {cut.kill for cut in cuts}
     for kill in kills:
-        if kill.time in cutting:
+        if kill in cutting:
             before = sum(change for moment, change in changes if moment < kill.time)
             level = before
             for moment, change in changes:

@@ -41,7 +41,7 @@ class Redone(Contract):
         needed = sum(vector.steps for vector in metrics.values())
         return cls(
             tasks=len(restarted(log.events)),
-            without_a_kill=sum(cut.by is None for cut in cuts),
+            without_a_kill=sum(cut.kill is None for cut in cuts),
             steps=lost,
             percent=100 * lost / max(1, needed),
         )

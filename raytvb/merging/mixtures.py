@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytvb.errors import UserError
-from raytvb.experiment.layout import basis_prefix, search_prefix, vector_prefix
+from raytvb.experiment.layout import SEARCH, basis_prefix, search_prefix, vector_prefix
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.stored import load_coefficients, stored_basis, vector_set
 from raytvb.maths.basis_registry import convex_methods
@@ -18,6 +18,7 @@ from raytvb.merging.addends import Addends, BasisSum, BasisVectors, Tasks
 from raytvb.search.candidates import ADDITION, FULL
 from raytvb.search.results import MeasuredOutcome, Outcome, Setting, parse_outcome
 from raytvb.storage import records
+from raytvb.storage.damage import differs
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import Coordinates
@@ -75,14 +76,15 @@ def _of_full_vectors(store: Store, tasks: Tasks) -> Mixture:
 
 
 def _stored_tasks(store: Store) -> list[str]:
-    """The tasks that have a vector. Raises UserError if there are none."""
-    tasks = []
+    """The tasks that have a vector file or its record. Raises UserError if there are none."""
+    tasks: dict[str, None] = {}
     for key in store.keys("vectors"):
-        if key.endswith(f"/{_VECTOR}"):
-            tasks.append(key.removeprefix("vectors/").removesuffix(f"/{_VECTOR}"))
+        folder, _, name = key.removeprefix("vectors/").rpartition("/")
+        if name in (_VECTOR, records.RECORD) and not folder.endswith("/checkpoint"):
+            tasks[folder] = None
     if not tasks:
         raise UserError(f"{store.url} holds no task vectors yet; run `raytvb run` first")
-    return tasks
+    return list(tasks)
 
 
 def _of_basis(store: Store, name: str, addends: Addends) -> Mixture:
@@ -175,7 +177,17 @@ def _coefficient(store: Store, source: str, tasks: Tasks) -> float:
 
 
 def _outcome(store: Store, candidate: str) -> Outcome | None:
-    """The outcome of a candidate in the search; None if it has not been searched."""
+    """The outcome of a candidate in the search; None if it has not been searched.
+
+    Raises DamagedError if the outcome of a candidate of a finished search is missing: without it,
+    the merge would have another coefficient than the search chose.
+    """
     prefix = search_prefix(candidate)
     record = records.find(store, prefix)
-    return None if record is None else parse_outcome(record.metrics, records.where(store, prefix))
+    if record is not None:
+        return parse_outcome(record.metrics, records.where(store, prefix))
+    search = records.find(store, SEARCH)
+    candidates = None if search is None else search.identity.get("candidates")
+    if isinstance(candidates, list) and candidate in candidates:
+        raise differs(records.where(store, prefix), store.url, "it is missing")
+    return None

@@ -54,6 +54,7 @@ def load_base(url: str, fingerprint: str) -> Encoder:
         raise UserError(f"{url} holds no pretrained model; run all stages with `raytvb run`")
     for name in record.files:
         copies.checked(f"{BASE}/{name}")
+    _check_no_other_files(store, record)
     try:
         encoder = load_folder(copies.local.path(BASE))
     # The files are as their record says, but somebody else may have made both. open_clip raises
@@ -63,3 +64,14 @@ def load_base(url: str, fingerprint: str) -> Encoder:
     if encoder.fingerprint() != fingerprint:
         raise differs(store.where(BASE), url, "its weights have another fingerprint")
     return encoder
+
+
+def _check_no_other_files(store: Store, record: Record) -> None:
+    """Raise DamagedError if the model's folder has a file that its record does not list.
+
+    open_clip takes weights from files of several names, so it might load another file.
+    """
+    for key in store.keys(BASE) if store.is_local else ():
+        name = key.removeprefix(f"{BASE}/")
+        if "/" not in name and name not in (records.RECORD, *record.files):
+            raise differs(store.where(key), store.url, "no record lists it")

@@ -17,6 +17,7 @@ from raytvb.search.results import Choice
 from raytvb.storage import records
 from raytvb.storage.checked_file import CheckedFile
 from raytvb.storage.contract import Contract, JsonObject, parse_json
+from raytvb.storage.damage import differs
 from raytvb.storage.store import Store
 
 Interval: TypeAlias = tuple[float, float]
@@ -307,5 +308,8 @@ def read_summary(store: Store) -> Summary:
     Raises StoreKeyError if there is none, and DamagedError if it differs from its record.
     """
     key = records.file_key(REPORT, SUMMARY)
-    data = CheckedFile.find(store, key).read()
+    file = CheckedFile.find(store, key)
+    if file.info is None and store.exists(key) and not records.is_first_format(store):
+        raise differs(store.where(key), store.url, "its record is missing")
+    data = file.read()
     return Summary.from_json(parse_json(data, store.where(key)), store.where(key))

@@ -75,12 +75,12 @@ def _describes(header: object, size: int, new: int) -> bool:
 
     A row file has no tensor but its rows, which are float64.
     """
-    columns = size // (8 * new) if new else 0
-    entry = {"dtype": "F64", "shape": [new, columns], "data_offsets": [0, size]}
-    return isinstance(header, dict) and {**header, "__metadata__": 0} == {
-        "__metadata__": 0,
-        "rows": entry,
-    }
+    if not isinstance(header, dict) or header.keys() != {"__metadata__", "rows"}:
+        return False
+    match header["rows"]:
+        case {"dtype": "F64", "shape": [int(rows), int(columns)], "data_offsets": [0, int(end)]}:
+            return rows == new and end == size == 8 * rows * columns
+    return False
 
 
 def _metadata(header: object, where: str) -> JsonObject:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -85,14 +87,21 @@ class Mirror:
 
         To read only headers and masks, open the file in the store itself (`VectorSet.open`).
         """
-        try:
-            self.fetch(key)
+        self.fetch(key)
+        with self._naming(key):
             mask_key = mask_key_of(self.local, key)
-            if mask_key is not None:
-                self.fetch(mask_key)
+        if mask_key is not None:
+            self.fetch(mask_key)
+        with self._naming(key):
             return VectorFile(self.local, key)
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """Make an error of a copied vector name the file in the store, not its copy."""
+        try:
+            yield
         except VectorError:
-            VectorFile(self._store, key)  # the error names the file in the store, not its copy
+            VectorFile(self._store, key)
             raise
 
 

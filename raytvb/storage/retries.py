@@ -16,7 +16,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     Retrying,
-    retry_if_exception,
     stop_after_attempt,
     stop_after_delay,
     wait_random_exponential,
@@ -61,37 +60,69 @@ def repeated(call: Callable[[], Result]) -> Result:
     Raises any other error as it is, and GaveUpError, with the last failure as its cause, when the
     patience ends.
     """
-    limit = _Limit(patience())
+    limit, decision = _Limit(patience()), _Decision()
     retrying = Retrying(
-        retry=retry_if_exception(is_transient),
+        retry=decision,
         wait=limit.pause,
         stop=limit.is_over,
         retry_error_callback=limit.give_up,
     )
-    return retrying(call)
+    try:
+        return retrying(call)
+    finally:
+        decision.forget()
 
 
 async def repeated_request(call: Callable[[], Awaitable[Result]]) -> Result:
     """As `repeated`, for a function that is declared with `async def`."""
-    limit = _Limit(patience())
+    limit, decision = _Limit(patience()), _Decision()
     retrying = AsyncRetrying(
-        retry=retry_if_exception(is_transient),
+        retry=decision,
         wait=limit.pause,
         stop=limit.is_over,
         retry_error_callback=limit.give_up,
     )
-    return await retrying(call)
+    try:
+        return await retrying(call)
+    finally:
+        decision.forget()
 
 
 async def quickly(call: Callable[[], Awaitable[Result]]) -> Result:
     """As `repeated_request`, but gives up soon, whatever the patience. Raises the last failure."""
+    decision = _Decision()
     retrying = AsyncRetrying(
-        retry=retry_if_exception(is_transient),
+        retry=decision,
         wait=wait_random_exponential(multiplier=_SHORTEST_S, max=1.0),
         stop=stop_after_attempt(_QUICK_ATTEMPTS) | stop_after_delay(_QUICK_S),
         reraise=True,
     )
-    return await retrying(call)
+    try:
+        return await retrying(call)
+    finally:
+        decision.forget()
+
+
+class _Decision:
+    """Whether a call that has failed is repeated.
+
+    The library's state of a call and the traceback of its failure hold each other. A traceback
+    holds the variables of all callers, which may be large. `forget` lets them go at once, where a
+    missing file, for example, is an ordinary answer.
+    """
+
+    def __init__(self) -> None:
+        self._state: RetryCallState | None = None
+
+    def __call__(self, state: RetryCallState) -> bool:
+        self._state = state
+        error = None if state.outcome is None else state.outcome.exception()
+        return error is not None and is_transient(error)
+
+    def forget(self) -> None:
+        """Let the last failure go."""
+        if self._state is not None:
+            self._state.outcome = None
 
 
 class _Limit:
