@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytvb.cli.main import main
+from raytvb.storage.format_version import FORMAT
 
 ARCHIVES = sorted((Path(__file__).parent / "stores").glob("format-*.tar.xz"))
 GREEK, LATIN, CLOCK, FOG = (
@@ -51,6 +52,10 @@ MERGES: dict[str, tuple[str, ...]] = {
 
 def name_of(archive: Path) -> str:
     return archive.name.partition(".")[0]
+
+
+def test_every_format_has_an_archive() -> None:
+    assert [name_of(file) for file in ARCHIVES] == [f"format-{n}" for n in range(1, FORMAT + 1)]
 
 
 @pytest.fixture(scope="module", params=ARCHIVES, ids=name_of)
