@@ -28,6 +28,7 @@ from raytvb.search.results import (
 from raytvb.search.rounds import find_choice, find_result, known_rounds, round_prefix
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
+from raytvb.storage.sealed_json import sealed, unsealed
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 from raytvb.suite.task_names import task_names
@@ -236,7 +237,8 @@ def test_errors_of_a_search_name_the_record(store: Store, candidates: list[Candi
     commit_decision(store, experiment, candidates, decision)
     for key in ("search/full", "search/full/round-1", "search"):
         path = f"{key}/record.json"
-        store.write_json(path, {**store.read_json(path), "metrics": {}})
+        fields = unsealed(store.read(path), path)
+        store.write(path, sealed({**fields, "metrics": {}}))
     problem = r"record\.json cannot be read: \w+: Field required"
     with pytest.raises(StoreError, match=f"{store.url}/search/full/{problem}"):
         find_result(store, experiment, FULL)
@@ -244,10 +246,10 @@ def test_errors_of_a_search_name_the_record(store: Store, candidates: list[Candi
         known_rounds(store, experiment, FULL)
     with pytest.raises(StoreError, match=f"{store.url}/search/{problem}"):
         find_choice(store, experiment, candidates)
-    fields = decision.choice.to_json()
-    for missing in fields:
+    choice = decision.choice.to_json()
+    for missing in choice:
         with pytest.raises(StoreError, match=f"cannot be read: {missing}: Field required"):
-            Choice.from_json({n: v for n, v in fields.items() if n != missing}, "a record")
+            Choice.from_json({n: v for n, v in choice.items() if n != missing}, "a record")
 
 
 def test_the_tables_have_a_row_for_each_candidate_and_setting(

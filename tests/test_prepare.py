@@ -11,10 +11,11 @@ from torch import Tensor
 from vector_files import dense, flat, flip, glued, problems_of, random_mask, values_of, vector_data
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.errors import UserError, VectorError
+from raytvb.errors import PartialRunError, UserError, VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import base_identity, vector_identity
 from raytvb.experiment.layout import BASE, basis_vector_prefix, vector_key, vector_prefix
+from raytvb.experiment.metrics import BaseMetrics
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.stored import basis_vector_set, load_coefficients, vector_set
 from raytvb.finetuning.finetune_task import finetune_task
@@ -79,6 +80,7 @@ def commit(
         store,
         vector_prefix(task.name),
         identity=vector_identity(asked, task),
+        parents={} if mask is None else {"mask": mask.fingerprint},
         files={"vector.safetensors": vector_data(task.name, values, mask, mask_id, "base-1")},
     )
     return values
@@ -302,12 +304,15 @@ def test_stages_prepare_what_is_missing(ray_cluster: None, tmp_path: Path) -> No
     asked = experiment_in(tmp_path, "shared", "sparsified")
     store, names = Store(asked.store), asked.task_names
     columns = [reference(asked, "shared", i, commit(asked, "shared", i)) for i in range(4)]
-    records.commit(store, BASE, identity=base_identity(asked), parents={"fingerprint": "base-1"})
+    records.commit(
+        store,
+        BASE,
+        identity=base_identity(asked),
+        parents={"fingerprint": "base-1"},
+        metrics=BaseMetrics(parameters=1),
+    )
     flip(store, vector_key(names[2]), -3)
-    with pytest.raises(
-        UserError,
-        match=f"finetune failed for 1 of its parts.*\n *{names[2]}: .*from those recorded",
-    ):
+    with pytest.raises(PartialRunError, match=f"{names[2]}: .*its contents have changed"):
         Pipeline(asked, Reporter(quiet=True)).run(["finetune", "basis"])
     assert GramState.read(store).tasks == [names[i] for i in (0, 1, 3)]
     commit(asked, "shared", 2)
