@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def test_a_record_is_what_it_always_was_with_a_format(store: Store) -> None:
     assert record.size == 5 * 2**20 + 1
     assert record.is_of({"name": "one", "lr": 1e-5})
     assert not record.is_of({"name": "one", "lr": 1e-4})
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(
+    store: Store, loss: float
+) -> None:
+    with pytest.raises(
+        VectorError, match=rf"things/one/record\.json would have metrics\.loss = {loss}"
+    ):
+        records.commit(store, "things/one", identity={}, metrics=Loss(loss=loss), files={"a": b""})
+    with pytest.raises(VectorError, match=rf"identity\.of\.1 = {loss}"):
+        records.commit(store, "things/one", identity={"of": [1.0, loss]})
+    assert store.keys() == []
 
 
 def test_records_that_have_no_format_are_read(store: Store) -> None:

@@ -105,6 +105,7 @@ def verify(store: str, repair: bool, yes: bool, as_json: bool) -> None:
     RAY_ADDRESS=auto raytvb verify s3://bucket/prefix --json
     """
     from raytvb.storage.store import Store
+    from raytvb.storage.verify import removable
     from raytvb.storage.verify import repair as remove_damaged
 
     target = Store(store)
@@ -122,6 +123,8 @@ def verify(store: str, repair: bool, yes: bool, as_json: bool) -> None:
     if not repair:
         way_out = f"`raytvb verify {target.url} --repair` removes what is damaged"
         raise UserError(f"{text}\n{way_out}; the next run makes it anew")
+    if not removable(target, findings.problems):
+        raise UserError(f"{text}\nNothing is to be removed: the next run makes what is missing")
     if not yes:
         click.confirm(f"{text}\nRemove what is damaged or orphaned?", abort=True, err=True)
     removed = remove_damaged(target, findings.problems)

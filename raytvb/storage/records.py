@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from pydantic import Field, JsonValue, model_serializer
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, VectorError
 from raytvb.storage.addresses import is_key
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.damage import differs, unreadable
 from raytvb.storage.format_version import FORMAT
-from raytvb.storage.sealed_json import sealed, unsealed
+from raytvb.storage.sealed_json import not_finite, sealed, unsealed
 from raytvb.storage.shapes import Size
 from raytvb.storage.store import Store
 
@@ -299,8 +299,14 @@ def commit(
 ) -> Record:
     """Write `files` (name to bytes), then the record that makes the thing exist.
 
-    `written` describes files of the thing that are in the store already.
+    `written` describes files of the thing that are in the store already. Raises VectorError that
+    names a number among the metrics or in the identity that is NaN or infinite, and then writes
+    nothing.
     """
+    measured = {} if metrics is None else metrics.to_json()
+    bad = not_finite({"identity": dict(identity), "metrics": measured})
+    if bad is not None:
+        raise VectorError(f"{where(store, prefix)} would have {bad}", "nothing was written")
     infos = dict(written or {})
     for name, data in (files or {}).items():
         store.write(file_key(prefix, name), data)
@@ -308,7 +314,7 @@ def commit(
     record = Record(
         identity=dict(identity),
         parents=dict(parents or {}),
-        metrics={} if metrics is None else metrics.to_json(),
+        metrics=measured,
         files=infos,
         versions=versions(),
         format=FORMAT,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 
 from pydantic import JsonValue
 
@@ -32,6 +34,25 @@ def sealed(fields: JsonObject) -> bytes:
     """The file of these fields with a format and a checksum. Raises as `json_bytes`."""
     content: JsonObject = {**fields, "format": FORMAT}
     return json_bytes({**content, SEAL: hashlib.sha256(json_bytes(content)).hexdigest()})
+
+
+def not_finite(value: JsonValue, path: str = "") -> str | None:
+    """The first number that is NaN or infinite, with its place, as in `metrics.loss = nan`.
+
+    None if there is none.
+    """
+    items: Iterable[tuple[object, JsonValue]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{path} = {value}"
+    for name, inner in items:
+        found = not_finite(inner, f"{path}.{name}" if path else str(name))
+        if found is not None:
+            return found
+    return None
 
 
 def unsealed(data: bytes, where: str) -> JsonObject:

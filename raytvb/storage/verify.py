@@ -217,8 +217,19 @@ def _is_of_first_format(key: str) -> bool:
 def repair(store: Store, problems: Iterable[Problem]) -> list[str]:
     """Remove what the next run must make again. Returns the keys that were removed.
 
-    Of a thing with a missing or damaged file, first the record is removed, then its files. So a
-    repair that is stopped leaves nothing that looks whole.
+    A repair that is stopped leaves nothing that looks whole.
+    """
+    keys = removable(store, problems)
+    for key in keys:
+        store.delete(key)
+    return keys
+
+
+def removable(store: Store, problems: Iterable[Problem]) -> list[str]:
+    """The keys that a repair removes, in this order.
+
+    Of a thing with a missing or damaged file, these are the record and then its files. Nothing is
+    to be removed of a thing that is missing as a whole.
     """
     removed: dict[str, None] = {}
     things: dict[str, None] = {}
@@ -233,10 +244,7 @@ def repair(store: Store, problems: Iterable[Problem]) -> list[str]:
             things[_thing_of(problem.key, keys)] = None
     for prefix in things:
         removed |= dict.fromkeys(_keys_of_thing(store, prefix, keys))
-    present = [key for key in removed if key in keys and is_key(key)]
-    for key in present:
-        store.delete(key)
-    return present
+    return [key for key in removed if key in keys and is_key(key)]
 
 
 def _thing_of(key: str, keys: Container[str]) -> str:
