@@ -229,7 +229,10 @@ class CommitProtocol(RuleBasedStateMachine):
         if keys:
             path = Path(self.store.path(keys[at % len(keys)]))
             data = bytearray(path.read_bytes())
-            data[at % len(data)] ^= 1
+            place = at % len(data)
+            if data[:place].endswith(b'"format": '):
+                return  # that would be the record of a newer raytvb, which is refused as such
+            data[place] ^= 1
             path.write_bytes(bytes(data))
             self.finished, self.was_whole, self.is_first = None, False, False
 
@@ -326,4 +329,4 @@ def test_readers_of_a_thing_with_two_writers_that_are_killed_see_nothing_half(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_readers_see_nothing_half_in_many_more_orders(kind: type[CommitProtocol]) -> None:
-    run_state_machine_as_test(kind, settings=settings(STEPS, max_examples=600))
+    run_state_machine_as_test(kind, settings=settings(STEPS, max_examples=100))

@@ -644,7 +644,7 @@ def test_a_failing_method_is_called_once_and_ends_in_one_message(
     command = [sys.executable, "-m", "raytvb", "run", str(file), "--num-cpus", "2"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "full-failing: merge method 'failing' (" in run.stderr
+    assert "full-failing: visual.class_embedding: merge method 'failing' (" in run.stderr
     assert "raised RuntimeError: cannot be merged [" in run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     failed = run.stderr.count(": merge method 'failing' (")

@@ -37,6 +37,7 @@ def untouched(store: Store, *folders: str) -> dict[str, tuple[int, bytes]]:
     return files
 
 
+@pytest.mark.slow
 def test_a_run_without_one_folder_and_a_run_with_it(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +169,9 @@ def test_a_control_and_an_unseen_task_that_are_missing(
     assert set(summary["unseen"]) == {"birds", TASKS[2]}
 
 
-@pytest.mark.parametrize("talos", [{"mask": "per-task"}, {"density": 1.0}])
+@pytest.mark.parametrize(
+    "talos", [{"mask": "per-task"}, pytest.param({"density": 1.0}, marks=pytest.mark.slow)]
+)
 def test_two_missing_of_three_stop_after_the_fine_tunes(
     ray_cluster: None, tmp_path: Path, talos: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,10 @@ from raytvb.report.summary_contracts import (
 )
 from raytvb.report.timings import add_timing
 from raytvb.search.results import Choice
+from raytvb.storage import records
+from raytvb.storage.damage import DamagedError
 from raytvb.storage.gram_rows import Arrival
+from raytvb.storage.sealed_json import json_bytes
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
 
@@ -615,8 +618,11 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path: Path, chosen: str | 
     summary = make_summary(12, chosen=chosen)
     if chosen:
         summary = with_everything(summary)
-    store.write_json(f"{REPORT}/{SUMMARY}", summary.to_json())
+    records.commit(store, REPORT, identity={}, files={SUMMARY: json_bytes(summary.to_json())})
     assert read_summary(store) == summary
+    store.delete(f"{REPORT}/{records.RECORD}")  # the file by itself cannot be checked
+    with pytest.raises(DamagedError, match=r"summary\.json .*its record is missing"):
+        read_summary(store)
 
 
 def test_the_keys_of_the_summary_file() -> None:

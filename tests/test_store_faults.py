@@ -198,8 +198,14 @@ def test_half_an_answer_that_seems_whole_is_noticed(
     ("kind", "reason"),
     [
         ("429", r"Too many requests \[TooManyRequests\]"),
-        ("503", r"Please reduce your request rate \[SlowDown\]"),
-        (RESET, "nothing answers at the endpoint: check AWS_ENDPOINT_URL"),
+        pytest.param(
+            "503", r"Please reduce your request rate \[SlowDown\]", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            RESET,
+            "nothing answers at the endpoint: check AWS_ENDPOINT_URL",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_giving_up_says_what_where_how_long_and_what_next(

@@ -121,6 +121,7 @@ def test_a_thing_without_its_record_is_named(copy: Experiment) -> None:
     check_things_without_record(Store(copy.store))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_thing_of_a_run_without_its_record_is_named(copy_of_run: Store) -> None:
     check_things_without_record(copy_of_run)
@@ -155,6 +156,7 @@ def test_a_thing_that_is_gone_is_named(copy: Experiment) -> None:
     assert unnoticed == last | {checkpoint}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_thing_of_a_run_that_is_gone_is_named(
     finished: tuple[Path, Store], copy_of_run: Store
@@ -325,6 +327,7 @@ COSTLY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_makes_whole_what_was_repaired(
     finished: tuple[Path, Store], copy_of_run: Store

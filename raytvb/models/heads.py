@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raytvb.data.splits import task_classes
 from raytvb.errors import VectorError
-from raytvb.experiment.layout import HEAD
+from raytvb.experiment.layout import BASE, HEAD
 from raytvb.experiment.sections.model import ModelConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
@@ -26,6 +26,7 @@ from raytvb.storage.contract import JsonObject
 from raytvb.storage.damage import DamagedError, unreadable
 from raytvb.storage.header import Header
 from raytvb.storage.records import FileInfo
+from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.tensor_file import tensor_of, tensors_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -155,13 +156,24 @@ def _weights(data: bytes, where: str) -> Tensor:
 
 
 def _first_format_head(task_store: TaskStore) -> StoredHead | None:
-    """The head beside a vector of format 1, whose record lists both."""
-    vector = records.find(task_store.store, task_store.prefix)
-    if vector is None or HEAD not in vector.files:
+    """The head where a store of format 1 has it.
+
+    It lies beside the vector of its task, whose record lists both. Heads of the control and of
+    unseen tasks lie with the pretrained model, and no record lists them.
+    """
+    store, name = task_store.store, task_store.task.name
+    vector = records.find(store, task_store.prefix)
+    if vector is not None and HEAD in vector.files:
+        key, info = records.file_key(task_store.prefix, HEAD), vector.files[HEAD]
+        file = CheckedFile(store, key, info)
+    elif records.is_first_format(store):
+        file = CheckedFile(store, f"{BASE}/heads/{name}.safetensors", None)
+    else:
         return None
-    data = records.read_file(task_store.store, task_store.prefix, HEAD, vector)
-    key = records.file_key(task_store.prefix, HEAD)
-    header = Header.read(CheckedFile(task_store.store, key, vector.files[HEAD]))
+    try:
+        header, data = Header.read(file), file.read()
+    except (StoreKeyError, VectorError):
+        return None
     if header.info != _head_identity(task_store.task):
         return None
-    return StoredHead(_weights(data, task_store.store.where(key)), vector.files[HEAD])
+    return StoredHead(_weights(data, file.where), FileInfo.of(data))
