@@ -204,6 +204,7 @@ def test_json_is_one_object_with_a_coefficient_for_each_number_of_tasks(
     assert reference["candidates"] == reference["evaluations"] == 2 * 3
 
 
+@pytest.mark.slow
 def test_a_store_without_the_bases_is_told_what_it_lacks(
     finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

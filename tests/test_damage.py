@@ -94,12 +94,6 @@ def test_a_flipped_bit_of_a_search_is_never_used(
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_of_any_file_is_never_used(small: Experiment, tmp_path: Path) -> None:
-    readers = copy_of(small, tmp_path)
-    assert check_flips(readers, readers.store.keys()) == []
-
-
-@pytest.mark.slow
 @pytest.mark.ray
 def test_a_flipped_bit_of_any_file_of_a_run_is_never_used(
     finished: tuple[Path, Store], tmp_path: Path
