@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -276,23 +275,3 @@ def test_a_small_run_survives_kills_and_a_failing_store(capsys: pytest.CaptureFi
     assert "the quiet run took" in captured.err
     assert not ours() - before
     assert dict(os.environ) == variables
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.s3
-def test_ctrl_c_leaves_no_process_behind() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "raytvb", "bench", "chaos", "--tasks", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    family = psutil.Process(process.pid)
-    while not any("load_experiment" in " ".join(p.cmdline()) for p in family.children()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    members = family.children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert not psutil.wait_procs(members, timeout=10)[1]

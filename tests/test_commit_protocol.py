@@ -329,4 +329,4 @@ def test_readers_of_a_thing_with_two_writers_that_are_killed_see_nothing_half(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_readers_see_nothing_half_in_many_more_orders(kind: type[CommitProtocol]) -> None:
-    run_state_machine_as_test(kind, settings=settings(STEPS, max_examples=100))
+    run_state_machine_as_test(kind, settings=settings(STEPS, max_examples=60))

@@ -97,45 +97,6 @@ def test_a_run_without_one_folder_and_a_run_with_it(
 
 
 @pytest.mark.slow
-def test_images_that_cannot_be_read_leave_a_task_with_a_vector_out(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The bases are made twice: with its vector, and once its test images are found damaged."""
-    store, data = Store(str(tmp_path / "store")), tmp_path / "own"
-    write_own(data)
-    whole = {path: path.read_bytes() for path in (data / "test").rglob("*.png")}
-    for path, image in whole.items():
-        path.write_bytes(image[:100])
-    file = str(
-        write_experiment(
-            tmp_path, store.url, tasks=tasks_with(data), evaluate={"control": str(TASKS[2])}
-        )
-    )
-    assert main(["run", file]) == 3
-    shown = capsys.readouterr()
-    assert "left out: own: images: test/" in shown.err and "built from 2 of 3 tasks" in shown.out
-    assert store.exists("vectors/own/record.json")
-    tasks = [TASKS[0], TASKS[1]]
-    assert store.read_json("basis/svd-m1/record.json")["metrics"]["tasks"] == tasks
-    summary = store.read_json("report/summary.json")
-    assert set(summary["negation"]) == set(tasks) and summary["missing"][0]["stage"] == "images"
-    before = untouched(store, "vectors", "masks", "basis", "search", "evals")
-    assert main(["run", file]) == 3  # tries the images again, and changes nothing
-    assert untouched(store, "vectors", "masks", "basis", "search", "evals") == before
-    for path, image in whole.items():
-        path.write_bytes(image)
-    vectors = untouched(store, "vectors", "masks")
-    assert main(["run", file]) == 0
-    assert untouched(store, "vectors", "masks") == vectors
-    assert store.read_json("basis/svd-m1/record.json")["metrics"]["tasks"] == [
-        TASKS[0],
-        "own",
-        TASKS[1],
-    ]
-    assert "missing" not in store.read_json("report/summary.json")
-
-
-@pytest.mark.slow
 def test_a_control_and_an_unseen_task_that_are_missing(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

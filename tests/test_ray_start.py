@@ -57,23 +57,6 @@ def run(folder: Path, signal: str, how_often: int, **environment: str) -> list[s
     return output.read_text().splitlines()
 
 
-def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
-    assert run(tmp_path, "SIGKILL", 1) == [
-        "Ray did not start (its server raylet ended); trying again, for up to 60 s",
-        "answer: 42",
-        "running: ['gcs_server', 'raylet']",
-    ]
-
-
-def test_a_node_that_is_not_ready_in_time_is_started_again_with_more_time(tmp_path: Path) -> None:
-    lines = run(tmp_path, "SIGSTOP", 1, RAYTVB_RAY_START_S="25")
-    assert lines == [
-        "Ray did not start (its node was not ready after 25 s); trying again, for up to 50 s",
-        "answer: 42",
-        "running: ['gcs_server', 'raylet']",
-    ]
-
-
 def test_after_three_tries_the_message_says_what_to_do(tmp_path: Path) -> None:
     first, second, *message = run(tmp_path, "SIGKILL", 3)
     assert first.endswith("trying again, for up to 60 s")

@@ -70,7 +70,7 @@ QUICK = settings(
     deadline=datetime.timedelta(seconds=20),
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=30)
+LONG = settings(QUICK, max_examples=12)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def _finetune_missing(
         stage.advance(", ".join(notes))
 
     pump = context.stream.pump if context.stream else None
-    failed = collect(experiment, pending, tell_committed, pump)
+    failed = collect(experiment, pending, tell_committed, pump, saves=True)
     context.failures.add(FINETUNE, failed)
     succeeded = {task.name for task in missing} - failed.keys()
     context.failures.clear(succeeded, DATA, MASK, FINETUNE, PREPARED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray
@@ -119,15 +119,18 @@ def collect(
     pending: Mapping[Any, str],
     done: Callable[[str, Any], None] = _ignore,
     idle: Callable[[], None] | None = None,
+    *,
+    saves: bool = False,
 ) -> dict[str, Failure]:
     """Wait for all tasks of `ray_task`. Returns the failure of each that failed, by its name.
 
     pending: the name of each task, by its reference. done: called with the name and the result of
-    each task that succeeds, as it ends. idle: called at least once a second. The failure of one
-    task does not stop the others.
+    each task that succeeds, as it ends. idle: called at least once a second. saves: whether the
+    tasks save their work when they are interrupted; they are then told so. The failure of one task
+    does not stop the others.
     """
     waiting, failed = dict(pending), dict[str, Failure]()
-    with _cancelled_on_interruption(waiting):
+    with _cancelled_on_interruption(waiting) if saves else nullcontext():
         while waiting:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_S)
             for reference in ready:
@@ -148,7 +151,9 @@ def _cancelled_on_interruption(waiting: Collection[Any]) -> Iterator[None]:
     """If the work in this context is interrupted, cancel the tasks with these references.
 
     A task that has not started is never started. One that runs gets a KeyboardInterrupt, at which a
-    fine-tune saves a checkpoint. GRACE_S seconds are left for that.
+    fine-tune saves a checkpoint. GRACE_S seconds are left for that. Tasks that save nothing are
+    not cancelled: they end with the driver, and Ray ends the whole driver, with a C++ stack, if a
+    task is cancelled in the moment in which it completes.
     """
     try:
         yield
@@ -163,9 +168,8 @@ def _cancelled_on_interruption(waiting: Collection[Any]) -> Iterator[None]:
 
 def result_of(experiment: Experiment, reference: Any, stage: str, name: str) -> Any:
     """The result of one task. Raises UserError that names the stage and the task if it fails."""
-    with _cancelled_on_interruption([reference]):
-        while not ray.wait([reference], timeout=WAIT_S)[0]:
-            continue
+    while not ray.wait([reference], timeout=WAIT_S)[0]:
+        continue
     try:
         return ray.get(reference)
     except (RayTaskError, RayError) as error:
