@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +154,6 @@ class Vectors:
 
     def read_all(self, start: int, count: int) -> Tensor:
         return self.values[:, start : start + count]
-
-    def combinations(self, weights: Tensor) -> Sequence[Tensor]:
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize("method", ["ties", "mean", "dare", "iso-c"])

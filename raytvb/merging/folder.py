@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -53,11 +53,10 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 def _not_of_a_model(folder: Path, names: list[str]) -> list[str]:
     """Those of the folder's names that are not files of an open_clip model."""
     known = {CONFIG_FILE, WEIGHTS_FILE}
-    try:
+    # These errors mean that there is no model, or one without a tokenizer of its own.
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         document = json.loads((folder / CONFIG_FILE).read_bytes())
         known.add(Path(_tokenizer_options(document)["bpe_path"]).name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # no model, or one without a tokenizer of its own
     others = [name for name in names if name not in known or not (folder / name).is_file()]
     return others if CONFIG_FILE in names else names
 
