@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 SCRIPT = """
 import signal, sys, threading, time
+from contextlib import suppress
 import psutil
 import ray
 from raytvb.errors import UserError
@@ -24,9 +25,10 @@ def strike():
     struck = set()
     while len(struck) < HOW_OFTEN:
         for child in set(psutil.Process().children()) - struck:
-            if child.name() == "raylet":
-                struck.add(child)
-                child.send_signal(WHAT)
+            with suppress(psutil.Error):  # it may have ended since it was listed
+                if child.name() == "raylet":
+                    child.send_signal(WHAT)
+                    struck.add(child)
         time.sleep(0.01)
 
 def servers():
