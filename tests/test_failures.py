@@ -86,6 +86,7 @@ def test_a_task_that_ray_ends_for_its_memory_is_tried_as_often_as_allowed(tmp_pa
     """Ray's memory monitor really ends the worker: it takes 1 % of the memory for too much."""
     file = write_experiment(tmp_path, str(tmp_path / "store"), resources={"max_retries": 1})
     output, calls = tmp_path / "output", tmp_path / "calls"
+    calls.touch()
     process = start_python(
         ["-c", MEMORY, str(file), str(calls)],
         output,
@@ -101,7 +102,7 @@ def test_a_task_that_ray_ends_for_its_memory_is_tried_as_often_as_allowed(tmp_pa
     (line,) = output.read_text().splitlines()
     assert line.startswith("Ray ended its worker because ") and "GB of its node were in use" in line
     assert "raise resources.memory_gb_per_task" in line and line.endswith("(2 attempts)")
-    assert calls.read_text() == "xx"
+    assert len(calls.read_text()) <= 2  # Ray may end the worker before the task's first line
 
 
 def test_a_cancelled_task_is_explained(ray_cluster: None) -> None:
