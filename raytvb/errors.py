@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -99,3 +99,51 @@ def described(error: BaseException) -> str:
     """The type and the text of an error of any kind, as in `KeyError: 'svd'`."""
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """A value of an input as it is shown in a message: at most about `most` characters.
+
+    Text is in quotes; true, false and null are as in YAML and JSON.
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() if abs(value) >= 10**most:
+            return f"a number of about {round(value.bit_length() * 0.30103):,} digits"
+        case str():
+            return _quoted(value) if len(value) <= most else f"{_quoted(value[: most - 1])}…"
+        case list() | tuple():
+            return f"[{_shortened_items([shortened(item, most) for item in value[:9]], most)}]"
+        case dict():
+            items = [f"{key!s:.30}: {shortened(value[key], most)}" for key in list(value)[:9]]
+            return f"{{{_shortened_items(items, most)}}}"
+        case _:
+            text = repr(value)
+            return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shown(name: str) -> str:
+    """A name that a file system gave, for a message: bytes that are no text, and line breaks, are
+    escaped.
+    """
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def _quoted(text: str) -> str:
+    """Text in quotes, as people write it: `'C:\\data'` with one backslash."""
+    return f"'{text}'" if text.isprintable() and "'" not in text else repr(text)
+
+
+def _shortened_items(items: Sequence[str], most: int) -> str:
+    text = ", ".join(items)
+    return text if len(text) <= most and len(items) < 9 else f"{text[: most - 1]}…"
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message, the first few of many: `a, b, … and 12 more`."""
+    shown = [f"{name!s:.80}" for name in names]
+    more = f", … and {len(shown) - most:,} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more

@@ -49,7 +49,6 @@ from raytvb.storage.gram_rows import Arrival
 from raytvb.storage.gram_state import GramState, GramWriter
 from raytvb.storage.records import FileInfo
 from raytvb.storage.replacing import commit_over, delete_thing, tagged
-from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 from raytvb.storage.vectors import VectorFile
 
@@ -66,7 +65,7 @@ class BasisBuilder:
         shards: by default one shard in this process.
         """
         worker_setup()
-        set_patience(experiment.resources.storage_timeout_s)
+        experiment.resources.apply_to_storage()
         self._experiment, self._store = experiment, Store(experiment.store)
         self._tasks = task_stores(experiment)
         self._shards = shards if shards is not None else CoordinateShard(experiment)

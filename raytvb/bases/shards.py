@@ -27,7 +27,6 @@ from raytvb.storage.damage import differs
 from raytvb.storage.masks import OpenMasks
 from raytvb.storage.records import FileInfo
 from raytvb.storage.replacing import new_tag, tagged
-from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.stored_basis import StoredBasis
@@ -48,7 +47,7 @@ class CoordinateShard:
     def __init__(self, experiment: Experiment, index: int = 0, of: int = 1) -> None:
         """Touches no storage."""
         worker_setup()
-        set_patience(experiment.resources.storage_timeout_s)
+        experiment.resources.apply_to_storage()
         self._experiment, self._store = experiment, Store(experiment.store)
         self._index, self._of = index, of
         self._dense = experiment.own_masks and len(experiment.tasks) > 1

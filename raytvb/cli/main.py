@@ -21,6 +21,7 @@ import click
 from raytvb.cli.bench import bench
 from raytvb.cli.merge import merge
 from raytvb.cli.methods import list_methods
+from raytvb.cli.options import refuse_blanks
 from raytvb.cli.quickstart import list_tasks, quickstart
 from raytvb.cli.run import STAGE_COMMANDS, plan, report, run, submit
 from raytvb.cli.signals import INTERRUPTED, STOPPED, handle_signals
@@ -72,6 +73,7 @@ for _command in (
     list_methods,
 ):
     cli.add_command(_command)
+refuse_blanks(cli)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -113,6 +115,10 @@ def _shut_ray_down() -> None:
 
 def _message(error: Exception) -> str:
     """The text of an error for users. For an unforeseen error: its type, and how to see more."""
+    if isinstance(error, OSError) and error.errno is not None:
+        from raytvb.storage.store_errors import os_message
+
+        return os_message(error)
     if isinstance(error, UserError | ValueError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (raytvb --debug … shows where)"

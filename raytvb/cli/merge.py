@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from raytvb.cli.options import MERGE_METHOD
-from raytvb.errors import UserError
+from raytvb.cli.options import MERGE_METHOD, open_store, store_argument
+from raytvb.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from raytvb.merging.addends import Addends
     from raytvb.merging.merge import Merged
+
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+LONGEST_NAME = 200
+"""Characters of a task's name."""
 
 Weighted = list[tuple[str, float]]
 """Names with their weights, in the order of the command line. A name may appear more than once."""
@@ -23,19 +29,22 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     """The values of an option, `NAME` or `NAME=WEIGHT`, as pairs. Without a weight it is 1."""
     parsed = []
     for value in values:
-        name, _, weight = value.partition("=")
-        try:
-            number = float(weight) if weight else 1.0
-        except ValueError:
-            number = math.nan
+        name, separator, weight = value.partition("=")
+        if not name.strip():
+            raise click.BadParameter(f"{value!r} has no name: use NAME or NAME=WEIGHT")
+        number = 1.0
+        if separator:
+            number = float(weight) if _NUMBER.fullmatch(weight) else math.nan
         if not math.isfinite(number):
-            raise click.BadParameter(f"{value!r}: use NAME or NAME=WEIGHT, with a finite number")
+            raise click.BadParameter(
+                f"{value[:200]!r}: use NAME or NAME=WEIGHT, with a finite number"
+            )
         parsed.append((name, number))
     return parsed
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option(
     "--add",
     multiple=True,
@@ -133,15 +142,15 @@ def merge(
     tasks = _mix_of_tasks(add, negate, analogy)
     numbers = _numbered(vectors)
     _check_request(tasks, numbers, kind, method)
+    _check_names(tasks, basis)
     if coefficient is not None and not math.isfinite(coefficient):
         raise UserError(f"--coefficient {coefficient}: use a finite number")
     from raytvb.merging.merge import merge as merge_tasks
     from raytvb.models.open_clip_package import quiet_open_clip
-    from raytvb.storage.store import Store
 
     quiet_open_clip()
     merged = merge_tasks(
-        Store(store),
+        open_store(store),
         _addends(tasks, numbers, method, lengths),
         out,
         basis=basis,
@@ -168,8 +177,8 @@ def _mix_of_tasks(
 def _numbered(vectors: Weighted) -> dict[int, float]:
     """The weight of each named basis vector, by its number from 1."""
     for number, _ in vectors:
-        if not number.isdecimal():
-            raise UserError(f"--vector {number}: use a whole number, 1 or more")
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise UserError(f"--vector {shortened(number)}: use a whole number, 1 or more")
     return {int(number): weight for number, weight in _summed(vectors).items()}
 
 
@@ -203,6 +212,20 @@ def _check_request(
     if method != "sum" and not tasks:
         raise UserError(
             f"--method {method} merges tasks: name them with --add, --negate or --analogy"
+        )
+
+
+def _check_names(tasks: Mapping[str, float], basis: str | None) -> None:
+    """Raise UserError for what cannot be the name of a task or a basis of any store."""
+    for name in tasks:
+        if len(name) > LONGEST_NAME or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name):
+            raise UserError(
+                f"task {shortened(name)}: use a name that `raytvb ls STORE` lists below vectors/"
+            )
+    if basis is not None and not re.fullmatch(r"\w[\w.-]{0,99}", basis):
+        raise UserError(
+            f"--basis {shortened(basis)}: use a name that `raytvb ls STORE` lists below basis/, "
+            f"such as ae-m4, or full"
         )
 
 

@@ -6,22 +6,26 @@ and of the embedded tasks from modules that import no torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from raytvb.errors import UserError
 from raytvb.maths.basis_registry import BASIS_METHODS
 from raytvb.maths.merge_registry import stored_merges
 from raytvb.suite.task_names import task_names
 
 if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
+    from raytvb.storage.store import Store
 
-    NameType = click.ParamType[str]
+    NameType: TypeAlias = click.ParamType[str]
+    AnyType: TypeAlias = click.ParamType[Any]
 else:
-    NameType = click.ParamType  # older versions of click take no type argument
+    NameType = AnyType = click.ParamType  # older versions of click take no type argument
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -47,14 +51,37 @@ class MethodName(NameType):
         return f"[{'|'.join(self._names())}]"
 
 
+class NotBlank(AnyType):
+    """Text, or a path, with something in it. A script whose variable is not set passes ''."""
+
+    def __init__(self, inner: AnyType) -> None:
+        """inner: what a value that is not blank is converted by."""
+        self.name = inner.name
+        self._inner = inner
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What the inner type makes of the value. Raises click's error for a blank one."""
+        if not os.fspath(value).strip():
+            self.fail("it is blank: give a value", param, ctx)
+        return self._inner.convert(value, param, ctx)
+
+
+def refuse_blanks(command: click.Command) -> None:
+    """Let no option or argument of a command, or of those below it, be blank text."""
+    for param in command.params:
+        if isinstance(param.type, click.types.StringParamType | click.Path):
+            param.type = NotBlank(param.type)
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        refuse_blanks(inner)
+
+
 BASIS_METHOD = MethodName(lambda: BASIS_METHODS)
 MERGE_METHOD = MethodName(stored_merges)
 SUITE_COUNT = click.IntRange(2, len(task_names()))
 """How many tasks of the embedded suite to use: at least 2, because results are means over tasks."""
 
-EXPERIMENT_FILE = click.argument(
-    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+# `load_experiment` says what is wrong with a path, and what to do.
+EXPERIMENT_FILE = click.argument("file", type=click.Path(path_type=Path))
 STORE_OPTION = click.option(
     "--store",
     help="Local folder or URL (s3://bucket/prefix) to use instead of the file's `store:`.",
@@ -62,6 +89,40 @@ STORE_OPTION = click.option(
 AS_JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table."
 )
+
+
+def store_argument(command: Command) -> Command:
+    """`STORE`, the store that a command looks into, and `--anonymous`."""
+    anonymous = click.option(
+        "--anonymous",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_anonymous,
+        help="Send requests to S3 without credentials, for a store in a public bucket.",
+    )
+    return click.argument("store")(anonymous(command))
+
+
+def _set_anonymous(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    from raytvb.storage.filesystems import set_anonymous
+
+    set_anonymous(value)
+
+
+def open_store(url: str) -> Store:
+    """The store that a command looks into.
+
+    Raises StoreError for what is no store's URL and, within about 20 seconds, for a server that
+    does not answer.
+    """
+    from raytvb.storage.addresses import check_shared
+    from raytvb.storage.store import Store
+
+    check_shared(url)
+    store = Store(url)
+    if not store.is_local:
+        store.check_reachable()
+    return store
 
 
 def local_cluster_options(command: Command) -> Command:
@@ -83,10 +144,25 @@ def local_cluster_options(command: Command) -> Command:
 
 def read_experiment(file: Path, store: str | None) -> Experiment:
     """The checked experiment of a file. store: replaces the store that the file names."""
+    from raytvb.experiment.machine_folders import check_machine_folders
     from raytvb.experiment.parsing import load_experiment
 
-    experiment = load_experiment(file, {"store": store} if store else None)
-    from raytvb.storage.store import Store
+    if store is not None:
+        check_store_option(store)
+    check_machine_folders()
+    experiment = load_experiment(file, None if store is None else {"store": store})
+    from raytvb.storage.filesystems import set_anonymous
 
-    Store(experiment.store)  # reports a wrong URL before anything heavy is imported
+    set_anonymous(experiment.resources.anonymous)
     return experiment
+
+
+def check_store_option(store: str) -> None:
+    """Raise UserError, which names the option, for a `--store` that a run could not write."""
+    from raytvb.storage.addresses import check_shared
+    from raytvb.storage.store_errors import StoreError
+
+    try:
+        check_shared(store, written=True)
+    except StoreError as error:
+        raise UserError(f"--store: {error}") from None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytvb.cli.options import SUITE_COUNT, local_cluster_options
+from raytvb.cli.options import SUITE_COUNT, check_store_option, local_cluster_options
 
 if TYPE_CHECKING:
     from raytvb.experiment.config import Experiment
@@ -61,6 +61,7 @@ def quickstart(count: int, store: str, num_cpus: int | None, num_gpus: int | Non
     raytvb quickstart                       8 tasks, results in ./raytvb-quickstart
     raytvb quickstart --tasks 16 --store s3://bucket/quickstart
     """
+    check_store_option(store)
     experiment = quickstart_experiment(count, store)
     from raytvb.cli.run import run_everything, start_pipeline
 

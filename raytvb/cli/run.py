@@ -79,23 +79,41 @@ def print_report_place(store: Store) -> None:
 @click.command()
 @EXPERIMENT_FILE
 @STORE_OPTION
-def plan(file: Path, store: str | None) -> None:
-    """Check an experiment without running it.
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print only what the data hold, as one JSON object.",
+)
+def plan(file: Path, store: str | None, as_json: bool) -> None:
+    """Check an experiment and its data without running it.
 
     Prints all settings with their defaults, what the store has already, and an estimate of the
-    bytes that a run will store. Changes nothing.
+    bytes that a run will store. Then, for each task: how many images of which classes each split
+    has, what is left out and why, and what looks wrong. Every image of a task without a vector is
+    decoded for this, unless `data.leaks` is `ignore`. Changes nothing.
 
     \b
     raytvb plan experiment.yaml
+    raytvb plan experiment.yaml --json
     """
-    import yaml
+    import json
 
     experiment = read_experiment(file, store)
-    from raytvb.orchestration.plan import check_data, describe
+    from raytvb.experiment.yaml_text import dump_yaml
+    from raytvb.orchestration.plan import describe
+    from raytvb.orchestration.plan_data import plan_data
 
-    print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    print(describe(experiment))
-    check_data(experiment)
+    fields = experiment.model_dump(mode="json")
+    described = describe(experiment)
+    if not as_json:
+        print(f"{dump_yaml(fields)}\n{described}", flush=True)
+    found = plan_data(experiment)
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(found.lines()))
+    found.raise_failed(experiment)
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytvb.cli.options import AS_JSON_OPTION, BASIS_METHOD
+from raytvb.cli.options import AS_JSON_OPTION, BASIS_METHOD, open_store, store_argument
 from raytvb.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LARGE = 8 * 2**30
 
 
 @click.command(name="ls")
-@click.argument("store")
+@store_argument
 def list_store(store: str) -> None:
     """List the vectors and bases of a store.
 
@@ -37,9 +37,8 @@ def list_store(store: str) -> None:
     from raytvb.cli.printing import wide_console
     from raytvb.report.formatting import format_bytes
     from raytvb.storage.records import find_all
-    from raytvb.storage.store import Store
 
-    target = Store(store)
+    target = open_store(store)
     table = Table("what", "size", "details", box=None)
     for folder in sorted(LISTED):
         for name, record in find_all(target, folder).items():
@@ -82,7 +81,7 @@ def _details(record: Record) -> str:
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option(
     "--repair",
     is_flag=True,
@@ -104,11 +103,10 @@ def verify(store: str, repair: bool, yes: bool, as_json: bool) -> None:
     raytvb verify s3://bucket/prefix --repair        shows what is wrong, asks, and removes it
     RAY_ADDRESS=auto raytvb verify s3://bucket/prefix --json
     """
-    from raytvb.storage.store import Store
     from raytvb.storage.verify import removable
     from raytvb.storage.verify import repair as remove_damaged
 
-    target = Store(store)
+    target = open_store(store)
     findings = _findings(target)
     lines = findings.messages()
     if not findings.checked and not lines:
@@ -141,11 +139,16 @@ def _findings(store: Store) -> Findings:
         return verify_store(store)
     from raytvb.experiment.freezing import stored_experiment
     from raytvb.experiment.parsing import parse_experiment
+    from raytvb.storage.filesystems import is_anonymous
 
     stored = stored_experiment(store)
     if stored is None:
         return verify_store(store)
-    experiment = parse_experiment({**stored, "store": store.url})
+    resources = {"anonymous": is_anonymous()}
+    try:
+        experiment = parse_experiment({**stored, "store": store.url, "resources": resources})
+    except UserError:  # made by a version that allowed what this one refuses
+        return verify_store(store)
     from raytvb.orchestration.connect import connect
     from raytvb.orchestration.progress import Reporter
     from raytvb.orchestration.verify_store import verify_on_ray
@@ -177,7 +180,7 @@ def _as_fields(findings: Findings) -> dict[str, object]:
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option(
     "--method",
     type=BASIS_METHOD,
@@ -205,9 +208,8 @@ def spectrum(store: str, method: str, size: int | None, as_json: bool) -> None:
 
     from raytvb.bases.spectrum import describe_spectrum, spectrum_of
     from raytvb.cli.printing import wide_console
-    from raytvb.storage.store import Store
 
-    result = spectrum_of(Store(store), method, size)
+    result = spectrum_of(open_store(store), method, size)
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return

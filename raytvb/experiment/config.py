@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Annotated
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
-from raytvb.experiment.fields import Frozen
+from raytvb.errors import listed
+from raytvb.experiment.fields import LONGEST_NAME, Frozen, Place, Seed, Words
 from raytvb.experiment.sections.basis import BasisConfig
+from raytvb.experiment.sections.data import DataConfig
 from raytvb.experiment.sections.evaluate import EvaluateConfig
 from raytvb.experiment.sections.finetune import FinetuneConfig
 from raytvb.experiment.sections.model import ModelConfig
@@ -21,27 +24,45 @@ from raytvb.experiment.sections.resources import ResourceConfig
 from raytvb.experiment.sections.search import SearchConfig
 from raytvb.experiment.sections.talos import TalosConfig
 from raytvb.experiment.sections.tasks import TaskConfig, Tasks
+from raytvb.storage.addresses import check_shared
 from raytvb.storage.contract import JsonObject
+from raytvb.storage.store_errors import StoreError
 
 NOT_IDENTITY = ("name", "store", "resources")
 """Fields that change no result."""
 
 
+def _store_place(url: str) -> str:
+    """The URL of a store. Raises ValueError if the workers of a run could not write it."""
+    try:
+        check_shared(url, written=True)
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+    return url
+
+
 class Experiment(Frozen):
     """Everything an experiment file can say."""
 
-    name: str = Field(
-        "experiment",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="A name for the report.",
-    )
-    store: str = Field(
-        min_length=1,
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME),
+        Words(
+            f"a name of at most {LONGEST_NAME} letters a-z, digits, '.', '_' and '-' that begins "
+            f"with a letter or digit"
+        ),
+    ] = Field("experiment", description="A name for the report.")
+    store: Annotated[
+        Place,
+        AfterValidator(_store_place),
+        Words("a folder, or a URL like s3://bucket/prefix"),
+    ] = Field(
         description="Where results are kept: a folder, or any fsspec URL (s3://bucket/prefix).",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of all random numbers.")
+    seed: Seed = Field(0, description="Seed of all random numbers.")
     model: ModelConfig = Field(ModelConfig(), description="The pretrained model.")
     tasks: Tasks = Field(description="The tasks to make vectors for, or the name of a preset.")
+    data: DataConfig = Field(DataConfig(), description="How the images of all tasks are read.")
     talos: TalosConfig = Field(TalosConfig(), description="Which parameters are trained.")
     finetune: FinetuneConfig = Field(FinetuneConfig(), description="How the tasks are fine-tuned.")
     basis: BasisConfig = Field(BasisConfig(), description="Which bases are built.")
@@ -59,15 +80,10 @@ class Experiment(Frozen):
     def _different_names(self) -> Experiment:
         repeated = _repeated(self.task_names)
         if repeated:
-            raise ValueError(f"tasks: given more than once: {', '.join(sorted(repeated))}")
-        names = {task.name for task in self.every_task}
-        for name in names:
-            for folder in _folders_above(name):
-                if folder in names:
-                    raise ValueError(
-                        f"tasks: {folder} and {name}: one task's name is the folder of another's "
-                        f"(control and unseen tasks included)"
-                    )
+            raise ValueError(f"tasks: given more than once: {listed(sorted(repeated))}")
+        names = [task.name for task in self.every_task]
+        _check_twins(names)
+        _check_folders(names)
         return self
 
     @model_validator(mode="after")
@@ -81,9 +97,9 @@ class Experiment(Frozen):
         for group in groups:
             others = [name for name in group if name not in names]
             if others or not group or _repeated(group):
-                reason = f"; unknown: {', '.join(others)}" if others else ""
+                reason = f"; unknown: {listed(others)}" if others else ""
                 raise ValueError(
-                    f"{field}: [{', '.join(group)}]: give different tasks of the experiment{reason}"
+                    f"{field}: [{listed(group)}]: give different tasks of the experiment{reason}"
                 )
 
     @model_validator(mode="after")
@@ -98,7 +114,7 @@ class Experiment(Frozen):
         seen = sorted(set(names) & set(self.task_names))
         if seen:
             raise ValueError(
-                f"evaluate.unseen.tasks: {', '.join(seen)}: these tasks have vectors; name others"
+                f"evaluate.unseen.tasks: {listed(seen)}: these tasks have vectors; name others"
             )
         if _repeated(names):
             raise ValueError("evaluate.unseen.tasks: the same name is given twice")
@@ -185,7 +201,47 @@ class Experiment(Frozen):
 
     def identity(self) -> JsonObject:
         """What the experiment computes, as plain JSON values, with every default filled in."""
-        return self.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+        identity: JsonObject = self.model_dump(mode="json", exclude={*NOT_IDENTITY, "data"})
+        reading = self.data.identity()
+        return {**identity, "data": reading} if reading else identity
+
+
+def _on_disk(name: str) -> str:
+    """What a name is on the least exact disks: in lower case, without dots at the end."""
+    return "/".join(part.rstrip(".") for part in name.lower().split("/"))
+
+
+def _check_twins(names: Sequence[str]) -> None:
+    """Raise ValueError if two tasks would share a folder on some disks."""
+    known: dict[str, str] = {}
+    for name in names:
+        twin = known.setdefault(_on_disk(name), name)
+        if twin != name:
+            raise ValueError(
+                f"tasks: {twin} and {name}: the names differ only in upper and lower case, or in "
+                f"dots at the end, which many disks do not tell apart (control and unseen tasks "
+                f"included): rename one"
+            )
+
+
+def _check_folders(names: Sequence[str]) -> None:
+    """Raise ValueError if a task would lie in the folder of another one, on any disk."""
+    tasks = {_on_disk(name): name for name in names}
+    folders: dict[str, str] = {}
+    for name in names:
+        for folder in _folders_above(name):
+            outer = tasks.get(_on_disk(folder))
+            if outer is not None:
+                raise ValueError(
+                    f"tasks: {outer} and {name}: one task's name is the folder of another's "
+                    f"(control and unseen tasks included): rename one"
+                )
+            twin = folders.setdefault(_on_disk(folder), folder)
+            if twin != folder:
+                raise ValueError(
+                    f"tasks: {twin}/ and {folder}/: these folders differ only in upper and lower "
+                    f"case, or in dots at the end, which many disks do not tell apart: rename one"
+                )
 
 
 def _folders_above(name: str) -> list[str]:

@@ -128,6 +128,6 @@ def find_shared_mask(store: Store, experiment: Experiment) -> Record | None:
 
 
 def _sections(experiment: Experiment, *fields: str) -> JsonObject:
-    """These fields of the experiment's own identity."""
+    """These fields of the experiment's own identity, and how images are read if not as usual."""
     identity = experiment.identity()
-    return {field: identity[field] for field in fields}
+    return {field: identity[field] for field in ("data", *fields) if field in identity}

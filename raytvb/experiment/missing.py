@@ -98,23 +98,24 @@ def missing_parts(
     """
     known = failures(store, experiment) if failed is None else failed
     keys = set(store.keys("vectors"))
+    with_vector = set(experiment.task_names)
     parts = []
     for task in experiment.every_task:
         part = known.get(task.name)
-        if task.name in experiment.task_names:
+        if task.name in with_vector:
             has_vector = f"{vector_prefix(task.name)}/{records.RECORD}" in keys
             if has_vector and (part is None or part.stage not in AFTER_VECTOR):
                 continue
             part = part or FailedPart(task.name, "", "no vector yet: run `raytvb finetune`")
+        elif part is not None:
+            part = replace(part, reason=part.reason + _consequence(experiment, task))
         if part is not None:
-            parts.append(replace(part, reason=part.reason + _consequence(experiment, task)))
+            parts.append(part)
     return parts
 
 
 def _consequence(experiment: Experiment, task: TaskConfig) -> str:
-    """What is not measured without a control or unseen task."""
-    if task.name in experiment.task_names:
-        return ""
+    """What is not measured without this control or unseen task."""
     is_control = experiment.control is not None and task.name == experiment.control.name
     return f" ({'negation' if is_control else 'this unseen task'} is not measured)"
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+import errno
+import os
+import re
+import select
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, shortened
 from raytvb.experiment.config import Experiment, half, quarter
+from raytvb.experiment.field_errors import explained
 from raytvb.experiment.fields import TINY_MODEL
-from raytvb.experiment.sections.evaluate import DisentanglementConfig, EvaluateConfig, UnseenConfig
+from raytvb.experiment.sections.evaluate import EvaluateConfig
 from raytvb.experiment.sections.finetune import FinetuneConfig
 from raytvb.experiment.sections.search import SearchConfig
 from raytvb.experiment.sections.tasks import TaskConfig
-from raytvb.experiment.yaml_text import YamlTextError, parse_yaml
+from raytvb.experiment.yaml_text import MOST_BYTES, Document, YamlTextError, parse_document
+from raytvb.storage.store_errors import os_reason
 from raytvb.suite.task_names import CONTROL
 
-Location = Sequence[int | str]
-"""Where a field is: names of fields and positions in lists, from the top of the file."""
+PIPE_S = 10.0
+"""How long the program behind a pipe may pause while it writes an experiment."""
 
 
 def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = None) -> Experiment:
@@ -29,36 +34,71 @@ def load_experiment(path: str | Path, overrides: Mapping[str, object] | None = N
     Raises UserError if the file cannot be read or is wrong.
     """
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        document = parse_document(_read(Path(path)))
     except OSError as error:
-        raise UserError(f"cannot read the experiment file {path}: {error.strerror}") from None
-    except (YamlTextError, UnicodeDecodeError) as error:
+        reason = os_reason(error)
+        if re.match(r"\w{2,}:/", str(path)):
+            reason = "it must be a file of this machine: copy it here"
+        raise UserError(f"cannot read the experiment file {path!s:.4000}: {reason}") from None
+    except YamlTextError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+    values = document.values
     if isinstance(values, dict):
         values = {**values, **(overrides or {})}
-    return parse_experiment(values, str(path))
+    return parse_experiment(values, str(path), document)
 
 
-def parse_experiment(values: object, origin: str = "experiment") -> Experiment:
+def _read(path: Path) -> bytes:
+    """The bytes of a file, or of what comes through a pipe: `raytvb plan <(envsubst < FILE)`.
+
+    Stops one byte behind the largest size that is allowed.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # would wait for a pipe's other end
+    with open(descriptor, "rb", buffering=0) as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return file.read(MOST_BYTES + 1)
+        return _arrived(descriptor, path)
+
+
+def _arrived(descriptor: int, path: Path) -> bytes:
+    """What another program writes to a pipe, or somebody into a terminal, up to its end."""
+    data = bytearray()
+    while len(data) <= MOST_BYTES:
+        if not select.select([descriptor], [], [], PIPE_S)[0]:
+            raise UserError(
+                f"{path} is no file, and nothing has come through it for {PIPE_S:g} s: name a file"
+            )
+        piece = os.read(descriptor, 2**16)
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def parse_experiment(
+    values: object, origin: str = "experiment", document: Document | None = None
+) -> Experiment:
     """Validate plain values and fill in all defaults.
 
-    origin: names the file in errors. Raises UserError that lists each wrong field, its value and
-    what is allowed.
+    origin: names the file in errors. document: what the values were read from, if it was YAML.
+    Raises UserError that lists each wrong field, its value and what is allowed.
     """
     if not isinstance(values, dict):
-        raise UserError(
-            f"{origin}: expected fields like `store:` and `tasks:`, found {type(values).__name__}"
-        )
+        found = "nothing" if values is None else shortened(values)
+        raise UserError(f"{origin}: expected fields like `store:` and `tasks:`, found {found}")
     try:
         experiment = Experiment.model_validate(values)
         resolved = {
+            "tasks": experiment.tasks,  # checked already
             "finetune": _resolved_finetune(experiment),
             "search": _resolved_search(experiment),
             "evaluate": _resolved_evaluate(experiment),
         }
         return Experiment.model_validate({**values, **resolved})
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise explained(error, origin, document) from None
 
 
 # Defaults that depend on other fields -------------------------------------------------------------
@@ -97,70 +137,3 @@ def _resolved_evaluate(experiment: Experiment) -> EvaluateConfig:
     if evaluate.control is not None or not evaluate.negation or experiment.model.name != TINY_MODEL:
         return evaluate
     return evaluate.model_copy(update={"control": TaskConfig(name=CONTROL)})
-
-
-# Errors -------------------------------------------------------------------------------------------
-
-
-def _explain(error: ValidationError, origin: str) -> UserError:
-    problems = error.errors()
-    lines = []
-    for problem in problems:
-        if not _is_consequence(problem, problems):
-            lines.append(_line(problem))
-    return UserError(f"{origin}: " + "\n  ".join(lines))
-
-
-def _is_consequence(problem: ErrorDetails, problems: Sequence[ErrorDetails]) -> bool:
-    """Whether the problem is that a list is too short only because its members are wrong."""
-    location = problem["loc"]
-    if problem["type"] != "too_short":
-        return False
-    inner = [p["loc"] for p in problems if p["loc"] != location]
-    return any(other[: len(location)] == location for other in inner)
-
-
-def _line(problem: ErrorDetails) -> str:
-    """One line: the field, what is wrong with it and what is allowed."""
-    location, path = problem["loc"], _path(problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            allowed = _allowed_fields(location)
-            near = difflib.get_close_matches(str(location[-1]), allowed, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            return f"{path}: unknown field{hint}; allowed: {', '.join(allowed)}"
-        case "missing":
-            return f"{path}: this field is required"
-        case "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            return f"{path}: {message}" if location else message
-        case _:
-            return f"{path}: {problem['msg']} (given: {problem['input']!r})"
-
-
-def _path(location: Location) -> str:
-    """`tasks[1].name` for ("tasks", 1, "name")."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.lstrip(".") or "the file"
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "tasks": TaskConfig,
-    "control": TaskConfig,
-    "unseen": UnseenConfig,
-    "disentanglement": DisentanglementConfig,
-}
-"""The sections of those fields whose annotation is not the section's class itself."""
-
-
-def _allowed_fields(location: Location) -> list[str]:
-    """The names of the fields that are allowed at the location of an unknown field."""
-    model: type[BaseModel] = Experiment
-    for part in location[:-1]:
-        if isinstance(part, str) and part in model.model_fields:
-            section = _SECTIONS.get(part, model.model_fields[part].annotation)
-            if isinstance(section, type) and issubclass(section, BaseModel):
-                model = section
-    return list(model.model_fields)

@@ -11,10 +11,10 @@ import posixpath
 from contextlib import suppress
 from pathlib import Path
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, shortened
 from raytvb.experiment.layout import BASE, EXPERIMENT
 from raytvb.experiment.yaml_text import YamlTextError, parse_yaml
-from raytvb.storage.addresses import parse_url
+from raytvb.storage.addresses import check_shared, parse_url
 from raytvb.storage.records import record_key
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreError
@@ -29,13 +29,16 @@ def output_folder(out: str | os.PathLike[str], store: Store | None = None) -> Pa
     out: a path, or a file:// URL. store: a store that is known to be one. Nothing is read but the
     marks of stores. Raises UserError for a URL of another kind, and for a place inside a store.
     """
+    text, reason = os.fspath(out), ""
     try:
-        url, scheme = parse_url(os.fspath(out))
-    except StoreError:
-        url, scheme = os.fspath(out), ""
+        url, scheme = parse_url(text)
+    except StoreError as error:
+        url, scheme, reason = text, "", "" if ":/" in text else f" ({error})"
     if scheme != "file":
+        shown = url if url.isprintable() else shortened(url)
         raise UserError(
-            f"the output {url} must be a folder of this machine: name one, and copy it from there"
+            f"the output {shown:.200} must be a folder of this machine{reason}: name one, and "
+            f"copy it from there"
         )
     inside = _store_around(url, store)
     if inside is not None:
@@ -62,6 +65,7 @@ def check_usable(store: Store) -> None:
 
     Creates the folder of a local store. Raises StoreError and UserError.
     """
+    check_shared(store.url, written=True)
     if store.is_local:
         check_new_store(store)  # before a folder is created inside another store
     store.check_writable()

@@ -20,10 +20,12 @@ def with_unused_tasks(store: Store, stored: JsonObject, requested: JsonObject) -
     if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
         return stored
     tasks: list[JsonValue] = []
+    scored = _scored(store)
     for old, new in zip(before, now, strict=True):
         name = _name(old)
         is_mended = old != new and name is not None and name == _name(new)
-        tasks.append(new if is_mended and not _is_used(store, str(name)) else old)
+        is_used = is_mended and (name in scored or _is_used(store, str(name)))
+        tasks.append(new if is_mended and not is_used else old)
     return {**stored, "tasks": tasks}
 
 
@@ -32,9 +34,13 @@ def _name(task: JsonValue) -> JsonValue:
 
 
 def _is_used(store: Store, name: str) -> bool:
-    for prefix in (vector_prefix(name), mask_prefix(name)):
-        if records.find(store, prefix) is not None:
-            return True
+    """Whether a task has a vector, or a mask of its own."""
+    prefixes = (vector_prefix(name), mask_prefix(name))
+    return any(records.find(store, prefix) is not None for prefix in prefixes)
+
+
+def _scored(store: Store) -> set[str]:
+    """Names of the tasks from whose scores the shared mask is made; empty without such a mask."""
     mask = records.find(store, mask_prefix(SHARED_MASK))
     scored = None if mask is None else mask.identity.get("tasks")
-    return isinstance(scored, list) and name in [_name(task) for task in scored]
+    return {str(_name(task)) for task in scored} if isinstance(scored, list) else set()

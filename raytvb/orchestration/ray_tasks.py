@@ -14,8 +14,7 @@ from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
 from raytvb.orchestration.failures import Failure, TransientError, failure_of, stage_error
 from raytvb.orchestration.task_memory import task_memory
-from raytvb.storage.retries import set_patience
-from raytvb.storage.store_errors import StoreKeyError
+from raytvb.storage.store_errors import StoreKeyError, reason_of
 
 WAIT_S = 1.0
 """How long a single wait for results lasts. Between waits, Ctrl-C and other events are noticed."""
@@ -36,16 +35,16 @@ def _marking_transient_errors(
     to run the task again would not help.
     """
 
-    patience = experiment.resources.storage_timeout_s
+    resources = experiment.resources
 
     def call(*args: Any) -> Any:
-        set_patience(patience)
+        resources.apply_to_storage()
         try:
             return function(*args)
         except (StoreKeyError, UserError, VectorError):
             raise
         except (OSError, ConnectionError) as error:
-            raise TransientError(str(error)) from error
+            raise TransientError(reason_of(error)) from error
 
     call.__name__ = function.__name__
     return call

@@ -18,6 +18,7 @@ from raytvb.experiment.metrics import BaseMetrics, PrecisionMetrics
 from raytvb.experiment.missing import IMAGES, built_from, missing_parts, without
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
+from raytvb.models.pretrained_files import activation_warnings
 from raytvb.models.pretrained_model import store_base
 from raytvb.orchestration.evaluation_service import Refs, Service, compare_precisions_on_refs
 from raytvb.orchestration.failures import Failure, stage_error
@@ -27,7 +28,6 @@ from raytvb.orchestration.stream import Stream
 from raytvb.orchestration.task_failures import TaskFailures
 from raytvb.storage import records
 from raytvb.storage.records import Record
-from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 
 
@@ -43,7 +43,7 @@ class RunContext:
     """
 
     def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
-        set_patience(experiment.resources.storage_timeout_s)
+        experiment.resources.apply_to_storage()
         self.store, self.reporter = Store(experiment.store), reporter
         # Workers have other working folders, where a relative path would mean another place.
         self.whole = experiment.model_copy(update={"store": self.store.url})
@@ -99,6 +99,10 @@ class RunContext:
             record: Record = result_of(self.whole, call, "prepare", self.whole.model.name)
             metrics = record.metrics_as(BaseMetrics, self.store.where(BASE))
             stage.advance(f"{metrics.parameters:,} parameters")
+        if self.whole.model.pretrained is not None:
+            look = ray_task(activation_warnings, self.whole, gpu=False).remote(self.whole.model)
+            for line in result_of(self.whole, look, "prepare", self.whole.model.name):
+                self.reporter.say(f"warning: {line}")
         return record
 
     def vector_records(self) -> dict[str, Record]:
@@ -148,7 +152,8 @@ class RunContext:
 
         def tell_skipped(name: str, skipped: int) -> None:
             self._refs[split, name] = images[name]
-            if skipped:
+            # Otherwise the check of the data has said so, with the reasons.
+            if skipped and self.whole.data.leaks == "ignore":
                 self.reporter.say(
                     f"{name}: {skipped} images of the {split} split cannot be read and are left out"
                 )

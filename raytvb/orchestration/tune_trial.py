@@ -21,7 +21,6 @@ from raytvb.search.results import Invalid, Measured, RoundResult
 from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage import records
-from raytvb.storage.retries import set_patience
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 
@@ -90,7 +89,7 @@ def run_trial(
     """Run the rounds of candidate `config["index"]` up to its limit. Report each round to Tune."""
     index = config["index"]
     experiment, candidate = service.experiment, candidates[index]
-    set_patience(experiment.resources.storage_timeout_s)
+    experiment.resources.apply_to_storage()
     rounds = Rounds(service, candidate)
     for number in range(1, limits[index] + 1):
         if len(rounds.results) < number:

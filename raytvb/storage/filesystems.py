@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec.asyn
 
+from raytvb.errors import shortened
 from raytvb.storage.retries import QUICK_REQUEST_S, quickly, repeated_request
-from raytvb.storage.store_errors import StoreError
+from raytvb.storage.store_errors import StoreError, one_line, reason_of
 
 REQUEST_S = 60.0
 """Seconds that a request may take besides its body."""
@@ -25,31 +28,95 @@ BLOCK_BYTES = 2**24
 _WHOLE_BYTES = 2**26  # bodies up to here are read by the request itself
 
 
+_S3_HOSTS = r"(s3[.-]|oss-|storage\.googleapis|[a-z0-9-]+\.(digitaloceanspaces|r2\.cloudflare))"
+"""How the hosts of well-known servers begin, behind the name of a bucket."""
+
+_anonymous = False
+
+
+def set_anonymous(anonymous: bool) -> None:
+    """Set whether requests to S3 from this process carry no credentials, as public buckets allow.
+
+    anonymous: `resources.anonymous` of the experiment.
+    """
+    global _anonymous
+    _anonymous = anonymous
+
+
+def is_anonymous() -> bool:
+    """Whether requests to S3 from this process carry no credentials."""
+    return _anonymous
+
+
 def filesystem_of(url: str, scheme: str, *, patient: bool = True) -> Any:
     """The filesystem of a URL, shared by the stores of a process.
 
     A new client would take 0.2 s and a handshake. patient: whether requests to S3 are repeated as
     long as `retries.patience` says; if not, they give up within about 20 seconds. Raises StoreError
-    where the scheme's package is not installed.
+    where the scheme's package is not installed, and for an endpoint that is no URL of a server.
     """
     if scheme == "file":
         return fsspec.filesystem("file")
     settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    if scheme == "s3":
+        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            _check_endpoint(name, os.environ.get(name, ""), url)
+        url = "s3://"
     # The process is in the key because fsspec's event loop does not survive a fork.
-    return _client("s3://" if scheme == "s3" else url, patient, os.getpid(), tuple(settings))
+    return _client(url, patient, _anonymous, os.getpid(), tuple(settings))
+
+
+@lru_cache(maxsize=64)
+def _check_endpoint(name: str, endpoint: str, url: str) -> None:
+    """Raise StoreError unless the variable is not set, or holds the URL of a server.
+
+    A bucket at its end is refused as well. Requests name the bucket, so that it would be there
+    twice: the server would answer, and look for every key under a folder of the bucket's name.
+    """
+    if not endpoint:
+        return
+    way_out = f"set {name} to the server alone, as in http://host:9000 or https://host"
+    try:
+        parts = urlsplit(endpoint)
+        is_server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        has_more = bool(parts.username or parts.query or parts.fragment)
+    except ValueError:  # a port that is no number, an address that is cut short
+        is_server = has_more = False
+    if not is_server or has_more or any(character.isspace() for character in endpoint):
+        raise StoreError(f"{name} is {shortened(endpoint)}, which is no URL of a server: {way_out}")
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    path = parts.path.strip("/")
+    in_host = re.match(rf"{re.escape(bucket)}\.{_S3_HOSTS}", str(parts.hostname))
+    if bucket and (path.rpartition("/")[2] == bucket or in_host):
+        raise StoreError(
+            f"{name} is {shortened(endpoint)}, with the bucket {bucket!r} of {shortened(url)} in "
+            f"it: {way_out}"
+        )
 
 
 @lru_cache(maxsize=16)
-def _client(url: str, patient: bool, pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+def _client(
+    url: str, patient: bool, anonymous: bool, pid: int, settings: tuple[tuple[str, str], ...]
+) -> Any:
     if url == "s3://":
-        return _s3_filesystem(patient)
+        return _s3_filesystem(patient, anonymous)
     try:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)[0]
     except ImportError as error:
-        raise StoreError(f"cannot use {url}: {error}") from error
+        raise StoreError(
+            f"cannot use {shortened(url)}: it needs a Python package that is not installed "
+            f"({one_line(error)}): install it here and on all workers, or use another place"
+        ) from error
+    except OSError as error:
+        raise StoreError(f"cannot use {shortened(url)}: {reason_of(error)}") from error
+    except Exception as error:  # of any type: most schemes need settings of their own
+        raise StoreError(
+            f"cannot use {shortened(url)}: this kind of place needs settings that a URL cannot "
+            f"hold: use a folder or s3://bucket/prefix"
+        ) from error
 
 
-def _s3_filesystem(patient: bool) -> Any:
+def _s3_filesystem(patient: bool, anonymous: bool) -> Any:
     # Imported here because the import takes a second, which local stores need not spend.
     from s3fs import S3FileSystem
 
@@ -99,6 +166,7 @@ def _s3_filesystem(patient: bool) -> Any:
         "response_checksum_validation": "when_required",
     }
     fs = BoundedS3(
+        anon=anonymous,
         skip_instance_cache=True,
         use_listings_cache=False,
         default_block_size=BLOCK_BYTES,

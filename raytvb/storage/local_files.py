@@ -13,6 +13,18 @@ from typing import BinaryIO
 TEMPORARY = ".raytvb-tmp-"
 """How the names of unfinished files begin. Listings leave such files out."""
 
+FOLDER = "RAYTVB_FOLDER"
+"""Environment variable of workers on a cluster: the driver's folder, which relative paths count
+from."""
+
+
+def enter_folder() -> None:
+    """Change to the driver's folder, if this process has been told one and this machine has it."""
+    folder = os.environ.get(FOLDER)
+    if folder:
+        with suppress(OSError):
+            os.chdir(folder)
+
 
 @contextmanager
 def local_writer(path: str) -> Iterator[BinaryIO]:
@@ -65,11 +77,33 @@ def check_folder(path: str) -> None:
 
 
 def files_below(path: str) -> list[str]:
-    """Paths of all files in a folder and below, or the path itself if it is a file."""
+    """Paths of all files in a folder and below, or the path itself if it is a file.
+
+    Symbolic links are followed, but no folder is entered twice through links: two that lead upwards
+    would never end. Broken links, pipes, sockets and devices are left out.
+    """
     if os.path.isfile(path):
         return [path]
+    files, entered = list[str](), set[tuple[int, int]]()
     walk = os.walk(path, onerror=_raise_unless_missing, followlinks=True)
-    return [os.path.join(folder, name) for folder, _, names in walk for name in names]
+    for folder, folders, names in walk:
+        folders[:] = [name for name in folders if _is_new(os.path.join(folder, name), entered)]
+        paths = [os.path.join(folder, name) for name in names]
+        files += [each for each in paths if os.path.isfile(each)]
+    return files
+
+
+def _is_new(folder: str, entered: set[tuple[int, int]]) -> bool:
+    """Whether a folder is not a link, or one to a folder that no link has led to before."""
+    if not os.path.islink(folder):
+        return True
+    with suppress(FileNotFoundError):
+        status = os.stat(folder)
+        target = (status.st_dev, status.st_ino)
+        if target not in entered:
+            entered.add(target)
+            return True
+    return False
 
 
 def _raise_unless_missing(error: OSError) -> None:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar
 
-from raytvb.storage.addresses import checked_key, parse_url
+from raytvb.storage.addresses import check_lengths, checked_key, parse_url
 from raytvb.storage.contract import parse_json
 from raytvb.storage.filesystems import filesystem_of
 from raytvb.storage.local_files import (
@@ -130,6 +130,7 @@ class Store:
         """
         with self._explained("", "use"):
             if self.is_local:
+                check_lengths(self.path(""))
                 check_folder(self.path(""))
             else:
                 fs = filesystem_of(self.url, self._scheme, patient=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +20,7 @@ WAYS_OUT = {
     "InvalidAccessKeyId": (
         "the server does not know this access key: check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
     ),
+    "InvalidBucketName": "no bucket can have this name: correct the URL",
     "SignatureDoesNotMatch": (
         "wrong access key or secret: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     ),
@@ -26,7 +30,23 @@ WAYS_OUT = {
     "404": "no such bucket, or not an S3 server: check the URL and AWS_ENDPOINT_URL",
     "501": "this is not an S3 server: check AWS_ENDPOINT_URL",
     # Classes of errors of the S3 client.
-    "NoCredentialsError": f"no credentials found: set {_VARIABLES}, or use a role or ~/.aws",
+    "NoCredentialsError": (
+        f"no credentials found: set {_VARIABLES}, or use a role or ~/.aws; for a public bucket, "
+        f"put `resources: {{anonymous: true}}` into the experiment file, or give --anonymous to a "
+        f"command that looks into a store"
+    ),
+    "PartialCredentialsError": (
+        "half of the credentials is missing: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    ),
+    "ProfileNotFound": "correct or unset AWS_PROFILE, or add the profile to ~/.aws/config",
+    "ConfigParseError": "correct ~/.aws/config, or the file that AWS_CONFIG_FILE names",
+    "InvalidRegionError": "correct AWS_DEFAULT_REGION",
+    "InvalidRetryModeError": "correct or unset AWS_RETRY_MODE",
+    "SSLError": "the server's certificate is refused: check AWS_ENDPOINT_URL and AWS_CA_BUNDLE",
+    "HTTPClientError": (
+        "the request could not be sent: check AWS_ENDPOINT_URL, AWS_CA_BUNDLE and the proxy"
+    ),
+    "ProxyConnectionError": "the proxy cannot be reached: check HTTPS_PROXY and HTTP_PROXY",
     "EndpointConnectionError": (
         "nothing answers at the endpoint: check AWS_ENDPOINT_URL and that the server runs"
     ),
@@ -40,6 +60,7 @@ WAYS_OUT = {
     # Errors of the Hugging Face hub and other servers.
     "ConnectError": _NO_SERVER,
     "ConnectionError": _NO_SERVER,
+    "gaierror": "no host of this name is known: check the URL and the network",
     "RepositoryNotFoundError": (
         "no such repository on the hub, or a private one: check the URL, set HF_TOKEN"
     ),
@@ -49,9 +70,38 @@ WAYS_OUT = {
         "access denied: check the permissions, or the credentials and the bucket's policy"
     ),
     "NotADirectoryError": "a part of the path is a file, not a folder: choose another place",
+    "FileExistsError": (
+        "there is a file where a folder is needed: choose another place, or delete the file"
+    ),
     "IsADirectoryError": "there is a folder of this name: choose another key, or delete the folder",
 }
 """What a user can do about an error, by its `library_code` or the name of its class."""
+
+
+_OS_REASONS = {
+    errno.ENOENT: "there is no such file or folder: check the path",
+    errno.EACCES: "access denied: check the permissions",
+    errno.EPERM: "this is not permitted: check the permissions, and whether the disk is read-only",
+    errno.EISDIR: "this is a folder, and a file is needed: name a file in it",
+    errno.ENOTDIR: WAYS_OUT["NotADirectoryError"],
+    errno.EEXIST: WAYS_OUT["FileExistsError"],
+    errno.ENAMETOOLONG: (
+        "the path is too long, or a name in it (most disks take 255 bytes): choose shorter ones"
+    ),
+    errno.ELOOP: "symbolic links lead in a circle: correct them",
+    errno.EROFS: "the disk can only be read: choose a place on another one",
+    errno.ENOSPC: "the disk is full: free some space, or choose a place on another one",
+    errno.EDQUOT: "the quota of this disk is used up: free some space, or choose another place",
+    errno.EMFILE: "too many files are open: raise the limit (`ulimit -n`)",
+    errno.EIO: "the disk failed: check it, and the network if it is a remote one",
+    errno.ENXIO: "this is neither a file nor a folder: choose another place",
+    errno.EINVAL: "the system refuses this path: choose another one",
+    errno.ECONNREFUSED: "nothing answers at this address: check the URL and that the server runs",
+    errno.ETIMEDOUT: _NO_SERVER,
+    errno.EHOSTUNREACH: _NO_SERVER,
+    errno.ENETUNREACH: _NO_SERVER,
+}
+"""Errors of the operating system, and what a user can do about them."""
 
 
 class StoreError(OSError):
@@ -89,10 +139,37 @@ def library_code(error: BaseException) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Why an operation failed, in one line, with what the user can do about it."""
-    name = type(error).__name__
-    way_out = WAYS_OUT.get(library_code(error)) or WAYS_OUT.get(name)
-    detail = _server_message(error) or str(error) or name
-    return f"{way_out} ({detail})" if way_out else detail
+    if isinstance(error, StoreError):
+        return str(error)
+    code = library_code(error)
+    if isinstance(error, OSError) and error.errno in _OS_REASONS and not code:
+        return os_message(error)
+    way_out = WAYS_OUT.get(code) or WAYS_OUT.get(type(error).__name__)
+    detail = _server_message(error) or one_line(error)
+    if way_out:
+        return f"{way_out} ({detail})"
+    return f"{detail}: check the URL and the server" if code else detail
+
+
+def one_line(error: BaseException) -> str:
+    """The text of another package's error in one line, or else the name of its class."""
+    text = re.sub(r"\[Errno -?\d+\] *", "", " ".join(str(error).split()))
+    text = text.rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def os_reason(error: OSError) -> str:
+    """Why the operating system refused something, and what a user can do about it."""
+    return _OS_REASONS.get(error.errno or 0) or error.strerror or str(error)
+
+
+def os_message(error: OSError) -> str:
+    """As `os_reason`, with the path."""
+    path = error.filename
+    if not isinstance(path, str | bytes | os.PathLike):
+        return os_reason(error)
+    text = os.fsdecode(path)
+    return f"{os_reason(error)} ({text if len(text) <= 300 else f'{text[:299]}…'})"
 
 
 @contextmanager

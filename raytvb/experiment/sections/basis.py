@@ -6,18 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raytvb.experiment.fields import (
-    Count,
-    Frozen,
-    one_or_many,
-)
+from raytvb.errors import listed
+from raytvb.experiment.fields import Count, Flag, Frozen, one_or_many
 from raytvb.maths.basis_registry import BASIS_METHODS, online_methods
 
 
 def _each_once(given: object) -> object:
     """One name or several, without repetitions."""
     names = one_or_many(given)
-    return tuple(dict.fromkeys(map(str, names))) if isinstance(names, list | tuple) else given
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return names
+    return tuple(dict.fromkeys(names))
 
 
 class BasisConfig(Frozen):
@@ -34,7 +33,7 @@ class BasisConfig(Frozen):
             "their entries without both tails, as in Breadcrumbs."
         ),
     )
-    online: bool = Field(
+    online: Flag = Field(
         False,
         description=(
             "Also build bases that see each vector once and need bounded memory. Only some methods "
@@ -54,7 +53,7 @@ class BasisConfig(Frozen):
         unknown = [name for name in self.method if name not in BASIS_METHODS]
         if unknown or not self.method:
             raise ValueError(
-                f"unknown basis method {', '.join(unknown) or '(none given)'}; allowed: "
+                f"unknown basis method {listed(unknown) or '(none given)'}; allowed: "
                 f"{', '.join(BASIS_METHODS)}"
             )
         if self.online and not set(self.method) & set(online_methods()):

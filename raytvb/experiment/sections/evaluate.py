@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raytvb.experiment.fields import Count, Fraction, Frozen, Positive
-from raytvb.experiment.sections.tasks import TaskConfig, Tasks, expanded_tasks
+from raytvb.experiment.fields import Count, Flag, Fraction, Frozen, Rate, Real, Whole, Words
+from raytvb.experiment.sections.tasks import Task, Tasks, expanded_tasks
 from raytvb.suite.task_names import CONTROL
 
 
@@ -21,7 +21,7 @@ class UnseenConfig(Frozen):
     tasks: Tasks = Field(description="The tasks, or the name of a preset.")
     shots: Count = Field(4, description="Training images of each class.")
     steps: Count = Field(30, description="Steps of Adam on the coefficients.")
-    lr: Positive = Field(
+    lr: Rate = Field(
         0.02,
         description=(
             "Learning rate of the coefficients. The vectors are first scaled to equal length."
@@ -41,10 +41,10 @@ class DisentanglementConfig(Frozen):
     pairs: tuple[tuple[str, str], ...] = Field(
         (), description="Pairs of task names. Default: the first two tasks."
     )
-    low: float = Field(-1.0, description="Least coefficient of the grid.")
-    high: float = Field(2.0, description="Greatest coefficient of the grid.")
-    points: int = Field(
-        7, ge=2, description="Points on each side of the grid, low and high included."
+    low: Real = Field(-1.0, ge=-1000.0, le=1000.0, description="Least coefficient of the grid.")
+    high: Real = Field(2.0, ge=-1000.0, le=1000.0, description="Greatest coefficient of the grid.")
+    points: Whole = Field(
+        7, ge=2, le=200, description="Points on each side of the grid, low and high included."
     )
 
     @model_validator(mode="after")
@@ -87,7 +87,7 @@ def _disentanglement_section(given: object) -> object:
 class EvaluateConfig(Frozen):
     """What is measured on the test split."""
 
-    control: Annotated[TaskConfig | None, BeforeValidator(_control_task)] = Field(
+    control: Annotated[Task | None, BeforeValidator(_control_task)] = Field(
         None,
         description=(
             f"The task on which a model must stay accurate while another task is negated. Default: "
@@ -95,7 +95,7 @@ class EvaluateConfig(Frozen):
             f"of ImageNet-1k. `none`: nothing is negated."
         ),
     )
-    negation: bool = Field(True, description="Negate each task. false: nothing is negated.")
+    negation: Flag = Field(True, description="Negate each task. false: nothing is negated.")
     keep: Fraction = Field(
         0.95,
         description="Share of its zero-shot accuracy that the control must keep in a negation.",
@@ -113,11 +113,15 @@ class EvaluateConfig(Frozen):
             "Lists of tasks to add, besides the seeded subsets. Each has its own coefficient."
         ),
     )
-    unseen: Annotated[UnseenConfig | None, BeforeValidator(_unseen_section)] = Field(
-        None, description="Tasks without a task vector. Default: none."
-    )
+    unseen: Annotated[
+        UnseenConfig | None,
+        BeforeValidator(_unseen_section),
+        Words("a list of tasks, or fields like `tasks:` and `shots:`"),
+    ] = Field(None, description="Tasks without a task vector. Default: none.")
     disentanglement: Annotated[
-        DisentanglementConfig | None, BeforeValidator(_disentanglement_section)
+        DisentanglementConfig | None,
+        BeforeValidator(_disentanglement_section),
+        Words("true, false, or fields like `pairs:` and `points:`"),
     ] = Field(
         None,
         description=(

@@ -6,17 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raytvb.experiment.fields import (
-    Count,
-    Frozen,
-    Positive,
-)
+from raytvb.experiment.fields import Count, Epochs, Frozen, Rate, Real
 
 
 class FinetuneConfig(Frozen):
     """Fine-tuning with AdamW, a warm-up and a cosine schedule. The zero-shot head is frozen."""
 
-    epochs: Positive = Field(10, description="Epochs of tasks that do not give their own.")
+    epochs: Epochs = Field(10, description="Epochs of tasks that do not give their own.")
     batch_size: Count = Field(128, description="Images in each step.")
     accumulate: Count = Field(
         1,
@@ -32,20 +28,21 @@ class FinetuneConfig(Frozen):
             "safe (autocast). Weights and AdamW stay in float32."
         ),
     )
-    lr: Positive | None = Field(
+    lr: Rate | None = Field(
         None,
         description="Learning rate. Default: 1e-5; for the embedded model, a value tuned for it.",
     )
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="Decoupled weight decay, on the trained entries only."
+    weight_decay: Real = Field(
+        0.1, ge=0.0, le=1000.0, description="Decoupled weight decay, on the trained entries only."
     )
-    warmup: float = Field(
+    warmup: Real = Field(
         0.1,
         ge=0.0,
+        le=1e9,
         description="Warm-up: below 1 a share of all steps, from 1 on a number of steps.",
     )
-    clip: Positive = Field(1.0, description="Norm that gradients are clipped to.")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="For the cross entropy.")
+    clip: Real = Field(1.0, gt=0.0, le=1e30, description="Norm that gradients are clipped to.")
+    label_smoothing: Real = Field(0.0, ge=0.0, lt=1.0, description="For the cross entropy.")
 
     @model_validator(mode="after")
     def _whole_parts(self) -> FinetuneConfig:

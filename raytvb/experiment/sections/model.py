@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated
 
-from raytvb.experiment.fields import (
-    TINY_MODEL,
-    Frozen,
-)
+from pydantic import AfterValidator, Field, model_validator
+
+from raytvb.experiment.fields import TINY_MODEL, Frozen, Place, Words
+from raytvb.storage.addresses import check_variables
+from raytvb.storage.store_errors import StoreError
+
+
+def _filled_in(place: str) -> str:
+    """The place itself. Raises ValueError for one with a variable that nobody has filled in."""
+    try:
+        check_variables(place)
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+    return place
+
+
+ModelPlace = Annotated[
+    Place, AfterValidator(_filled_in), Words("the name of a model, or a path, without line breaks")
+]
 
 
 class ModelConfig(Frozen):
     """The pretrained open_clip model whose image tower is fine-tuned."""
 
-    name: str = Field(
+    name: ModelPlace = Field(
         TINY_MODEL,
         description=(
             f"Name of an open_clip model, hf-hub:OWNER/NAME, local-dir:PATH, or {TINY_MODEL}, the "
             f"model of the embedded suite."
         ),
     )
-    pretrained: str | None = Field(
+    pretrained: ModelPlace | None = Field(
         None,
         description=(
             "Weights: a tag of open_clip or a checkpoint file. Give it only with the name of an "

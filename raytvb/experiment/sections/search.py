@@ -6,21 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raytvb.experiment.fields import (
-    Count,
-    Fraction,
-    Frozen,
-    OneOrMany,
-    Positive,
-)
+from raytvb.errors import listed, shortened
+from raytvb.experiment.fields import Count, Fraction, Frozen, OneOrMany, Real, Whole
 from raytvb.maths.merge_registry import compared_merges
 
 
 class CoefficientConfig(Frozen):
     """The merge coefficient alpha. Its best value is near one over the number of vectors added."""
 
-    low: float = Field(0.0, ge=0.0, description="Least coefficient that is tried.")
-    high: Positive = Field(4.0, description="Greatest coefficient that is tried.")
+    low: Real = Field(0.0, ge=0.0, le=1000.0, description="Least coefficient that is tried.")
+    high: Real = Field(4.0, gt=0.0, le=1000.0, description="Greatest coefficient that is tried.")
     strategy: Literal["line", "grid"] = Field(
         "line",
         description=(
@@ -29,7 +24,9 @@ class CoefficientConfig(Frozen):
             "`points` values at even steps."
         ),
     )
-    points: int = Field(21, ge=2, description="Points of the grid, low and high included.")
+    points: Whole = Field(
+        21, ge=2, le=10_000, description="Points of the grid, low and high included."
+    )
     vector: Literal["none", "per-task", "per-basis"] = Field(
         "none",
         description=(
@@ -37,7 +34,9 @@ class CoefficientConfig(Frozen):
             "addition of all tasks."
         ),
     )
-    trials: Count = Field(60, description="How many vectors of coefficients Optuna tries.")
+    trials: Whole = Field(
+        60, ge=1, le=100_000, description="How many vectors of coefficients Optuna tries."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> CoefficientConfig:
@@ -60,7 +59,7 @@ class SearchConfig(Frozen):
             "alone."
         ),
     )
-    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+    tolerance: Annotated[Real, Field(ge=0.0, lt=1.0)] | None = Field(
         None,
         description=(
             "Choose the smallest basis whose accuracy is at most this much below that of the best "
@@ -93,8 +92,11 @@ class SearchConfig(Frozen):
             "all tasks."
         ),
     )
-    random_subsets: Count = Field(
-        1, description="How many seeded draws each random baseline has at each size."
+    random_subsets: Whole = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="How many seeded draws each random baseline has at each size.",
     )
     merges: Annotated[tuple[str, ...], OneOrMany] = Field(
         (),
@@ -104,12 +106,14 @@ class SearchConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
         if not self.shares or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1:
-            raise ValueError(f"shares must rise and end with 1.0, not {list(self.shares)}")
+            raise ValueError(
+                f"shares must rise and end with 1.0, not {shortened(list(self.shares))}"
+            )
         allowed = compared_merges()
         unknown = [name for name in self.merges if name not in allowed]
         if unknown or len(set(self.merges)) < len(self.merges):
             raise ValueError(
-                f"merges: {', '.join(unknown) or 'a method is given twice'}; allowed: "
+                f"merges: {listed(unknown) or 'a method is given twice'}; allowed: "
                 f"{', '.join(allowed)}"
             )
         return self

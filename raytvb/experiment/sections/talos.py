@@ -6,11 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from raytvb.experiment.fields import (
-    Count,
-    Fraction,
-    Frozen,
-)
+from raytvb.experiment.fields import Count, Fraction, Frozen, Real, Whole
 
 
 class TalosConfig(Frozen):
@@ -36,14 +32,16 @@ class TalosConfig(Frozen):
             "comparison: highest (sensitivity), magnitude (largest weights) and random."
         ),
     )
-    rounds: Count = Field(
+    rounds: Whole = Field(
         4,
+        ge=1,
+        le=1000,
         description=(
             "Rounds in which the mask is thinned to the density. Each round computes new scores. "
             "Used only if entries are selected by sensitivity."
         ),
     )
-    damping: float = Field(
+    damping: Real = Field(
         0.1,
         ge=0.0,
         le=1.0,
@@ -52,7 +50,12 @@ class TalosConfig(Frozen):
             "1.0 leaves them as they are."
         ),
     )
-    images: Count = Field(256, description="Training images that are scored, for each task.")
+    images: Whole = Field(
+        256,
+        ge=1,
+        le=1_000_000_000,
+        description="Training images that are scored, for each task.",
+    )
     draws: Count | Literal["exact"] = Field(
         1,
         description=(
