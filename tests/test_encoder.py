@@ -91,7 +91,8 @@ def test_every_tensor_that_differs_is_listed_at_once(tmp_path: Path, file: str) 
     with pytest.raises(UserError) as caught:
         load_encoder(written(tmp_path / file, wrong))
     assert str(caught.value).splitlines() == [
-        f"model.pretrained: {tmp_path / file} is not a checkpoint of {NAME}",
+        f"model.pretrained: {tmp_path / file} is not a checkpoint of {NAME}: "
+        f"use the checkpoint of this model, or the name of the model that it belongs to",
         "  missing: visual.ln_post.weight, visual.proj",
         "  not in the model: head.weight",
         "  of another shape: text_projection (8, 7) instead of (8, 12), "
@@ -106,7 +107,7 @@ def test_every_tensor_that_differs_is_listed_at_once(tmp_path: Path, file: str) 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(
-        UserError, match=rf"{tmp_path / file} cannot be read as a checkpoint: .*state_dict alone"
+        UserError, match=rf"{tmp_path / file} cannot be read as a checkpoint: .*copy it again"
     ):
         load_encoder(ModelConfig(name=NAME, pretrained=str(tmp_path / file)))
 

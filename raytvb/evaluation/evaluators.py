@@ -60,7 +60,7 @@ def evaluation_split(
     worker_setup()
     preprocess = load_base(experiment.store, fingerprint).preprocess
     loaded = cached_split(
-        Store(experiment.store), task, split, preprocess, threads=threads(experiment)
+        Store(experiment.store), task, split, preprocess, threads(experiment), experiment.data
     )
     return loaded.skipped, SplitArrays.of(loaded)
 

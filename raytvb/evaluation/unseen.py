@@ -80,7 +80,9 @@ class UnseenTask(Evaluation):
     def _few_images(self, context: Context) -> _FewImages:
         experiment = context.experiment
         preprocess = load_base(experiment.store, context.fingerprint).preprocess
-        split = load_split(self.task, "train", preprocess, threads=threads(experiment))
+        split = load_split(
+            self.task, "train", preprocess, threads=threads(experiment), reading=experiment.data
+        )
         seed = task_seed(experiment.seed, f"{self.task.name}/few-shot")
         return _FewImages(split, few_shot_sample(split.labels, self.learning.shots, seed), seed)
 

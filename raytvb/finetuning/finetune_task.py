@@ -77,7 +77,13 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
     experiment = task_store.experiment
     pretrained = PretrainedTask.load(task_store, fingerprint)
     trainable = _trainable(task_store, pretrained, fingerprint)
-    split = load_split(task_store.task, "train", pretrained.preprocess, threads=threads(experiment))
+    split = load_split(
+        task_store.task,
+        "train",
+        pretrained.preprocess,
+        threads=threads(experiment),
+        reading=experiment.data,
+    )
     checkpoints = CheckpointFolder(task_store)
     tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
     _check_finite(tuned.values, task_store.store.where(task_store.vector_key))

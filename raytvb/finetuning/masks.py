@@ -150,6 +150,7 @@ def _sensitivities(
         threads=threads(experiment),
         sample=experiment.talos.images,
         generator=generator,
+        reading=experiment.data,
     )
     place = device()
     try:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from raytvb.maths.fisher_recorder import Recorder
+from raytvb.maths.recomputation import without_recomputation
 
 Model = Callable[[Tensor], Tensor]
 
@@ -57,7 +58,7 @@ def fisher_scores(
 
     Args:
         classifier: images (N, 3, H, W) to logits (N, C). Its mode is not changed: call `.eval()`
-            first.
+            first. Recomputation of activations is off while it is scored.
         images: (N, 3, H, W), without augmentation.
         draws: labels sampled from p(.|x) per image, or "exact" for the expectation over all C
             classes.
@@ -90,10 +91,13 @@ def fisher_scores(
     slow = set[str]()
     if precision == "bf16" and len(images) > 1:
         # Rounding to bfloat16 may exceed any tolerance, so the rules are checked in float32.
-        slow, tolerance = _parameters_without_rule(classifier, parameters, images, tolerance), None
+        with without_recomputation(classifier):
+            slow = _parameters_without_rule(classifier, parameters, images, tolerance)
+        tolerance = None
     scoring = _Scoring(model, draw, parameters, slow, tolerance)
-    for batch in images.split(batch_size):
-        scoring.add(batch)
+    with without_recomputation(classifier):
+        for batch in images.split(batch_size):
+            scoring.add(batch)
     return {name: score.div_(len(images)) for name, score in scoring.scores.items()}
 
 

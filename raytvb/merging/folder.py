@@ -19,7 +19,8 @@ from torch import Tensor
 
 from raytvb.errors import UserError
 from raytvb.experiment.layout import BASE
-from raytvb.models.open_clip_models import CONFIG_FILE, WEIGHTS_FILE
+from raytvb.models.model_folder import CONFIG_FILE
+from raytvb.models.open_clip_models import WEIGHTS_FILE
 from raytvb.storage.local_files import TEMPORARY
 from raytvb.storage.records import Record, read_file
 from raytvb.storage.store import Store
@@ -129,14 +130,15 @@ def _move_files(unfinished: Path, place: Path) -> None:
 
 
 def _with_full_path(document: bytes, folder: Path) -> bytes:
-    """A model's configuration with the full path of its tokenizer file.
+    """A model's configuration with the full path of its tokenizer file in the folder.
 
-    open_clip would look for a relative path in the working folder.
+    open_clip would look for a relative path in the working folder. The configuration of a store has
+    a relative path, or the full one of the store's own file.
     """
     config = json.loads(document)
     options = _tokenizer_options(config)
-    if "bpe_path" in options:
-        options["bpe_path"] = str(folder.resolve() / options["bpe_path"])
+    if options.get("bpe_path") is not None:
+        options["bpe_path"] = str(folder.resolve() / Path(options["bpe_path"]).name)
     return (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()
 
 

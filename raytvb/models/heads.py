@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -13,13 +13,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from raytvb.data.splits import task_classes
-from raytvb.errors import VectorError
+from raytvb.errors import UserError, VectorError, described
 from raytvb.experiment.layout import BASE, HEAD
 from raytvb.experiment.sections.model import ModelConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
+from raytvb.models.hub import reached_soon
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.open_clip_package import model_source, open_clip_package
+from raytvb.models.tokenizer_files import bpe_file
 from raytvb.storage import records
 from raytvb.storage.checked_file import CheckedFile
 from raytvb.storage.contract import JsonObject
@@ -45,28 +47,26 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer.
 
     If the model's configuration names a BPE file, the file is taken from the model's own folder.
+    Raises UserError for a tokenizer that cannot be loaded.
     """
     source = model_source(config)
-    options: dict[str, Any] = {}
-    if source.startswith("local-dir:"):
-        bpe_path = _bpe_path(source)
-        if bpe_path is not None:
-            options["bpe_path"] = _bpe_file(Path(source.removeprefix("local-dir:")), bpe_path)
-    tokenizer: Tokenizer = open_clip_package().get_tokenizer(source, **options)
-    return tokenizer
-
-
-def _bpe_path(source: str) -> str | None:
-    """The path of the BPE file that a model's configuration names, or None."""
-    text = open_clip_package().get_model_config(source).get("text_cfg", {})
-    path: str | None = text.get("tokenizer_kwargs", {}).get("bpe_path")
-    return path
-
-
-def _bpe_file(folder: Path, bpe_path: str) -> str:
-    # The configuration of a merged model has the full path of the folder where it was written.
-    beside = folder / Path(bpe_path).name
-    return str(beside if beside.is_file() else folder / bpe_path)
+    folder = Path(source.removeprefix("local-dir:")) if source.startswith("local-dir:") else None
+    try:
+        text = open_clip_package().get_model_config(source).get("text_cfg", {})
+        bpe_path = text.get("tokenizer_kwargs", {}).get("bpe_path")
+        options: dict[str, str] = {}
+        if folder is not None and bpe_path is not None:
+            options["bpe_path"] = str(bpe_file(folder, bpe_path))
+        is_fetched = folder is None and text.get("hf_tokenizer_name")
+        with reached_soon() if is_fetched else nullcontext():
+            tokenizer: Tokenizer = open_clip_package().get_tokenizer(source, **options)
+        return tokenizer
+    # Of files, of the hub and of transformers: there is no common class.
+    except Exception as error:
+        raise UserError(
+            f"model {config.name}: its tokenizer cannot be loaded: put the tokenizer's files "
+            f"beside the model, or fetch them where there is a network ({described(error):.200})"
+        ) from error
 
 
 @torch.no_grad()
@@ -78,13 +78,17 @@ def zero_shot_head(
     The embedding of a class is the mean over templates of unit vectors, scaled to unit length. So
     logits are unit image features @ head.T. An underscore in a class name is read as a space.
     """
-    words = [name.replace("_", " ") for name in classes]
     total: Tensor | int = 0
     for template in templates:
-        prompts = [template.format(word) for word in words]
+        prompts = [template.format(word) for word in words(classes)]
         total = total + encoder.text_features(tokenizer(prompts))
     assert isinstance(total, Tensor)
     return nn.functional.normalize(total, dim=-1) * encoder.logit_scale
+
+
+def words(classes: Sequence[str]) -> list[str]:
+    """The class names as they stand in prompts: an underscore becomes a space."""
+    return [name.replace("_", " ") for name in classes]
 
 
 def write_head(

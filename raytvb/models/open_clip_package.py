@@ -37,6 +37,22 @@ def tag_options(config: ModelConfig) -> dict[str, bool]:
     return {"force_quick_gelu": bool(tag and tag.get("quick_gelu", False))}
 
 
+def described_model(source: str, **options: Any) -> Any:
+    """A model of open_clip with random values, as its name or folder describes it.
+
+    Nothing is fetched for its towers: the values come from a checkpoint afterwards.
+    """
+    logger = logging.getLogger()
+    level = logger.level
+    quiet_open_clip()  # it warns of the random values
+    try:
+        return open_clip_package().create_model(
+            source, load_weights=False, pretrained_text=False, **options
+        )
+    finally:
+        logger.setLevel(level)
+
+
 def quiet_open_clip() -> None:
     """Show only errors on the root logger, where open_clip logs a page for each model."""
     logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from raytvb.errors import UserError, described
 from raytvb.experiment.config import Experiment
@@ -36,9 +37,15 @@ def store_base(experiment: Experiment) -> Record:
         BASE,
         identity=base_identity(experiment),
         metrics=BaseMetrics(parameters=parameters),
-        files=encoder_files(encoder, experiment.model),
+        files=encoder_files(encoder, experiment.model, _folder_of(store)),
         parents={"fingerprint": encoder.fingerprint()},
     )
+
+
+def _folder_of(store: Store) -> Path | None:
+    """Where the model's files lie on this machine; None for a store elsewhere."""
+    folder = store.local_path(BASE)
+    return None if folder is None else Path(folder).resolve()
 
 
 @cache

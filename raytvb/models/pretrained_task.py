@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raytvb.data.census import Census, take_census
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.splits import check_task
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
@@ -14,20 +14,43 @@ from raytvb.models.classifier import ImageClassifier
 from raytvb.models.heads import StoredHead, load_head
 from raytvb.models.open_clip_models import Encoder
 from raytvb.models.pretrained_model import load_base
-from raytvb.models.worker_process import worker_setup
+from raytvb.models.prompts import prompt_warnings
+from raytvb.models.worker_process import threads, worker_setup
 
 
 def prepare_task(
     experiment: Experiment, fingerprint: str, task: TaskConfig, splits: Sequence[str]
-) -> None:
+) -> Census:
     """Check that the data of a task have these splits, and store its zero-shot head.
 
-    No image is read. fingerprint: of the pretrained model. Raises UserError for a split that is
-    missing and for data that cannot be opened.
+    fingerprint: of the pretrained model. Returns what the data hold. Every image is decoded once,
+    unless `data.leaks` is `ignore`. Raises UserError for a split that is missing and for data that
+    cannot be used.
     """
     worker_setup()
-    check_task(task, splits)
+    census = checked_census(experiment, task, splits, threads(experiment))
     load_head(TaskStore(experiment, task), load_base(experiment.store, fingerprint))
+    return census
+
+
+def checked_census(
+    experiment: Experiment,
+    task: TaskConfig,
+    splits: Sequence[str],
+    decoders: int,
+    *,
+    decode: bool = True,
+) -> Census:
+    """What the data of a task hold, with warnings about its prompts.
+
+    splits: those that the data must have. decoders: number of images that are decoded at the same
+    time. decode: whether every image is decoded, unless `data.leaks` is `ignore`. Raises UserError
+    as `take_census`, and for a split that is missing.
+    """
+    decode = decode and experiment.data.leaks != "ignore"
+    census = take_census(task, experiment.data, decoders, splits=splits, decode=decode)
+    census.warnings += prompt_warnings(experiment.model, [*census.classes], task.prompts)
+    return census
 
 
 @dataclass(frozen=True)
