@@ -82,7 +82,7 @@ def test_folders_and_a_torchvision_data_set_with_all_options_of_training(
     assert main(["plan", str(file)]) == 0
     assert main(["run", str(file)]) == 0
     shown = capsys.readouterr()
-    assert "pets: loss" in shown.err and "2 images cannot be read and are left out" in shown.err
+    assert "pets: loss" in shown.err and "pets: left out: 2 " in shown.err
     store = Store(str(tmp_path / "store"))
     metrics = {
         t: store.read_json(f"vectors/{t}/record.json")["metrics"] for t in ("pets", "EuroSAT")
@@ -136,7 +136,7 @@ def test_more_corrupt_images_than_allowed_stop_one_task_and_name_the_first(
     message = capsys.readouterr().err
     assert ", its 7 steps end within the warm-up of 500" in message
     assert (
-        "pets: finetune: train/" in message
+        "pets: data: train/" in message
         and "truncated, and 1 more of train; up to `max_corrupt: 1`" in message
     )
     store = Store(str(tmp_path / "store"))

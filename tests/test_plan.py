@@ -94,9 +94,11 @@ def test_plan_of_a_store_that_could_not_be_made_is_refused(tmp_path: Path) -> No
         describe(experiment(tmp_path / "store"))
 
 
-def test_plan_of_a_store_elsewhere_says_that_it_answers() -> None:
-    assert "memory://plan: reachable" in describe(experiment("memory://plan"))
-    assert Store("memory://plan").keys() == []
+@pytest.mark.s3
+def test_plan_of_a_store_elsewhere_says_that_it_answers(s3_environment: str) -> None:
+    url = f"{s3_environment}/plan"
+    assert f"{url}: reachable" in describe(experiment(url))
+    assert Store(url).keys() == []
 
 
 @pytest.mark.s3

@@ -1,97 +1,201 @@
-"""Images decoded and resized for a model."""
+"""Images decoded and resized for a model, several at a time, each within a time limit."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import TimeoutError as LateError
+from multiprocessing.pool import AsyncResult, ThreadPool
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from raytvb.data.image_source import Row
+from raytvb.data.opening import Unreadable, open_image, rgb_image, rgb_strips, why_unreadable
 from raytvb.data.preprocess import Preprocess
+from raytvb.experiment.sections.data import DataConfig
 
-Step = Callable[[Image.Image], Image.Image]
+AS_USUAL = DataConfig()
+"""How images are read if an experiment does not say."""
+
+LONGEST_S = 15.0
+"""Seconds that decoding one image may take. A damaged file of a few kilobytes can keep a decoder
+busy for minutes."""
+
+TOGETHER = 8
+"""Number of images that are given to a thread at once."""
+
+LARGE = 2**21
+"""Number of pixels above which an image is large. Of smaller ones, every thread may hold one."""
+
+LARGE_TOGETHER = 2**26
+"""Number of pixels of the large images that are decoded at a time, unless one alone has more. Each
+pixel takes up to 8 bytes."""
+
+T = TypeVar("T")
+
+Step: TypeAlias = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Why an image cannot be read."""
+class Inspected:
+    """What is known of a readable image without its pixels."""
 
-    reason: str
+    digest: bytes
+    """Hash of the decoded RGB pixels and their arrangement. Equal for equal pictures, also if they
+    are encoded in different ways without loss."""
+    notes: tuple[str, ...]
+    """What was unusual about the image, in a few words."""
 
 
 def decoded_rows(
-    rows: Iterator[Row], preprocess: Preprocess, threads: int
+    rows: Iterator[Row], preprocess: Preprocess, threads: int, reading: DataConfig = AS_USUAL
 ) -> Iterator[tuple[Row, np.ndarray | Unreadable]]:
     """The rows in their order, each with its decoded image (3, S, S) uint8.
 
     threads: number of images that are decoded at the same time.
     """
-    decode = partial(_decode, preprocess=preprocess)
-    if threads <= 1:
-        for row in rows:
-            yield row, decode(row)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        while batch := list(islice(rows, 8 * threads)):
-            yield from zip(batch, pool.map(decode, batch), strict=True)
+    work = partial(_pixels, preprocess=preprocess, reading=reading)
+    return _with_each(rows, work, threads, reading)
 
 
-def _decode(row: Row, preprocess: Preprocess) -> np.ndarray | Unreadable:
-    """An image as (3, S, S) uint8, or the reason why it cannot be read."""
+def inspected_rows(
+    rows: Iterator[Row], threads: int, reading: DataConfig
+) -> Iterator[tuple[Row, Inspected | Unreadable]]:
+    """The rows in their order, each with what is known after it was decoded."""
+    return _with_each(rows, partial(_inspected, reading=reading), threads, reading)
+
+
+def _pixels(image: Image.Image, preprocess: Preprocess, reading: DataConfig) -> np.ndarray:
+    """An opened image as (3, S, S) uint8."""
+    image = rgb_image(image, reading)
+    if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
+        for step in _geometry(preprocess.config_text):
+            image = step(image)
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _inspected(image: Image.Image, reading: DataConfig) -> Inspected:
+    digest, notes, sizes = hashlib.blake2b(digest_size=16), list[str](), list[int]()
+    for strip in rgb_strips(image, reading, notes):
+        digest.update(strip.convert("RGB").tobytes())
+        sizes.append(strip.height)
+        width = strip.width
+    digest.update(repr((width, sum(sizes))).encode())
+    return Inspected(digest.digest(), tuple(notes))
+
+
+def _with_each(
+    rows: Iterator[Row], work: Callable[[Image.Image], T], threads: int, reading: DataConfig
+) -> Iterator[tuple[Row, T | Unreadable]]:
+    """Each row with the result of work on its opened image, or why it could not be read."""
+    pool = _Pool(work, threads, reading)
     try:
-        image = _eight_bits(_opened(row))
-        if image.size != (preprocess.size, preprocess.size) or image.mode != "RGB":
-            for step in _geometry(preprocess.config_text):
-                image = step(image)
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-    except UnidentifiedImageError:
-        return Unreadable("the image format is not known")
-    # Pillow raises these for images that it cannot read.
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        return Unreadable(str(error) or type(error).__name__)
+        while batch := list(islice(rows, TOGETHER * threads)):
+            groups = [batch[start : start + TOGETHER] for start in range(0, len(batch), TOGETHER)]
+            for group, results in zip(groups, pool.results(groups), strict=True):
+                yield from zip(group, results, strict=True)
+    finally:
+        pool.close()
 
 
-def _opened(row: Row) -> Image.Image:
-    """The row's image, not decoded yet.
+class _Large(NamedTuple):
+    """An image that was left for later, since several of its size would fill the memory."""
 
-    Raises ValueError if the row has no image, and the errors of Pillow.
-    """
-    match row.image:
-        case Image.Image():
-            return row.image
-        case bytes():
-            return Image.open(io.BytesIO(row.image))
-        case Exception():
-            raise row.image
-        case None:
-            raise ValueError("there is no image")
-        case _:
-            kind = type(row.image).__name__
-            raise ValueError(f"the column holds {kind}, not the bytes of an image")
+    pixels: int
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image; a grey image of 16 bits is scaled to 8 bits, since Pillow would clip it at 255.
+class _Pool(Generic[T]):
+    """Threads that work on rows. A thread that takes too long is left behind."""
 
-    Raises ValueError for wider pixels, whose range is not known.
-    """
-    is_png_grey = image.mode == "I" and image.format == "PNG"  # PNG has 16 bits at most
-    if image.mode.startswith("I;16") or is_png_grey:
-        scaled = np.asarray(image).astype(np.float32) / 257 + 0.5
-        return Image.fromarray(scaled.astype(np.uint8))
-    if image.mode in ("I", "F"):
-        kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(
-            f"its pixels are {kind}, whose range is not known: save it with 8 or 16 bits"
-        )
-    return image
+    def __init__(self, work: Callable[[Image.Image], T], threads: int, reading: DataConfig) -> None:
+        self._work = work
+        self._threads = threads
+        self._reading = reading
+        self._pool = ThreadPool(threads)
+
+    def results(self, groups: Sequence[Sequence[Row]]) -> Iterator[list[T | Unreadable]]:
+        """The results of each group of rows."""
+        pending = [self._start(group, LARGE) for group in groups]
+        for index, group in enumerate(groups):
+            try:
+                yield self._with_large(group, pending[index].get(LONGEST_S))
+            except LateError:
+                self._renew()
+                yield [self._alone(row) for row in group]
+                for later in range(index + 1, len(groups)):
+                    if not pending[later].ready():
+                        pending[later] = self._start(groups[later], LARGE)
+
+    def _start(
+        self, rows: Sequence[Row], most: int | None
+    ) -> AsyncResult[list[T | Unreadable | _Large]]:
+        """Begin the work on rows. most: number of pixels up to which it is done; None: any."""
+        return self._pool.apply_async(lambda: [self._tried(row, most) for row in rows])
+
+    def _with_large(
+        self, rows: Sequence[Row], found: Sequence[T | Unreadable | _Large]
+    ) -> list[T | Unreadable]:
+        """The results, those of large images included. As many of these are decoded at a time as
+        fit into the memory for them.
+        """
+        results = list(found)
+        together, pixels = list[int](), 0
+        for index, result in enumerate(found):
+            if not isinstance(result, _Large):
+                continue
+            if together and (
+                len(together) == self._threads or pixels + result.pixels > LARGE_TOGETHER
+            ):
+                self._put(results, rows, together)
+                together, pixels = [], 0
+            together.append(index)
+            pixels += result.pixels
+        self._put(results, rows, together)
+        return [result for result in results if not isinstance(result, _Large)]
+
+    def _put(
+        self, results: list[T | Unreadable | _Large], rows: Sequence[Row], together: Sequence[int]
+    ) -> None:
+        """Decode these images at the same time, and put them into the results."""
+        pending = {index: self._start([rows[index]], None) for index in together}
+        for index, work in pending.items():
+            results[index] = self._waited(work)
+
+    def _alone(self, row: Row) -> T | Unreadable:
+        """The result of one row. Others of its group took too long, or it did itself."""
+        return self._waited(self._start([row], None))
+
+    def _waited(self, work: AsyncResult[list[T | Unreadable | _Large]]) -> T | Unreadable:
+        try:
+            (result,) = work.get(LONGEST_S)
+            assert not isinstance(result, _Large)
+            return result
+        except LateError:
+            self._renew()
+            reason = f"decoding it takes longer than {LONGEST_S:g} s"
+            return Unreadable(reason, "images that take too long to decode")
+
+    def _tried(self, row: Row, most: int | None) -> T | Unreadable | _Large:
+        try:
+            image = open_image(row, self._reading)
+            pixels = image.width * image.height
+            return self._work(image) if most is None or pixels <= most else _Large(pixels)
+        except Exception as error:  # of many kinds, for the bytes can be anything
+            return why_unreadable(row, error)
+
+    def _renew(self) -> None:
+        """Go on with other threads. Python cannot stop those that are busy."""
+        self._pool = ThreadPool(self._threads)
+
+    def close(self) -> None:
+        """Let idle threads end."""
+        self._pool.terminate()
 
 
 @cache

@@ -9,11 +9,14 @@ bounded part in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+from raytvb.errors import UserError, listed, shortened
 from raytvb.experiment.sections.tasks import TaskConfig
 
 TORCHVISION = "torchvision:"
@@ -29,6 +32,10 @@ ALIASES = {
 
 USUAL_POOLS = frozenset(chain.from_iterable(ALIASES.values()))
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+MOST_CLASSES = 50_000
+
 ROWS_AT_ONCE = 64
 """Number of encoded images that one read brings into memory."""
 
@@ -43,7 +50,7 @@ class Row:
     """Encoded bytes, an opened `PIL.Image`, or the exception that opening it raised. None or any
     other type, which a Parquet column may hold, is not a readable image."""
     label: object
-    """Number or name of the class; anything else is an error in the data."""
+    """Number or name of one of the source's `classes`; anything else is an error in the data."""
 
 
 class Source(Protocol):
@@ -51,6 +58,16 @@ class Source(Protocol):
 
     where: str
     """The place of the data, for messages."""
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Number of files under the URL that are not read, by the reason in a few words."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What users should know about how the data are taken, one sentence each. All files'
+        headers are looked at.
+        """
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -63,6 +80,9 @@ class Source(Protocol):
     def count(self, pool: str) -> int:
         """Number of images in a pool, readable or not."""
 
+    def labels(self, pool: str, positions: Sequence[int]) -> Iterator[object]:
+        """The labels that `rows` would give, without reading an image."""
+
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """The images at these positions of a pool. Positions must rise. Little else is read."""
 
@@ -73,15 +93,82 @@ def keys_by_pool(
     """Keys by the name of their pool, which `pool_of` derives from a key.
 
     Usual names become lower case. If no pool has a usual name or a name from the task's `splits`,
-    all keys are in one pool, ''.
+    all keys are in one pool, ''. Raises UserError if a usual name is written in two ways.
     """
     pools: dict[str, list[str]] = {}
+    spelled: dict[str, str] = {}
     for key in keys:
         name = pool_of(key)
         if name.lower() in USUAL_POOLS:
+            first = spelled.setdefault(name.lower(), name)
+            if first != name:
+                raise UserError(
+                    f"task {task.name}: the data have both {first} and {name} ({key}): which is "
+                    f"the split? Move one of them away, or rename it"
+                )
             name = name.lower()
         pools.setdefault(name, []).append(key)
     named = {task.splits.train, task.splits.val, task.splits.test}
     if pools.keys() & (USUAL_POOLS | named):
         return pools
     return {"": list(keys)}
+
+
+def reasons(left_out: Mapping[str, int]) -> str:
+    """What is left out, for a message: `2 broken links; 4 hidden files and folders`."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+
+
+def check_classes(task: TaskConfig, names: Sequence[str], where: str) -> None:
+    """Raise UserError unless the class names of a task can be told apart.
+
+    where: the place that the names come from, for messages.
+    """
+    place = f"task {task.name}: {where}"
+    if len(names) > MOST_CLASSES:
+        raise UserError(
+            f"{place} has {len(names):,} classes: a task has at most {MOST_CLASSES:,}; check that "
+            f"these are names of classes"
+        )
+    if len(names) < 2:
+        raise UserError(
+            f"{place} has only one class, {shortened(names[0])}: a task needs at least two"
+            if names
+            else f"{place} has no classes: a task needs at least two"
+        )
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise UserError(
+            f"{place} names {listed(map(shortened, doubled))} for two classes: give every class "
+            f"its own name as `classes: [...]` of the task"
+        )
+    for number, name in enumerate(names):
+        if not name.strip() or _UNPRINTABLE.search(name):
+            raise UserError(
+                f"{place} has the name {shortened(name)} for class {number}, which is blank or has "
+                f"control characters: give names as `classes: [...]` of the task"
+            )
+
+
+def check_given_classes(task: TaskConfig, names: Sequence[str], where: str) -> None:
+    """Raise UserError if the names that a task gives contradict those that the data have.
+
+    names: of the data's classes, in the order of the labels. The given names replace them one by
+    one. So another number of names is an error, and so is a name of the data in another place:
+    the images would be trained under the name of another class.
+    """
+    given = task.classes
+    assert given is not None
+    both = f"`classes` gives {listed(given)}, and {where} has {listed(names)}"
+    if len(given) != len(names):
+        raise UserError(
+            f"task {task.name}: {len(given)} `classes` are given for {len(names)} classes: {both}"
+        )
+    places = {name: number for number, name in enumerate(names)}
+    for number, name in enumerate(given):
+        if places.get(name, number) != number:
+            raise UserError(
+                f"task {task.name}: the names are in another order: {both}. The names in `classes` "
+                f"replace those of the data one by one, so give them in that order, or leave "
+                f"`classes` out"
+            )

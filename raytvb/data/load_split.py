@@ -7,18 +7,32 @@ them from memory and read them again.
 from __future__ import annotations
 
 import tempfile
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raytvb.data.decoding import Unreadable, decoded_rows
+from raytvb.data.decoding import AS_USUAL, decoded_rows
 from raytvb.data.image_source import Row, Source
+from raytvb.data.opening import Unreadable
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.splits import Part, Split, require_split, split_parts, task_source
+from raytvb.data.splits import (
+    Part,
+    Split,
+    check_unreadable,
+    class_number,
+    require_split,
+    split_parts,
+    task_source,
+)
 from raytvb.errors import UserError
+from raytvb.experiment.sections.data import DataConfig
 from raytvb.experiment.sections.tasks import TaskConfig
+
+Decode: TypeAlias = Callable[[Iterator[Row]], Iterator[tuple[Row, np.ndarray | Unreadable]]]
 
 
 def load_split(
@@ -29,6 +43,7 @@ def load_split(
     threads: int = 1,
     sample: int | None = None,
     generator: torch.Generator | None = None,
+    reading: DataConfig = AS_USUAL,
 ) -> Split:
     """Read, decode and resize a split, or a random sample of it.
 
@@ -39,6 +54,7 @@ def load_split(
         threads: number of images that are decoded at the same time.
         sample: number of images to draw, which come in the order of the draw; None: all images.
         generator: draws the sample; None: torch's global generator.
+        reading: how images are read.
 
     Raises UserError for a split that is missing or empty, for a label outside the classes, and for
     more unreadable images than the task's `max_corrupt`.
@@ -50,7 +66,8 @@ def load_split(
     members = part.members(source, task.splits.seed)
     if not len(members):
         raise UserError(f"task {task.name}: the {split} split under {source.where} is empty")
-    reader = _Reader(task, split, source, preprocess, threads)
+    decode = partial(decoded_rows, preprocess=preprocess, threads=threads, reading=reading)
+    reader = _Reader(task, split, source, decode, preprocess.size)
     if sample is None:
         return reader.read(part, members)[0]
     drawn = members[torch.randperm(len(members), generator=generator)[:sample].numpy()]
@@ -62,27 +79,28 @@ class _Reader:
     """Reads images of one split of a task."""
 
     def __init__(
-        self, task: TaskConfig, split: str, source: Source, preprocess: Preprocess, threads: int
+        self, task: TaskConfig, split: str, source: Source, decode: Decode, side: int
     ) -> None:
+        """side: of the square images in pixels, S."""
         self._task = task
         self._split = split
         self._source = source
-        self._preprocess = preprocess
-        self._threads = threads
+        self._decode = decode
+        self._side = side
         self._classes = source.classes
 
     def read(self, part: Part, positions: np.ndarray) -> tuple[Split, list[int]]:
         """The readable images at rising positions of the part's pool, and their positions."""
         labels, readable, unreadable = list[int](), list[int](), list[str]()
         rows = self._source.rows(part.pool, positions.tolist())
-        decoded = decoded_rows(rows, self._preprocess, self._threads)
+        decoded = self._decode(rows)
         with tempfile.TemporaryFile(prefix="raytvb-images-") as file:
             for position, (row, image) in zip(positions, decoded, strict=True):
                 if isinstance(image, Unreadable):
                     unreadable.append(f"{row.name} is not a readable image: {image.reason}")
-                    self._check_unreadable(unreadable)
+                    check_unreadable(self._task, self._split, unreadable)
                     continue
-                labels.append(self._label(row))
+                labels.append(class_number(self._task, self._classes, row))
                 readable.append(int(position))
                 file.write(image.data)
             if not readable:
@@ -99,34 +117,8 @@ class _Reader:
     def _mapped(self, file: BinaryIO, count: int) -> Tensor:
         """The file's images (N, 3, S, S) uint8. They stay valid when the file is closed."""
         file.flush()
-        side = self._preprocess.size
-        shape = (count, 3, side, side)
+        shape = (count, 3, self._side, self._side)
         return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
-
-    def _check_unreadable(self, unreadable: list[str]) -> None:
-        if len(unreadable) <= self._task.max_corrupt:
-            return
-        others = f", and {len(unreadable) - 1} more of {self._split}" if len(unreadable) > 1 else ""
-        raise UserError(
-            f"task {self._task.name}: {unreadable[0]}{others}; up to "
-            f"`max_corrupt: {self._task.max_corrupt}` of a split are skipped"
-        )
-
-    def _label(self, row: Row) -> int:
-        """Number of the row's class, in range(len(classes)). Raises UserError for other labels."""
-        if isinstance(row.label, str) and row.label in self._classes:
-            return self._classes.index(row.label)
-        if not isinstance(row.label, int):
-            raise UserError(
-                f"task {self._task.name}: {row.name} has label {row.label!r}; labels are integers, "
-                f"0 for the first class, or names of `classes`"
-            )
-        if not 0 <= row.label < len(self._classes):
-            raise UserError(
-                f"task {self._task.name}: {row.name} has label {row.label!r}, but there are "
-                f"{len(self._classes)} classes"
-            )
-        return int(row.label)
 
 
 def _in_order(images: Split, positions: list[int], drawn: np.ndarray) -> Split:

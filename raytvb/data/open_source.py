@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NoReturn
 
-from raytvb.data.folders import IMAGE_FILES, FolderSource
-from raytvb.data.image_source import TORCHVISION, Source
+from raytvb.data.folders import FolderSource
+from raytvb.data.image_source import TORCHVISION, USUAL_POOLS, Source, reasons
+from raytvb.data.listing import Listing, list_data
+from raytvb.data.opening import image_endings
 from raytvb.data.parquet import ParquetSource
+from raytvb.data.parquet_files import pool_of
 from raytvb.data.torchvision_sets import TorchvisionSource
-from raytvb.errors import UserError
+from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+OTHER_TABLES = (".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".json", ".npz", ".h5", ".tfrecord")
 
 
 def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
@@ -22,31 +29,59 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
     be read.
     """
     if url.startswith(TORCHVISION):
-        return TorchvisionSource(task, Path(task.root) if task.root else cache / "torchvision")
+        root = Path(os.path.expanduser(task.root)) if task.root else cache / "torchvision"
+        return TorchvisionSource(task, root)
     store = Store(url)
-    keys = [key for key in store.keys() if not _is_hidden(key)]
-    parquet = [key for key in keys if key.endswith(".parquet")]
+    listing = list_data(store)
+    parquet = [key for key in listing.keys if key.lower().endswith(".parquet")]
+    images = [key for key in listing.keys if key.lower().endswith(image_endings())]
+    read = {*parquet, *images}
+    others = [key for key in listing.keys if key not in read]
     if parquet:
-        return ParquetSource(task, store, parquet)
-    images = [key for key in keys if key.lower().endswith(IMAGE_FILES)]
+        _check_one_kind(task, store, parquet, images)
+        listing.leave_out(images, "images beside the Parquet files")
+        listing.leave_out(others, "files that are not Parquet")
+        return ParquetSource(task, store, parquet, listing)
     if images:
-        return FolderSource(task, store, images)
-    _refuse(task, store, keys)
+        listing.leave_out(others, "files that are not images")
+        return FolderSource(task, store, images, others, listing)
+    _refuse(task, store, listing)
 
 
-def _is_hidden(key: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in key.split("/"))
-
-
-def _refuse(task: TaskConfig, store: Store, keys: list[str]) -> NoReturn:
-    """Raise UserError that says what the URL has instead of images."""
-    if store.is_file():
+def _check_one_kind(task: TaskConfig, store: Store, parquet: list[str], images: list[str]) -> None:
+    """Raise UserError if there are images in folders beside Parquet files of no known split."""
+    named = {task.splits.train, task.splits.val, task.splits.test}
+    pools = {pool_of(key) for key in parquet}
+    in_folders = [key for key in images if "/" in key]
+    if in_folders and not any(pool.lower() in USUAL_POOLS or pool in named for pool in pools):
         raise UserError(
-            f"task {task.name}: {store.url} is a file; `data:` must be the folder that it is in"
+            f"task {task.name}: {store.url} has both Parquet files ({parquet[0]}) and folders of "
+            f"images ({in_folders[0]}): `data:` must be a folder with one of them"
         )
-    if not keys:
-        raise UserError(f"task {task.name}: there is nothing under {store.url}")
+
+
+def _refuse(task: TaskConfig, store: Store, listing: Listing) -> NoReturn:
+    """Raise UserError that says what the URL has instead of images."""
+    place = f"task {task.name}: {store.url}"
+    archives = [key for key in listing.keys if key.lower().endswith(ARCHIVES)]
+    if store.url.lower().endswith(ARCHIVES) and not listing.keys:
+        raise UserError(f"{place} is an archive: unpack it, and name the folder in `data:`")
+    if store.is_file():
+        raise UserError(f"{place} is a file; `data:` must be the folder that it is in")
+    if not listing.keys:
+        but = f" but {reasons(listing.left_out)}" if listing.left_out else ""
+        raise UserError(
+            f"task {task.name}: there is nothing under {store.url}{but}; `data:` must be a folder "
+            f"with Parquet files or images"
+        )
+    if archives:
+        raise UserError(
+            f"{place} has archives ({listed(archives, 3)}) and no images: unpack them, as images "
+            f"are not read from archives"
+        )
+    tables = [key for key in listing.keys if key.lower().endswith(OTHER_TABLES)]
+    found = f" (there is {listed(tables or listing.keys, 3)})"
     raise UserError(
         f"task {task.name}: no Parquet files (train*.parquet, test*.parquet) and no folders of "
-        f"images under {store.url}; `data:` must be the folder above them"
+        f"images under {store.url}{found}; `data:` must be the folder above them"
     )

@@ -1,23 +1,27 @@
 """Labelled images in Parquet files, as the CLIP task collections on the Hugging Face hub have them.
 
-The image column holds `{bytes, path}` structs or bytes. The label column holds integers. Class
-names are in the `huggingface` entry of the Arrow schema's metadata.
+The image column holds `{bytes, path}` structs or bytes. The label column holds integers or names of
+classes. Class names are in the `huggingface` entry of the Arrow schema's metadata. `parquet_files`
+says which files are which split, `parquet_header` reads one file's header, and `class_names` makes
+one list of classes of all files.
 """
 
 from __future__ import annotations
 
-import json
-import posixpath
-import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytvb.data.class_names import ClassNames, class_names
 from raytvb.data.image_source import ROWS_AT_ONCE, USUAL_POOLS, Row, keys_by_pool
-from raytvb.errors import UserError
+from raytvb.data.listing import Listing
+from raytvb.data.parquet_files import check_files, pool_of
+from raytvb.data.parquet_header import IMAGE_COLUMN, LABEL_COLUMN, Header, read_header
+from raytvb.errors import UserError, described, listed, shortened
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
 
@@ -25,7 +29,8 @@ from raytvb.storage.store import Store
 # in memory, and many files are one row group.
 _STREAM_BYTES = 2**20
 
-_SHARD = re.compile(r"[-_.]?(\d+(-of-\d+)?(-[0-9a-f]{8,})?)?$")
+_READERS = 16
+"""Number of headers that are read from a server at the same time."""
 
 
 class ParquetSource:
@@ -33,48 +38,96 @@ class ParquetSource:
     is named after it.
     """
 
-    def __init__(self, task: TaskConfig, store: Store, keys: Sequence[str]) -> None:
-        """keys: the Parquet files of the store.
+    def __init__(
+        self, task: TaskConfig, store: Store, keys: Sequence[str], listing: Listing
+    ) -> None:
+        """keys: the Parquet files of the store. listing: says what is left out.
 
-        Raises UserError if the files of a split lie in several folders.
+        Raises UserError if the files of a split lie in several folders, if they overlap, and if one
+        is missing that their names speak of.
         """
         self.where = store.url
+        self.left_out = listing.left_out
         self._task = task
         self._store = store
-        self._keys = keys_by_pool(task, keys, _pool_of)
-        for pool, pool_keys in self._keys.items():
-            folders = sorted({_folder_above(key, pool) for key in pool_keys})
-            if pool and len(folders) > 1:
-                names = ", ".join(folder or "." for folder in folders)
-                raise UserError(
-                    f"task {task.name}: {store.url} has {pool} files in several folders ({names}); "
-                    f"name one of them in `data:`"
-                )
+        self._keys = keys_by_pool(task, keys, pool_of)
+        self._file_warnings = [*listing.warnings]
+        for pool in self._used_pools():
+            self._file_warnings += check_files(task, self.where, pool, self._keys[pool])
+
+    def _used_pools(self) -> list[str]:
+        """The pools that may be a split, with a usual name or one that the task gives."""
+        splits = self._task.splits
+        named = {*USUAL_POOLS, "", splits.train, splits.val, splits.test}
+        return [pool for pool in self._keys if pool in named]
 
     @property
     def pools(self) -> tuple[str, ...]:
         """The names of the files without their shard numbers, or the names of their folders."""
         return tuple(self._keys)
 
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The class names that the task gives; else those in the Hugging Face metadata of the first
-        pool that has class names. Raises UserError if there are none.
+    @property
+    def warnings(self) -> list[str]:
+        """Files that seem to be missing, columns with other names, and class names in another
+        order.
         """
-        if self._task.classes is not None:
-            return self._task.classes
-        for keys in self._keys.values():
-            with self._open(keys[0]) as parquet:
-                metadata = parquet.schema_arrow.metadata or {}
-            try:
-                features = json.loads(metadata[b"huggingface"])["info"]["features"]
-                return tuple(features[self._task.label_column]["names"])
-            except (KeyError, TypeError, ValueError):
-                continue
+        return [*self._file_warnings, *self._unusual_columns(), *self._classes.warnings]
+
+    @cached_property
+    def _headers(self) -> dict[str, Header]:
+        """The headers of all files that may be used, by key."""
+        keys = [key for pool in self._used_pools() for key in self._keys[pool]]
+        with ThreadPoolExecutor(1 if self._store.is_local else _READERS) as pool:
+            return dict(zip(keys, pool.map(self._header, keys), strict=True))
+
+    def _header(self, key: str) -> Header:
+        with self._open(key) as parquet:
+            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        return read_header(self._task, key, schema, rows, self._place(key))
+
+    def _unusual_columns(self) -> list[str]:
+        lines = []
+        for given, default, kind in (
+            (self._task.image_column, IMAGE_COLUMN, "image"),
+            (self._task.label_column, LABEL_COLUMN, "label"),
+        ):
+            found = {getattr(header.columns, kind) for header in self._headers.values()}
+            if given == default and found != {default}:
+                columns = " and ".join(sorted(found))
+                lines.append(f"the {kind}s are taken from the column {columns}")
+        return lines
+
+    @cached_property
+    def _classes(self) -> ClassNames:
+        headers = [*self._headers.values()]
+        classes = class_names(self._task, headers, self.where)
+        if classes is not None:
+            return classes
+        texts = [header for header in headers if header.has_texts]
+        seen = f"; its labels are texts, such as {self._some_labels(texts[0])}" if texts else ""
         raise UserError(
-            f"task {self._task.name}: {self.where} has no class names in its Parquet metadata; "
-            f"give them as `classes: [...]` of the task"
+            f"task {self._task.name}: {self.where} has no class names in its Parquet metadata"
+            f"{seen}; give them as `classes: [...]` of the task"
         )
+
+    def _some_labels(self, header: Header) -> str:
+        """The first few different labels of a file."""
+        with self._open(header.key) as parquet:
+            columns = [header.columns.label]
+            for batch in parquet.iter_batches(1000, columns=columns, use_threads=False):
+                labels = dict.fromkeys(batch.column(0).to_pylist())
+                return listed((shortened(label) for label in labels), 5)
+        return "none"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names that the task gives; else those in the Hugging Face metadata of the
+        files. Raises UserError if there are none, and if files have different ones.
+        """
+        return self._classes.names
+
+    def _place(self, key: str) -> str:
+        return f"task {self._task.name}: {self._store.where(key)}"
 
     @contextmanager
     def _open(self, key: str) -> Iterator[pq.ParquetFile]:
@@ -83,84 +136,96 @@ class ParquetSource:
         An OSError is raised again with task and file. It means damaged pages, or a network that may
         recover, so it is worth another try.
         """
-        place = f"task {self._task.name}: {self._store.where(key)}"
+        place = self._place(key)
         with self._store.open(key) as file:
             try:
                 yield pq.ParquetFile(file, buffer_size=_STREAM_BYTES, pre_buffer=False)
-            except pa.ArrowException as error:
-                raise UserError(f"{place} is not a whole Parquet file: {error}") from None
             except OSError as error:
-                raise OSError(f"{place}: {error}") from error
+                raise OSError(f"{place}: {error}; if that stays so, get the file again") from error
+            # Of damaged files, pyarrow raises errors of Python's own kinds, too.
+            except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+                raise UserError(
+                    f"{place} is not a whole Parquet file: get it again, or move it away "
+                    f"({described(error):.200})"
+                ) from None
 
     def count(self, pool: str) -> int:
         """Number of rows, from the files' footers."""
         total = 0
         for key in self._keys[pool]:
+            if key in self._headers:
+                total += self._headers[key].rows
+                continue
             with self._open(key) as parquet:
                 total += parquet.metadata.num_rows
         return total
+
+    def labels(self, pool: str, positions: Sequence[int]) -> Iterator[object]:
+        """The labels of the rows at these positions. Of the files, only their column is read."""
+        for _, _, label in self._chosen(pool, positions, with_images=False):
+            yield label
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """The rows at these positions, in the order of the files' names.
 
         Only a few rows are in memory at a time, never a whole row group.
         """
+        for name, image, label in self._chosen(pool, positions, with_images=True):
+            data = image.get("bytes") if isinstance(image, dict) else image
+            yield Row(name, data, label)
+
+    def _chosen(
+        self, pool: str, positions: Sequence[int], *, with_images: bool
+    ) -> Iterator[tuple[str, object, object]]:
+        """Name, image and label of the rows at these positions; the images only if wanted."""
         wanted = set(positions)
         first = 0  # position in the pool of the file's first row
         for key in self._keys[pool]:
+            header = self._headers[key]
             with self._open(key) as parquet:
-                self._check_columns(key, parquet)
-                yield from self._file_rows(key, parquet, first, wanted)
-                first += parquet.metadata.num_rows
+                for number, image, label in _file_rows(parquet, header, first, wanted, with_images):
+                    name = f"{key} row {number}"
+                    yield name, image, self._class_number(key, name, label)
+            first += header.rows
 
-    def _check_columns(self, key: str, parquet: pq.ParquetFile) -> None:
-        task, columns = self._task, parquet.schema_arrow.names
-        missing = {task.image_column, task.label_column} - set(columns)
-        if missing:
-            raise UserError(
-                f"task {task.name}: {key} has no column {', '.join(sorted(missing))}; it has "
-                f"{', '.join(columns)} (`image_column`, `label_column` name them)"
-            )
+    def _class_number(self, key: str, name: str, label: object) -> object:
+        """The number in `classes` of a label of a file. Texts are returned as they are.
 
-    def _file_rows(
-        self, key: str, parquet: pq.ParquetFile, first: int, wanted: set[int]
-    ) -> Iterator[Row]:
-        """The rows of a file whose positions in the pool are in `wanted`.
-
-        first: the position of the file's row 0. Row groups without a wanted row are not read.
+        Raises UserError for a number that the file's own class names do not have.
         """
-        columns = [self._task.image_column, self._task.label_column]
-        number = 0
-        for group in range(parquet.num_row_groups):
-            count = parquet.metadata.row_group(group).num_rows
-            if wanted.isdisjoint(range(first + number, first + number + count)):
-                number += count
-                continue
-            for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
-                for index in range(len(batch)):
-                    if first + number in wanted:
-                        image = batch.column(columns[0])[index].as_py()
-                        label = batch.column(columns[1])[index].as_py()
-                        data = image.get("bytes") if isinstance(image, dict) else image
-                        yield Row(f"{key} row {number}", data, label)
-                    number += 1
+        numbers = self._classes.numbers.get(key)
+        if numbers is None or not isinstance(label, int):
+            return label
+        if 0 <= label < len(numbers):
+            return numbers[label]
+        hint = " (-1 marks images without a label)" if label == -1 else ""
+        raise UserError(
+            f"task {self._task.name}: {name} has label {label}{hint}, but the file names "
+            f"{len(numbers)} classes, from 0 to {len(numbers) - 1}: remove such rows, or name "
+            f"other splits with `splits:`"
+        )
 
 
-def _pool_of(key: str) -> str:
-    """The pool of a file: train for `train-00000-of-00002.parquet`, `train.parquet` and
-    `train/0000.parquet`.
+def _file_rows(
+    parquet: pq.ParquetFile, header: Header, first: int, wanted: set[int], with_images: bool
+) -> Iterator[tuple[int, object, object]]:
+    """Number, image and label of the rows of a file whose positions in the pool are in `wanted`.
+
+    first: the position of the file's row 0. Row groups without a wanted row are not read.
     """
-    folder, name = posixpath.split(key)
-    stem = _SHARD.sub("", name.removesuffix(".parquet"))
-    first_word = re.split(r"[-_.]", stem)[0]
-    if first_word.lower() in USUAL_POOLS:
-        return first_word
-    return stem or posixpath.basename(folder)
-
-
-def _folder_above(key: str, pool: str) -> str:
-    """The folder of a configuration of the data set: the folder above the pool's own folder, or the
-    file's folder if the pool has none.
-    """
-    folder = posixpath.dirname(key)
-    return posixpath.dirname(folder) if posixpath.basename(folder).lower() == pool else folder
+    label, image = header.columns.label, header.columns.image
+    columns = [image, label] if with_images else [label]
+    number = 0
+    for group in range(parquet.num_row_groups):
+        count = parquet.metadata.row_group(group).num_rows
+        if wanted.isdisjoint(range(first + number, first + number + count)):
+            number += count
+            continue
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
+            images = batch.column(image) if with_images else None
+            labels = batch.column(label)
+            for index in range(len(batch)):
+                if first + number in wanted:
+                    picture = None if images is None else images[index].as_py()
+                    yield number, picture, labels[index].as_py()
+                number += 1

@@ -17,10 +17,12 @@ from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
+from raytvb.data.decoding import AS_USUAL
 from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
 from raytvb.data.suite_files import FORMAT
+from raytvb.experiment.sections.data import DataConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage import records
 from raytvb.storage.contract import Contract, JsonObject
@@ -57,25 +59,35 @@ def split_prefix(task: str, split: str) -> str:
 
 
 def cached_split(
-    store: Store, task: TaskConfig, split: str, preprocess: Preprocess, threads: int = 1
+    store: Store,
+    task: TaskConfig,
+    split: str,
+    preprocess: Preprocess,
+    threads: int = 1,
+    reading: DataConfig = AS_USUAL,
 ) -> Split:
     """A split from the store. If the store does not have it, it is decoded and stored.
 
-    threads: number of images that are decoded at the same time. Raises as `load_split`.
+    threads: number of images that are decoded at the same time. reading: how images are read.
+    Raises as `load_split`.
     """
     prefix = split_prefix(task.name, split)
-    identity = _identity(task, split, preprocess)
+    identity = _identity(task, split, preprocess, reading)
     stored = _stored_split(store, prefix, identity)
     if stored is not None:
         return stored
-    decoded = load_split(task, split, preprocess, threads=threads)
+    decoded = load_split(task, split, preprocess, threads=threads, reading=reading)
     _write(store, prefix, identity, decoded)
     return decoded
 
 
-def _identity(task: TaskConfig, split: str, preprocess: Preprocess) -> JsonObject:
+def _identity(
+    task: TaskConfig, split: str, preprocess: Preprocess, reading: DataConfig
+) -> JsonObject:
     """All that the images and labels of a split depend on."""
+    unusual = reading.identity()
     return {
+        **({"reading": unusual} if unusual else {}),
         "task": task.model_dump(mode="json", exclude={"epochs", "templates", "root"}),
         "split": split,
         "preprocess": preprocess.to_json(),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytvb.data.image_source import ALIASES, SPLITS, Source
+from raytvb.data.image_source import ALIASES, SPLITS, Row, Source, reasons
 from raytvb.data.open_source import open_source
 from raytvb.data.suite_files import cache_folder, task_url
 from raytvb.errors import UserError
@@ -83,17 +83,35 @@ def task_classes(task: TaskConfig) -> tuple[str, ...]:
     return task_source(task).classes
 
 
-def check_task(task: TaskConfig, splits: Sequence[str]) -> tuple[str, ...]:
-    """Class names of a task, after a check that its data have the splits. No image is read.
+def class_number(task: TaskConfig, classes: Sequence[str], row: Row) -> int:
+    """Number of a row's class, in range(len(classes)). Raises UserError for other labels."""
+    if isinstance(row.label, str) and row.label in classes:
+        return classes.index(row.label)
+    if not isinstance(row.label, int):
+        raise UserError(
+            f"task {task.name}: {row.name} has label {row.label!r}; labels are integers, 0 for the "
+            f"first class, or names of `classes`"
+        )
+    if not 0 <= row.label < len(classes):
+        raise UserError(
+            f"task {task.name}: {row.name} has label {row.label!r}, but there are {len(classes)} "
+            f"classes"
+        )
+    return int(row.label)
 
-    Raises UserError if a split is missing.
+
+def check_unreadable(task: TaskConfig, split: str, unreadable: Sequence[str]) -> None:
+    """Raise UserError if more images of a split cannot be read than `max_corrupt` allows.
+
+    unreadable: one sentence for each of these images.
     """
-    if task.data is not None:
-        source = task_source(task)
-        parts = split_parts(task, source)
-        for split in splits:
-            require_split(task, source, parts, split)
-    return task_classes(task)
+    if len(unreadable) <= task.max_corrupt:
+        return
+    others = f", and {len(unreadable) - 1} more of {split}" if len(unreadable) > 1 else ""
+    raise UserError(
+        f"task {task.name}: {unreadable[0]}{others}; up to `max_corrupt: {task.max_corrupt}` of a "
+        f"split are skipped"
+    )
 
 
 def require_split(task: TaskConfig, source: Source, parts: Mapping[str, Part], split: str) -> None:
@@ -106,8 +124,10 @@ def require_split(task: TaskConfig, source: Source, parts: Mapping[str, Part], s
         pools.append(f"{pool} (used for {used_for})" if used_for else pool)
     is_share_possible = split != "train" and "train" in parts
     allowed = "NAME or a share of train, such as 0.1" if is_share_possible else "NAME"
+    left_out = f"; left out: {reasons(source.left_out)}" if source.left_out else ""
+    found = f"there is {', '.join(pools)}{left_out}"
     raise UserError(
-        f"task {task.name}: no {split} split under {source.where} (there is {', '.join(pools)}); "
+        f"task {task.name}: no {split} split under {source.where} ({found}); "
         f"`splits: {{{split}: {allowed}}}` of the task says what to use"
     )
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from filelock import FileLock
 from PIL import Image
 
-from raytvb.data.image_source import TORCHVISION, Row
+from raytvb.data.image_source import TORCHVISION, Row, check_classes, check_given_classes
 from raytvb.errors import UserError
 from raytvb.experiment.sections.tasks import TaskConfig
 
@@ -84,6 +84,8 @@ class TorchvisionSource:
         self._name = name
         self._root = root
         self._opened: dict[str, _ImageDataSet] = {}
+        self.left_out: dict[str, int] = {}
+        self.warnings: list[str] = []
         self.where = f"torchvision's {name} in {root}"
 
     @property
@@ -103,9 +105,10 @@ class TorchvisionSource:
                     self._opened[pool] = self._open(pool)
             # Network, server and archive errors: torchvision has no common class for them.
             except Exception as error:
+                reason = " ".join(str(error).split())
                 raise UserError(
-                    f"task {self._task.name}: torchvision cannot get {self._name}: {error}. Put "
-                    f"its files under {self._root} yourself, or set `root:` to their folder"
+                    f"task {self._task.name}: torchvision cannot get {self._name}: put its files "
+                    f"under {self._root} yourself, or set `root:` to their folder ({reason:.300})"
                 ) from error
         return self._opened[pool]
 
@@ -125,22 +128,30 @@ class TorchvisionSource:
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names that the task gives, else torchvision's. Raises UserError if both are
-        missing.
+        missing, and for given names that contradict torchvision's.
         """
-        if self._task.classes is not None:
-            return self._task.classes
-        names = getattr(self._data_set(self.pools[0]), "classes", None)
-        if not names:
+        found = getattr(self._data_set(self.pools[0]), "classes", None) or ()
+        # ImageNet has several names for a class; the first is the best known.
+        names = tuple(name if isinstance(name, str) else name[0] for name in found)
+        given = self._task.classes
+        if given is not None and names:
+            check_given_classes(self._task, names, f"torchvision's {self._name}")
+        if not (given or names):
             raise UserError(
                 f"task {self._task.name}: torchvision has no class names for {self._name}; give "
                 f"them as `classes: [...]` of the task"
             )
-        # ImageNet has several names for a class; the first is the best known.
-        return tuple(name if isinstance(name, str) else name[0] for name in names)
+        check_classes(self._task, given or names, self.where)
+        return given or names
 
     def count(self, pool: str) -> int:
         """Number of images in a pool."""
         return len(self._data_set(pool))
+
+    def labels(self, pool: str, positions: Sequence[int]) -> Iterator[object]:
+        """The labels at these positions. torchvision gives them only with their images."""
+        for row in self.rows(pool, positions):
+            yield row.label
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """The images at these positions, in torchvision's order, opened one by one."""

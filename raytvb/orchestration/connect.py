@@ -22,6 +22,7 @@ from raytvb.orchestration.passed_variables import job_environment
 from raytvb.orchestration.progress import Reporter
 from raytvb.orchestration.ray_start import start_ray
 from raytvb.orchestration.task_memory import GB
+from raytvb.storage.local_files import FOLDER
 
 FREE_PATIENCE_S = 10.0
 """How long other work may occupy the resources of a task before that is an error."""
@@ -114,7 +115,7 @@ def _shorten_reports(tell: Callable[[str], None]) -> None:
 def _join(address: str) -> None:
     """Join a cluster. Raises UserError if that is not possible."""
     _check_reachable(address)
-    variables = {"env_vars": job_environment(os.environ)}
+    variables = {"env_vars": {**job_environment(os.environ), FOLDER: os.getcwd()}}
     _set_defaults({"RAY_gcs_server_port_wait_time_s": str(JOIN_TRIES)})
     try:
         ray.init(runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from raytvb.data.census import Census
 from raytvb.experiment.missing import DATA
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.models.pretrained_task import prepare_task
@@ -31,7 +32,13 @@ def check_tasks(context: RunContext, missing: Sequence[TaskConfig]) -> list[Task
         call = prepare.remote(experiment, fingerprint, task, splits)
         pending[call] = task.name
     with context.reporter.stage("data", len(pending)) as stage:
-        failed = collect(experiment, pending, lambda name, _: stage.advance(name))
+
+        def tell(name: str, census: Census) -> None:
+            stage.advance(name)
+            for line in census.lines():
+                context.reporter.say(f"{name}: {line}")
+
+        failed = collect(experiment, pending, tell)
     context.failures.add(DATA, failed)
     context.failures.clear({task.name for task in checked} - failed.keys(), DATA)
     return [task for task in missing if task.name not in failed]

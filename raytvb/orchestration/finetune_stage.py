@@ -142,10 +142,8 @@ def _finetune_missing(
 def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
     """What a user should know about a fine-tune that succeeded."""
     warnings = []
-    if metrics.skipped:
+    if metrics.skipped and experiment.data.leaks == "ignore":  # else the check of the data said so
         warnings.append(f"{metrics.skipped} images cannot be read and are left out")
-    if metrics.classes_without_images:
-        warnings.append(f"{metrics.classes_without_images} classes have no training images")
     warmup = experiment.finetune.warmup
     if warmup >= max(1, metrics.steps):
         warnings.append(f"its {metrics.steps} steps end within the warm-up of {warmup:g}")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from raytvb.data.image_source import SPLITS
-from raytvb.data.splits import check_task
-from raytvb.errors import FailedPart, PartialRunError, UserError
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.freezing import check_frozen
 from raytvb.experiment.identities import basis_identity
 from raytvb.experiment.layout import basis_prefix, vector_prefix
-from raytvb.experiment.missing import DATA, missing_parts, without
+from raytvb.experiment.missing import missing_parts
 from raytvb.experiment.places import check_new_store
-from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.mask_selection import kept_count
 from raytvb.models.open_clip_models import count_parameters
 from raytvb.models.open_clip_package import quiet_open_clip
+from raytvb.models.pretrained_files import activation_warnings
 from raytvb.report.formatting import format_bytes
 from raytvb.storage import records
 from raytvb.storage.store import Store
-from raytvb.storage.store_errors import StoreError
 
 FLOAT_BYTES = 4
 """Bytes of a stored value, in float32."""
@@ -41,6 +37,7 @@ def describe(experiment: Experiment) -> str:
     lines = (
         f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, "
         f"{kept:,} trained per task",
+        *(f"warning   {line}" for line in activation_warnings(experiment.model)),
         _vectors_line(experiment, store, parameters, kept),
         _bases_line(experiment, store, parameters, kept),
         *_missing_lines(experiment, store),
@@ -57,38 +54,6 @@ def _missing_lines(experiment: Experiment, store: Store) -> list[str]:
         if part.stage:
             lines.append(f"missing   {part}")
     return lines
-
-
-def check_data(experiment: Experiment) -> None:
-    """Check the data of the tasks that have no vector yet, as a run does.
-
-    Raises PartialRunError that lists the tasks whose data cannot be used, for a run would leave
-    them out, and UserError if it would leave out all.
-    """
-    store = Store(experiment.store)
-    missing = [part.name for part in missing_parts(store, experiment, {})]
-    if not set(missing) & set(experiment.task_names):
-        return
-    parts = []
-    for task in experiment.every_task:
-        if task.name in missing or task.name not in experiment.task_names:
-            part = _data_problem(experiment, task)
-            if part is not None:
-                parts.append(part)
-    if parts and not without(experiment, parts).tasks:
-        raise UserError("no task can be used:\n  " + "\n  ".join(map(str, parts)))
-    if parts:
-        raise PartialRunError("a run would leave these out:", parts)
-
-
-def _data_problem(experiment: Experiment, task: TaskConfig) -> FailedPart | None:
-    """What is wrong with the data of a task; None if they can be used."""
-    splits = [split for split in SPLITS if task in experiment.tasks_with(split)]
-    try:
-        check_task(task, splits)
-    except (UserError, StoreError) as error:
-        return FailedPart(task.name, DATA, str(error).removeprefix(f"task {task.name}: "))
-    return None
 
 
 def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:

@@ -37,13 +37,31 @@ def render(task: str, split: str, count: int | None = None) -> Rendered:
     if split not in SPLITS:
         raise KeyError(split)
     if count is None:
-        count = CONTROL_SIZES[split] if task == CONTROL else SPLIT_SIZES[split]
+        count = _size(task, split)
     rng = np.random.default_rng([zlib.crc32(task.encode()), SPLITS.index(split)])
-    labels = rng.permutation(np.arange(count) % len(classes))
+    labels = rng.permutation(_balanced(count, len(classes)))
     images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     for i, label in enumerate(labels):
         images[i] = quantise(_task_image(task, int(label), rng, split))
     return Rendered(images, labels.astype(np.int64))
+
+
+def class_counts(task: str, split: str) -> list[int]:
+    """Number of images of each class in a split. Nothing is drawn."""
+    classes = len(class_names(task))
+    counts: list[int] = np.bincount(
+        _balanced(_size(task, split), classes), minlength=classes
+    ).tolist()
+    return counts
+
+
+def _size(task: str, split: str) -> int:
+    return CONTROL_SIZES[split] if task == CONTROL else SPLIT_SIZES[split]
+
+
+def _balanced(count: int, classes: int) -> np.ndarray:
+    """Labels (count,) in their order, the same number of each to within one."""
+    return np.arange(count) % classes
 
 
 def _task_image(task: str, label: int, rng: np.random.Generator, split: str) -> np.ndarray:
