@@ -34,6 +34,15 @@ def write_experiment(folder: Path, store: str, **fields: Any) -> Path:
     return file
 
 
+def copy_store(source: Store, folder: Path, *without: str) -> Store:
+    """A copy of a store, without the keys that begin with one of these texts."""
+    target = Store(str(folder))
+    for key in source.keys():
+        if not key.startswith(without):
+            source.download(key, target.path(key))
+    return target
+
+
 def vector_bytes(store: str) -> dict[str, bytes]:
     """All vector files of a store."""
     target = Store(store)

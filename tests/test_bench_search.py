@@ -41,7 +41,7 @@ SIDE = {
     "validation_accuracy",
     "test_accuracy",
 }
-FEW = (0.0, 0.25, 0.5, 0.75, 1.0)
+FEW = (0.0, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module")

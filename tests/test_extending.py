@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import TASKS, write_experiment
+from experiments import TASKS, copy_store, write_experiment
 from torch import Tensor
 from vector_files import open_set, put_set
 
@@ -559,9 +559,14 @@ def test_methods_may_be_partials_and_objects(own_registries: None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_run_uses_them_in_its_workers(plugin: Path, tmp_path: Path, suite_cache: str) -> None:
-    """All stages run in a separate process, which knows of the module only from its environment."""
+def test_a_run_uses_them_in_its_workers(
+    plugin: Path, finished: tuple[Path, Store], tmp_path: Path, suite_cache: str
+) -> None:
+    """The stages after the fine-tunes run in a separate process, which knows of the module only
+    from its environment.
+    """
     store = tmp_path / "store"
+    copy_store(finished[1], store, "basis/", "search/", "evals/", "report/")
     file = write_experiment(tmp_path, str(store), **WITH_OURS)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(plugin), PLUGINS: MODULE, "RAYTVB_CACHE": suite_cache}
@@ -634,8 +639,9 @@ def failing(vectors):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_failing_method_is_called_once_and_ends_in_one_message(
-    tmp_path: Path, suite_cache: str
+    finished: tuple[Path, Store], tmp_path: Path, suite_cache: str
 ) -> None:
+    copy_store(finished[1], tmp_path / "store", "search/", "evals/", "report/")
     (tmp_path / f"{MODULE}.py").write_text(FAILING, encoding="utf-8")
     search = {"sizes": [1], "merges": "failing"}
     file = write_experiment(tmp_path, str(tmp_path / "store"), search=search)

@@ -300,15 +300,19 @@ def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(picture, format="PNG")
     images = [picture.getvalue()] * 8
-    pq.write_table(pa.table({"img": images, "label": [0, 1] * 4}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"picture": images, "label": [0, 1] * 4}), tmp_path / "train.parquet")
     own = {"data": str(tmp_path), "classes": ["a", "b"]}
     tasks = [TASKS[0], {"name": "x", **own}, {"name": "y", **own}]
     file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
     assert main(["finetune", str(file)]) == 3
     message = capfd.readouterr().err
-    assert all(f"{name}: mask: train.parquet has no column image" in message for name in "xy")
+    assert all(
+        f"{name}: data: {tmp_path}/train.parquet has no column image" in message for name in "xy"
+    )
     assert "Traceback" not in message and "Unhandled" not in message
-    tasks[1:] = [{**task, "image_column": "img"} for task in tasks[1:] if isinstance(task, dict)]
+    tasks[1:] = [
+        {**task, "image_column": "picture"} for task in tasks[1:] if isinstance(task, dict)
+    ]
     file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
     assert main(["finetune", str(file)]) == 0
     assert main(["finetune", str(write_experiment(tmp_path, store.url))]) == 1
@@ -373,7 +377,7 @@ def test_a_failing_task_is_named_and_the_rest_is_kept(
     )
     assert main(["finetune", str(file)]) == 3
     message = capsys.readouterr().err
-    assert "broken: finetune: " in message and "Traceback" not in message
+    assert "broken: data: " in message and "Traceback" not in message
     assert store.exists(f"vectors/{TASKS[0]}/record.json")
 
 

@@ -60,9 +60,9 @@ def run(folder: Path, signal: str, how_often: int, **environment: str) -> list[s
 
 
 def test_after_three_tries_the_message_says_what_to_do(tmp_path: Path) -> None:
-    first, second, *message = run(tmp_path, "SIGKILL", 3)
-    assert first.endswith("trying again, for up to 60 s")
-    assert second.endswith("trying again, for up to 120 s")
+    first, second, *message = run(tmp_path, "SIGKILL", 3, RAYTVB_RAY_START_S="5")
+    assert first.endswith("trying again, for up to 10 s")
+    assert second.endswith("trying again, for up to 20 s")
     text = "\n".join(message)
     assert text.startswith("error: Ray did not start on this machine in 3 tries, the last of")
     for way_out in ("--num-cpus", "RAYTVB_RAY_START_S", "RAY_ADDRESS", "memory", "disk"):

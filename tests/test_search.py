@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from experiments import TASKS, write_experiment
+from experiments import TASKS, copy_store, write_experiment
 
 from raytvb.cli.main import main
 from raytvb.evaluation.evaluators import evaluation_split
@@ -58,14 +58,6 @@ def choice_of(store: Store) -> Choice:
     record = records.find(store, "search")
     assert record is not None
     return record.metrics_as(Choice, "search")
-
-
-def copy_store(source: Store, folder: Path, *without: str) -> Store:
-    target = Store(str(folder))
-    for key in source.keys():
-        if not key.startswith(without):
-            source.download(key, target.path(key))
-    return target
 
 
 def test_the_tables_say_what_was_tried_and_what_came_of_it(finished: tuple[Path, Store]) -> None:

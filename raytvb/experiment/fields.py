@@ -70,8 +70,8 @@ Flag: TypeAlias = Annotated[bool, Strict()]
 
 Fraction = Annotated[Real, Field(gt=0.0, le=1.0)]
 
-Rate = Annotated[Real, Field(gt=0.0, le=1000.0)]
-"""A learning rate, or a factor on a whole vector."""
+Rate = Annotated[Real, Field(gt=0.0, le=3e38)]
+"""A learning rate, up to what float32 holds."""
 
 Epochs = Annotated[Real, Field(gt=0.0, le=100_000.0)]
 
