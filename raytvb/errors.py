@@ -144,6 +144,6 @@ def _shortened_items(items: Sequence[str], most: int) -> str:
 
 def listed(names: Iterable[object], most: int = 10) -> str:
     """Names for a message, the first few of many: `a, b, … and 12 more`."""
-    shown = [f"{name!s:.80}" for name in names]
-    more = f", … and {len(shown) - most:,} more" if len(shown) > most else ""
-    return ", ".join(shown[:most]) + more
+    texts = [shown(f"{name!s:.80}") for name in names]
+    more = f", … and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more

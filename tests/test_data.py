@@ -23,7 +23,7 @@ from raytvb.data.decoding import AS_USUAL
 from raytvb.data.image_source import SPLITS
 from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
-from raytvb.data.splits import Split, task_classes
+from raytvb.data.splits import Split, split_parts, task_classes, task_source
 from raytvb.errors import UserError
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
@@ -634,7 +634,7 @@ def test_folders_of_splits_with_other_names_have_to_be_named(tmp_path: Path) -> 
         [f"{f}/{c}/{k}.png" for f in ("fold0", "fold1") for c in ("a", "b") for k in range(10)],
     )
     with pytest.raises(
-        UserError, match=r"same folders \(a, b…\) in each of fold0, fold1: .*train: fold0"
+        UserError, match=r"fold0, fold1, which look like splits \(fold0/a, fold0/b, .*train: NAME"
     ):
         task_classes(own_task(tmp_path))
     named = own_task(tmp_path, splits={"train": "fold0", "test": "fold1"})
@@ -760,3 +760,18 @@ def test_a_torchvision_name_that_is_not_known_lists_those_that_are(tmp_path: Pat
 def test_a_torchvision_data_set_that_cannot_be_had_says_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"cannot get ImageNet: put its files under {tmp_path}"):
         task_classes(TaskConfig(name="own", data="torchvision:ImageNet", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 99, 100])
+@pytest.mark.parametrize("shares", [{}, {"val": 0.004, "test": 0.2}, {"val": 0.5, "test": 0.004}])
+def test_no_image_is_in_two_splits(tmp_path: Path, count: int, shares: dict[str, float]) -> None:
+    for number in range(count):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(picture(number)))
+    task = own_task(tmp_path, splits=shares)
+    source = task_source(task)
+    parts = split_parts(task, source)
+    taken = [part.members(source, 0).tolist() for part in parts.values()]
+    assert sorted(position for part in taken for position in part) == list(range(count))
+    assert len(parts["test"].members(source, 0)) > 0

@@ -82,6 +82,17 @@ def both(train: Sequence[str] | Any, test: Sequence[str] | Any, **task: Any) -> 
     return make
 
 
+def both_texts(names: Sequence[str], **task: Any) -> Make:
+    """Parquet files of train and test whose labels are the names."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        for split in ("train", "test"):
+            table(folder, f"{split}.parquet", names, names)
+        return task
+
+    return make
+
+
 def trees(counts: dict[str, int], **task: Any) -> Make:
     def make(folder: Path) -> dict[str, Any]:
         write_images(folder / "images", counts)
@@ -200,6 +211,42 @@ REFUSED: dict[str, tuple[Make, Sequence[str]]] = {
     "a file and a folder": (tables("train.parquet", "train/0.parquet"), ("twice",)),
     "two configurations": (tables("a/train.parquet", "b/train.parquet"), ("several folders", "a")),
     "Train and train": (trees(TWO | {"Train/cat": 1}), ("Train", "train")),
+    **{
+        f"the first of two: {name}": (tables(name), ("number 1 is missing", name))
+        for name in (
+            "train_00000_of_00002.parquet",
+            "train-00000-OF-00002.parquet",
+            "train-00000of00002.parquet",
+            "train-00000-of-00002.snappy.parquet",
+            "train-00000-of-00002-ABCDEF0123.parquet",
+            "train-00000-of-00002-part.parquet",
+        )
+    },
+    "files whose names speak of splits": (
+        tables("cifar10-train.parquet", "cifar10-test.parquet"),
+        ("cifar10-train", "train: cifar10-train, test: cifar10-test"),
+    ),
+    "folders whose names speak of splits": (
+        tables("partial-train/0000.parquet", "partial-test/0000.parquet"),
+        ("train: partial-train, test: partial-test",),
+    ),
+    "split folders with other names": (
+        trees({f"{split}_set/{name}": 1 for split in ("training", "test") for name in "ab"}),
+        ("train: training_set, test: test_set",),
+    ),
+    "split folders with other names and classes": (
+        trees({"seg_train/x/a": 1, "seg_train/x/b": 1, "seg_test/x/a": 1, "seg_pred": 1}),
+        ("train: seg_train, test: seg_test",),
+    ),
+    "folds with other classes": (
+        trees({"fold0/a": 1, "fold0/b": 1, "fold1/a": 1}),
+        ("fold0", "splits"),
+    ),
+    "splits in the class folders": (
+        trees({f"{name}/{split}": 1 for name in "ab" for split in ("train", "test")}),
+        ("a/test", "SPLIT/CLASS"),
+    ),
+    "split folders without classes": (trees({"train": 2, "test": 1}), ("class folder",)),
     # 3. class names and columns
     "names that are numbers": (
         both([1, 2, 3], [1, 2, 3]),
@@ -337,6 +384,49 @@ TAKEN: dict[str, tuple[Make, Any, dict[str, int], Sequence[str]]] = {
         {"files that are not Parquet (.md)": 1, "images beside the Parquet files (.png)": 1},
         (),
     ),
+    "folders that Spark wrote": (
+        tables("train.parquet/part-0.c000.parquet", "test.parquet/part-0.c000.parquet"),
+        None,
+        {},
+        (),
+    ),
+    "folders with the name of a column": (
+        tables("split=train/0.parquet", "split=test/0.parquet"),
+        None,
+        {},
+        (),
+    ),
+    "names in place of those that the labels have": (
+        both_texts(["cat", "dog"], classes=["kitty", "puppy"]),
+        {"kitty": {"val": 1, "test": 1}, "puppy": {"train": 1, "test": 1}},
+        {},
+        (),
+    ),
+    "folders that no split uses": (
+        trees(TWO | {"annotations/cow": 3, "extra/pig": 1, ".": 1}),
+        SIX,
+        {
+            "in annotations, which no split uses": 3,
+            "in extra, which no split uses": 1,
+            "beside the splits, which no split uses": 1,
+        },
+        (),
+    ),
+    "classes with the names of splits": (
+        trees({"train": 5, "bus": 5, "car": 5}, splits={"test": 0.2, "val": 0.2}),
+        None,
+        {},
+        ("train are taken as classes",),
+    ),
+    "links into a folder that no split uses": (
+        with_links(
+            trees({"pool/cat": 1, "pool/dog": 1, "test/cat": 1, "test/dog": 1, "val/cat": 1}),
+            train="pool",
+        ),
+        {"cat": {"train": 1, "val": 1, "test": 1}, "dog": {"train": 1, "test": 1}},
+        {},
+        (),
+    ),
     "a class of videos": (
         with_files(trees(TWO), "train/cow/a.mp4", "train/cow/b.mp4"),
         SIX,
@@ -400,6 +490,18 @@ def test_an_image_in_two_classes_is_named(
     assert code == 0 and "1 image has the pixels of another class" in warning
     assert "train/cat/1.png of train (cat)" in warning
     assert "val/dog/0.png of val (dog)" in warning
+
+
+def test_a_file_that_is_no_image_by_its_size_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images", TWO)
+    with (tmp_path / "images" / "train" / "cat" / "big.jpg").open("wb") as file:
+        file.truncate(2**32)  # takes no space on the disk
+    code, out, _ = plan(tmp_path, capsys, [own(tmp_path)], "--json")
+    document = json.loads(out)
+    assert code == 0 and counts(document) == SIX
+    assert document["tasks"]["own"]["left_out"] == {"files larger than 256 MB": 1}
 
 
 def test_sockets_and_pipes_are_left_out(

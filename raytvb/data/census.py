@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raytvb.data.decoding import Inspected, inspected_rows
+from raytvb.data.folders import BESIDE
 from raytvb.data.image_source import SPLITS, Row, Source, reasons
 from raytvb.data.opening import Unreadable
 from raytvb.data.splits import (
@@ -155,7 +156,7 @@ class _Count:
         for label, name in enumerate(self._classes):
             classes[name] = {split: counts[label] for split, counts in self._counts.items()}
         warnings = [*self._source.warnings, *self._empty_classes(), *self._unusual()]
-        warnings += self._contradictions()
+        warnings += [*self._contradictions(), *self._copies()]
         leaks = self._leaks()
         if leaks and self._reading.leaks == "error":
             raise UserError(
@@ -167,7 +168,8 @@ class _Count:
     def _count_pool(self, pool: str) -> None:
         parts = {split: part for split, part in self._parts.items() if part.pool == pool}
         if not parts:
-            self._left_out[f"in {pool}, which no split uses"] += self._source.count(pool)
+            place = "beside the splits" if pool == BESIDE else f"in {pool}"
+            self._left_out[f"{place}, which no split uses"] += self._source.count(pool)
             return
         positions, splits = self._members(parts)
         if self._decode:
@@ -236,6 +238,19 @@ class _Count:
             return []
         have = "has" if len(pairs) == 1 else "have"
         return [f"{_images(len(pairs))} {have} the pixels of another class: {_listed(pairs)}"]
+
+    def _copies(self) -> list[str]:
+        """A warning for each split that has the same pixels more than once."""
+        lines = []
+        for split, pictures in self._pictures.items():
+            first: dict[bytes, str] = {}
+            pairs = []
+            for picture in pictures:
+                if first.setdefault(picture.digest, picture.name) != picture.name:
+                    pairs.append(f"{picture.name} is {first[picture.digest]}")
+            if pairs:
+                lines.append(f"{_images(len(pairs))} of {split} are copies: {_listed(pairs)}")
+        return lines
 
     def _leaks(self) -> str:
         """The images of test that are also in train or val; '' if there are none."""

@@ -18,6 +18,9 @@ class ClassNames:
     names: tuple[str, ...]
     numbers: dict[str, list[int]] = field(default_factory=dict)
     """By the key of a file with names: the number in `names` of each of its labels."""
+    places: dict[str, int] = field(default_factory=dict)
+    """The number of each class by the name that labels may have: the one in the files, also where
+    the task gives others."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -35,7 +38,8 @@ def class_names(task: TaskConfig, headers: Sequence[Header], where: str) -> Clas
         if task.classes is None:
             return None
         check_classes(task, task.classes, "`classes`")
-        return ClassNames(task.classes)
+        places = {name: number for number, name in enumerate(task.classes)}
+        return ClassNames(task.classes, places=places)
     for header in named:
         check_classes(task, header.names or (), f"{where}/{header.key}")
     longest = max(named, key=lambda header: len(header.names or ()))
@@ -43,8 +47,9 @@ def class_names(task: TaskConfig, headers: Sequence[Header], where: str) -> Clas
     if task.classes is not None:
         check_classes(task, task.classes, "`classes`")
         check_given_classes(task, names, f"{where}/{longest.key}")
-    classes = ClassNames(task.classes or names)
     place = {name: number for number, name in enumerate(names)}
+    given = {name: number for number, name in enumerate(task.classes or ())}
+    classes = ClassNames(task.classes or names, places={**given, **place})
     reordered = []
     for header in named:
         _check_known(task, header, longest, where)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from multiprocessing import TimeoutError as LateError
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
@@ -15,17 +14,22 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from raytvb.data.image_source import Row
+from raytvb.data.image_source import BYTES_AT_ONCE, Row
 from raytvb.data.opening import Unreadable, open_image, rgb_image, rgb_strips, why_unreadable
 from raytvb.data.preprocess import Preprocess
+from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.data import DataConfig
 
 AS_USUAL = DataConfig()
 """How images are read if an experiment does not say."""
 
-LONGEST_S = 15.0
+LONGEST_S = 12.0
 """Seconds that decoding one image may take. A damaged file of a few kilobytes can keep a decoder
 busy for minutes."""
+
+MOST_SLOW = 1
+"""Number of images that may take longer. With one more the data are refused: each keeps a thread
+and its memory until it has ended."""
 
 TOGETHER = 8
 """Number of images that are given to a thread at once."""
@@ -96,12 +100,25 @@ def _with_each(
     """Each row with the result of work on its opened image, or why it could not be read."""
     pool = _Pool(work, threads, reading)
     try:
-        while batch := list(islice(rows, TOGETHER * threads)):
+        for batch in _batches(rows, TOGETHER * threads):
             groups = [batch[start : start + TOGETHER] for start in range(0, len(batch), TOGETHER)]
             for group, results in zip(groups, pool.results(groups), strict=True):
                 yield from zip(group, results, strict=True)
     finally:
         pool.close()
+
+
+def _batches(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
+    """The rows in batches of at most this many, and of a few bytes."""
+    batch, total = list[Row](), 0
+    for row in rows:
+        batch.append(row)
+        total += len(row.image) if isinstance(row.image, bytes) else 0
+        if len(batch) == most or total > BYTES_AT_ONCE:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 class _Large(NamedTuple):
@@ -118,6 +135,7 @@ class _Pool(Generic[T]):
         self._threads = threads
         self._reading = reading
         self._pool = ThreadPool(threads)
+        self._slow = list[str]()
 
     def results(self, groups: Sequence[Sequence[Row]]) -> Iterator[list[T | Unreadable]]:
         """The results of each group of rows."""
@@ -165,19 +183,25 @@ class _Pool(Generic[T]):
         """Decode these images at the same time, and put them into the results."""
         pending = {index: self._start([rows[index]], None) for index in together}
         for index, work in pending.items():
-            results[index] = self._waited(work)
+            results[index] = self._waited(rows[index], work)
 
     def _alone(self, row: Row) -> T | Unreadable:
         """The result of one row. Others of its group took too long, or it did itself."""
-        return self._waited(self._start([row], None))
+        return self._waited(row, self._start([row], None))
 
-    def _waited(self, work: AsyncResult[list[T | Unreadable | _Large]]) -> T | Unreadable:
+    def _waited(self, row: Row, work: AsyncResult[list[T | Unreadable | _Large]]) -> T | Unreadable:
         try:
             (result,) = work.get(LONGEST_S)
             assert not isinstance(result, _Large)
             return result
         except LateError:
             self._renew()
+            self._slow.append(row.name)
+            if len(self._slow) > MOST_SLOW:
+                raise UserError(
+                    f"{listed(self._slow)} each take longer than {LONGEST_S:g} s to decode: remove "
+                    f"them, or save them again in a simpler form"
+                ) from None
             reason = f"decoding it takes longer than {LONGEST_S:g} s"
             return Unreadable(reason, "images that take too long to decode")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -35,6 +35,10 @@ USUAL_POOLS = frozenset(chain.from_iterable(ALIASES.values()))
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 MOST_CLASSES = 50_000
+
+BYTES_AT_ONCE = 2**26
+"""Number of bytes of encoded images that are in memory before they are decoded, unless one image
+alone has more."""
 
 ROWS_AT_ONCE = 64
 """Number of encoded images that one read brings into memory."""
@@ -85,33 +89,6 @@ class Source(Protocol):
 
     def rows(self, pool: str, positions: Sequence[int]) -> Iterator[Row]:
         """The images at these positions of a pool. Positions must rise. Little else is read."""
-
-
-def keys_by_pool(
-    task: TaskConfig, keys: Sequence[str], pool_of: Callable[[str], str]
-) -> dict[str, list[str]]:
-    """Keys by the name of their pool, which `pool_of` derives from a key.
-
-    Usual names become lower case. If no pool has a usual name or a name from the task's `splits`,
-    all keys are in one pool, ''. Raises UserError if a usual name is written in two ways.
-    """
-    pools: dict[str, list[str]] = {}
-    spelled: dict[str, str] = {}
-    for key in keys:
-        name = pool_of(key)
-        if name.lower() in USUAL_POOLS:
-            first = spelled.setdefault(name.lower(), name)
-            if first != name:
-                raise UserError(
-                    f"task {task.name}: the data have both {first} and {name} ({key}): which is "
-                    f"the split? Move one of them away, or rename it"
-                )
-            name = name.lower()
-        pools.setdefault(name, []).append(key)
-    named = {task.splits.train, task.splits.val, task.splits.test}
-    if pools.keys() & (USUAL_POOLS | named):
-        return pools
-    return {"": list(keys)}
 
 
 def reasons(left_out: Mapping[str, int]) -> str:

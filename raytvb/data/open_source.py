@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from raytvb.data.folders import FolderSource
+from raytvb.data.folders import FolderSource, folder_pools
 from raytvb.data.image_source import TORCHVISION, USUAL_POOLS, Source, reasons
 from raytvb.data.listing import Listing, list_data
 from raytvb.data.opening import image_endings
 from raytvb.data.parquet import ParquetSource
-from raytvb.data.parquet_files import pool_of
+from raytvb.data.parquet_files import parquet_pools, pool_of
+from raytvb.data.pools import split_pools
 from raytvb.data.torchvision_sets import TorchvisionSource
 from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.tasks import TaskConfig
@@ -33,19 +35,51 @@ def open_source(task: TaskConfig, url: str, cache: Path) -> Source:
         return TorchvisionSource(task, root)
     store = Store(url)
     listing = list_data(store)
+    names = [*listing.keys, *listing.other_names]
+    if any(key.lower().endswith(".parquet") for key in names):
+        return _parquet_source(task, store, listing)
+    if any(key.lower().endswith(image_endings()) for key in names):
+        return _folder_source(task, store, listing)
+    _refuse(task, store, listing)
+
+
+def _parquet_source(task: TaskConfig, store: Store, listing: Listing) -> Source:
+    names = [*listing.keys, *listing.other_names]
+    files = [key for key in names if key.lower().endswith(".parquet")]
+    _name_files(task, store, listing, parquet_pools(task, files))
     parquet = [key for key in listing.keys if key.lower().endswith(".parquet")]
     images = [key for key in listing.keys if key.lower().endswith(image_endings())]
     read = {*parquet, *images}
+    _check_one_kind(task, store, parquet, images)
+    listing.leave_out(images, "images beside the Parquet files")
     others = [key for key in listing.keys if key not in read]
-    if parquet:
-        _check_one_kind(task, store, parquet, images)
-        listing.leave_out(images, "images beside the Parquet files")
-        listing.leave_out(others, "files that are not Parquet")
-        return ParquetSource(task, store, parquet, listing)
-    if images:
-        listing.leave_out(others, "files that are not images")
-        return FolderSource(task, store, images, others, listing)
-    _refuse(task, store, listing)
+    listing.leave_out(others, "files that are not Parquet")
+    return ParquetSource(task, store, parquet, listing)
+
+
+def _folder_source(task: TaskConfig, store: Store, listing: Listing) -> Source:
+    names = [*listing.keys, *listing.other_names]
+    files = [key for key in names if key.lower().endswith(image_endings())]
+    _name_files(task, store, listing, folder_pools(task, files))
+    images = [key for key in listing.keys if key.lower().endswith(image_endings())]
+    read = set(images)
+    others = [key for key in listing.keys if key not in read]
+    listing.leave_out(others, "files that are not images")
+    return FolderSource(task, store, images, others, listing)
+
+
+def _name_files(
+    task: TaskConfig, store: Store, listing: Listing, pools: Mapping[str, Sequence[str]]
+) -> None:
+    """Decide under which of its names each file is read: one that lies in a split comes first.
+
+    pools: all names by pool.
+    """
+    if not listing.other_names:
+        return
+    used = set(split_pools(task, tuple(pools), store.url).values())
+    in_use = {name for pool in used for name in pools[pool]}
+    listing.name_files(in_use.__contains__)
 
 
 def _check_one_kind(task: TaskConfig, store: Store, parquet: list[str], images: list[str]) -> None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageOps,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from raytvb.data.image_source import Row
 from raytvb.experiment.sections.data import DataConfig
@@ -43,6 +50,9 @@ LONGEST = 100
 """How many times longer than the other a side of an image may be. The shorter side is resized to
 the model's, so the longer one could otherwise grow to millions of pixels."""
 
+TIFF_TAGS = "raytvb grey scale"
+"""Key in the `info` of an image, which Pillow hands on to its parts."""
+
 ROTATED = "rotated as their EXIF data say"
 BAD_EXIF = "with EXIF data that cannot be read, taken as they are stored"
 DROPPED = "with transparent pixels, whose colours are taken as they are"
@@ -53,6 +63,9 @@ SIXTEEN_BITS = "with 16 bits a channel, scaled to 8"
 # Blocks of memory above 32 MB go back to the system when they are freed. Smaller ones, of which
 # Pillow would make a large image, stay with the thread that decoded it.
 Image.core.set_block_size(2**26)  # type: ignore[attr-defined]
+
+# Drawing programs write long texts into images. Pillow reads none over 1 MB by default.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 
 # What Pillow warns of is in the reasons and notes here; `max_pixels` is the limit of sizes.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -109,6 +122,9 @@ def open_image(row: Row, reading: DataConfig) -> Image.Image:
     """
     image = _opened(row)
     _check_size(image, reading)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
+        bits, white_is_zero = image.tag_v2.get(258, (16,)), image.tag_v2.get(262) == 0
+        image.info[TIFF_TAGS] = (min(16, max(9, int(bits[0]))), white_is_zero)
     return image
 
 
@@ -159,7 +175,7 @@ def why_unreadable(row: Row, error: Exception) -> Unreadable:
         return Unreadable("it has more pixels than Pillow reads", "images with too many pixels")
     if isinstance(error, UnidentifiedImageError):
         return _unknown_format(row)
-    return Unreadable(str(error) or type(error).__name__)
+    return Unreadable(str(error) or "the file is damaged")
 
 
 def _unknown_format(row: Row) -> Unreadable:
@@ -172,6 +188,8 @@ def _unknown_format(row: Row) -> Unreadable:
     if ending is None:
         return Unreadable("the image format is not known", "images of an unknown format")
     package = NEED_PLUGIN[ending]
+    if Image.registered_extensions().get(ending) in formats():
+        return Unreadable("the file is damaged or cut")
     return Unreadable(
         f"this format ({ending}) is read once the package {package} is installed",
         f"images that need the package {package}",
@@ -230,11 +248,13 @@ def _eight_bits(image: Image.Image, form: str | None, notes: list[str]) -> Image
 
     Raises RefusedImageError for wider pixels, whose range is not known.
     """
-    is_png_grey = image.mode == "I" and form == "PNG"  # PNG has 16 bits at most
-    if image.mode.startswith("I;16") or is_png_grey:
+    is_grey = image.mode == "I" and form in ("PNG", "PPM")  # these have 16 bits at most
+    if image.mode.startswith("I;16") or is_grey:
         notes.append(SIXTEEN_BITS)
-        scaled = np.asarray(image).astype(np.float32) / 257 + 0.5
-        return Image.fromarray(scaled.astype(np.uint8))
+        bits, is_inverted = _grey_scale(image)
+        scaled = np.asarray(image).astype(np.float32) * (255 / (2**bits - 1)) + 0.5
+        grey = np.minimum(scaled, 255).astype(np.uint8)
+        return Image.fromarray(255 - grey if is_inverted else grey)
     if image.mode in ("I", "F"):
         kind = "floats" if image.mode == "F" else "32-bit integers"
         raise RefusedImageError(
@@ -242,6 +262,15 @@ def _eight_bits(image: Image.Image, form: str | None, notes: list[str]) -> Image
             f"images with pixels that are {kind}",
         )
     return image
+
+
+def _grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """The number of bits of a grey image with more than eight, and whether 0 is white in it.
+
+    Pillow gives the numbers of TIFF files as they are stored.
+    """
+    tags = image.info.get(TIFF_TAGS)
+    return tags if tags is not None else (16, False)
 
 
 def _opaque(image: Image.Image, reading: DataConfig, notes: list[str]) -> Image.Image:

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytvb.data.class_names import ClassNames, class_names
-from raytvb.data.image_source import ROWS_AT_ONCE, USUAL_POOLS, Row, keys_by_pool
+from raytvb.data.image_source import BYTES_AT_ONCE, ROWS_AT_ONCE, Row
 from raytvb.data.listing import Listing
-from raytvb.data.parquet_files import check_files, pool_of
+from raytvb.data.parquet_files import check_files, parquet_pools
 from raytvb.data.parquet_header import IMAGE_COLUMN, LABEL_COLUMN, Header, read_header
+from raytvb.data.pools import split_pools
 from raytvb.errors import UserError, described, listed, shortened
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.store import Store
@@ -50,16 +51,11 @@ class ParquetSource:
         self.left_out = listing.left_out
         self._task = task
         self._store = store
-        self._keys = keys_by_pool(task, keys, pool_of)
+        self._keys = parquet_pools(task, keys)
+        self._used = sorted(set(split_pools(task, self.pools, self.where).values()))
         self._file_warnings = [*listing.warnings]
-        for pool in self._used_pools():
+        for pool in self._used:
             self._file_warnings += check_files(task, self.where, pool, self._keys[pool])
-
-    def _used_pools(self) -> list[str]:
-        """The pools that may be a split, with a usual name or one that the task gives."""
-        splits = self._task.splits
-        named = {*USUAL_POOLS, "", splits.train, splits.val, splits.test}
-        return [pool for pool in self._keys if pool in named]
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -76,7 +72,7 @@ class ParquetSource:
     @cached_property
     def _headers(self) -> dict[str, Header]:
         """The headers of all files that may be used, by key."""
-        keys = [key for pool in self._used_pools() for key in self._keys[pool]]
+        keys = [key for pool in self._used for key in self._keys[pool]]
         with ThreadPoolExecutor(1 if self._store.is_local else _READERS) as pool:
             return dict(zip(keys, pool.map(self._header, keys), strict=True))
 
@@ -189,10 +185,12 @@ class ParquetSource:
             first += header.rows
 
     def _class_number(self, key: str, name: str, label: object) -> object:
-        """The number in `classes` of a label of a file. Texts are returned as they are.
+        """The number in `classes` of a label of a file. What is none is returned as it is.
 
         Raises UserError for a number that the file's own class names do not have.
         """
+        if isinstance(label, str):
+            return self._classes.places.get(label, label)
         numbers = self._classes.numbers.get(key)
         if numbers is None or not isinstance(label, int):
             return label
@@ -221,7 +219,8 @@ def _file_rows(
         if wanted.isdisjoint(range(first + number, first + number + count)):
             number += count
             continue
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
+        at_once = _rows_at_once(parquet.metadata.row_group(group)) if with_images else ROWS_AT_ONCE
+        for batch in parquet.iter_batches(at_once, [group], columns, use_threads=False):
             images = batch.column(image) if with_images else None
             labels = batch.column(label)
             for index in range(len(batch)):
@@ -229,3 +228,9 @@ def _file_rows(
                     picture = None if images is None else images[index].as_py()
                     yield number, picture, labels[index].as_py()
                 number += 1
+
+
+def _rows_at_once(group: pq.RowGroupMetaData) -> int:
+    """Number of rows of a row group that are read together: few if the images are large."""
+    rows, size = int(group.num_rows), int(group.total_byte_size)
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))

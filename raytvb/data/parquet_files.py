@@ -14,30 +14,86 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raytvb.data.image_source import USUAL_POOLS
+from raytvb.data.pools import keys_by_pool, means_split, splits_hint
 from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.tasks import TaskConfig
 
-_SHARD = re.compile(
-    r"[-_.]?(?P<number>\d{1,18})(-of-(?P<count>\d{1,18}))?(-[0-9a-f]{8,})?$", re.ASCII
+_COUNTED = re.compile(
+    r"[-_. ]?(?P<number>\d{1,18})[-_ ]*of[-_ ]*(?P<count>\d{1,18})(?!\d)", re.ASCII | re.IGNORECASE
 )
+"""A number and a count, anywhere in a name: 00000-of-00002."""
+
+_NUMBERED = re.compile(r"[-_. ]?\(?(?P<number>\d{1,18})\)?$", re.ASCII)
+
+_TAIL = re.compile(
+    r"([-_.](?=[0-9]*[a-f])[0-9a-f]{8,}|\.(snappy|gz|gzip|zstd|zst|br|lz4|c000))$", re.I | re.ASCII
+)
+"""What writers append to names: a hash, or the compression."""
 
 NAMED = 5
 """A message names at most this many files of a kind."""
 
 
+def parquet_pools(task: TaskConfig, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Parquet files by their pool, as `keys_by_pool`.
+
+    Raises UserError if no name is that of a split, but some speak of splits: they would become one
+    pool, and test a random part of it.
+    """
+    pools = keys_by_pool(task, keys, pool_of)
+    names = sorted({pool_of(key) for key in keys})
+    like_splits = [name for name in names if means_split(name)]
+    has_shares = isinstance(task.splits.val, float) or isinstance(task.splits.test, float)
+    if tuple(pools) == ("",) and len(names) > 1 and like_splits and not has_shares:
+        raise UserError(
+            f"task {task.name}: the names of the Parquet files speak of splits "
+            f"({listed(names, NAMED)}), but none is called train, val or test: say which they are "
+            f"with {splits_hint(like_splits)}"
+        )
+    return pools
+
+
 def pool_of(key: str) -> str:
     """The pool of a file: train for `train-00000-of-00002.parquet`, `train.parquet`,
-    `train/0000.parquet` and `train/part-1.parquet`.
+    `train/0000.parquet`, `split=train/part-1.parquet` and `train.parquet/part-1.parquet`.
     """
     folder, name = posixpath.split(key)
-    stem = _SHARD.sub("", _stem(name))
+    stem = _parsed(_stem(name))[0]
     word = _first_word(stem)
     if word.lower() in USUAL_POOLS:
         return word
-    for upper in reversed(folder.split("/")):
+    uppers = [_folder_name(upper) for upper in folder.split("/")]
+    for upper in reversed(uppers):
         if upper.lower() in USUAL_POOLS:
             return upper
-    return stem or posixpath.basename(folder)
+    is_part = not stem or stem.lower().startswith("part")
+    return uppers[-1] if is_part and uppers[-1] else stem
+
+
+def _folder_name(name: str) -> str:
+    """The name that a folder has for people: train for `split=train` and `train.parquet`."""
+    return _stem(name.rpartition("=")[2])
+
+
+def _parsed(stem: str) -> tuple[str, int | None, int | None]:
+    """What the name of a file without its ending says: the name without numbers, the number and the
+    count.
+    """
+    counted = _COUNTED.search(stem)
+    if counted:
+        rest = _without_tail(stem[counted.end() :])
+        return stem[: counted.start()] + rest, int(counted["number"]), int(counted["count"])
+    stem = _without_tail(stem)
+    numbered = _NUMBERED.search(stem)
+    if numbered:
+        return stem[: numbered.start()], int(numbered["number"]), None
+    return stem, None, None
+
+
+def _without_tail(stem: str) -> str:
+    while tail := _TAIL.search(stem):
+        stem = stem[: tail.start()]
+    return stem
 
 
 def check_files(task: TaskConfig, where: str, pool: str, keys: Sequence[str]) -> list[str]:
@@ -87,19 +143,15 @@ class _Name:
 
 def _name(key: str, pool: str) -> _Name:
     folder, name = posixpath.split(key)
-    stem = _stem(name)
-    shard = _SHARD.search(stem)
-    number = int(shard["number"]) if shard else None
-    count = int(shard["count"]) if shard and shard["count"] else None
-    prefix = stem[: shard.start()] if shard else stem
+    prefix, number, count = _parsed(_stem(name))
     is_by_name = bool(pool) and _first_word(prefix).lower() == pool.lower()
     uppers = folder.split("/")
-    if not is_by_name:
-        below = max((n for n, upper in enumerate(uppers) if upper.lower() == pool), default=-1)
-        if below >= 0:
-            return _Name(key, "/".join(uppers[:below]), f"{folder}/{prefix}", False, number, count)
-    if uppers[-1].lower() == pool:
-        folder = "/".join(uppers[:-1])
+    of_pool = [n for n, upper in enumerate(uppers) if _folder_name(upper).lower() == pool.lower()]
+    if pool and of_pool and (not is_by_name or of_pool[-1] == len(uppers) - 1):
+        above = "/".join(uppers[: of_pool[-1]])
+        return _Name(
+            key, above, prefix if is_by_name else f"{folder}/{prefix}", is_by_name, number, count
+        )
     return _Name(key, folder, prefix, is_by_name, number, count)
 
 
@@ -123,9 +175,8 @@ def _check_set(place: str, pool: str, files: Sequence[_Name]) -> None:
     if missing:
         raise UserError(
             f"{place} has {len(files):,} of the {count:,} files that the name of {files[0].key} "
-            f"speaks of: number {', '.join(map(str, missing))} is missing; get all files, or "
-            f"rename those that are there to {files[0].set or 'part'}-NUMBER.parquet if they are "
-            f"meant to be all"
+            f"speaks of: number {', '.join(map(str, missing))} is missing; get all files, or take "
+            f"the count out of the names if these are meant to be all"
         )
     if len(numbers) > count:
         surplus = next(file for file in files if file.number not in wanted)

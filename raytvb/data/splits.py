@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytvb.data.image_source import ALIASES, SPLITS, Row, Source, reasons
+from raytvb.data.image_source import SPLITS, Row, Source, reasons
 from raytvb.data.open_source import open_source
+from raytvb.data.pools import split_pools
 from raytvb.data.suite_files import cache_folder, task_url
 from raytvb.errors import UserError
 from raytvb.experiment.sections.tasks import TaskConfig
@@ -42,33 +43,34 @@ class Split:
 
 @dataclass(frozen=True)
 class Part:
-    """A split as a part of a pool: the images between two shares of the pool's seeded permutation.
+    """A split as a part of a pool: a share of the images of the pool's seeded permutation.
 
-    From share 0 to share 1 it is the whole pool.
+    With share 1 and nothing before it, it is the whole pool.
     """
 
     pool: str
-    start: float = 0.0
-    stop: float = 1.0
+    before: tuple[float, ...] = ()
+    """The shares of the parts that come before it in the permutation, in their order."""
+    share: float | None = None
+    """None: all that is left."""
 
     def members(self, source: Source, seed: int) -> np.ndarray:
-        """Positions (N,) in the pool, rising.
+        """Positions (N,) in the pool, rising. No two parts of a pool have one in common.
 
-        In a pool that is not empty, every part gets at least one image.
+        Every part with a share gets at least one image, as long as there are any.
         """
         count = source.count(self.pool)
-        if (self.start, self.stop) == (0.0, 1.0):
+        if self.share is None and not self.before:
             return np.arange(count)
-        first = _edge(count, self.start)
-        end = max(_edge(count, self.stop), first + 1)
+        first, total = 0, 0.0
+        for share in self.before:
+            total += share
+            first = max(round(count * total), first + 1)
+        end = count
+        if self.share is not None:
+            end = max(round(count * (total + self.share)), first + 1)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
         return np.sort(order[first:end])
-
-
-def _edge(count: int, share: float) -> int:
-    """Number of images in a share of `count` images: at least 1 for shares other than 0 and 1."""
-    images = round(count * share)
-    return images if share in (0.0, 1.0) else max(1, images)
 
 
 def task_source(task: TaskConfig) -> Source:
@@ -147,7 +149,7 @@ def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
     becomes a tenth of train's pool. If the data have no named splits, test becomes a fifth of them.
     Other missing splits are left out. Raises UserError for a name that the data do not have.
     """
-    pools = _split_pools(task, source)
+    pools = split_pools(task, source.pools, source.where)
     parts = {split: Part(pool) for split, pool in pools.items() if split != "train"}
     if "train" not in pools:
         return parts
@@ -156,54 +158,10 @@ def split_parts(task: TaskConfig, source: Source) -> dict[str, Part]:
         shares["test"] = TEST_SHARE
     if shares["val"] is None:
         shares["val"] = VAL_SHARE
-    used = 0.0
+    before: tuple[float, ...] = ()
     for split, share in shares.items():
         if split not in parts and isinstance(share, float):
-            parts[split] = Part(pools["train"], used, used + share)
-            used += share
-    parts["train"] = Part(pools["train"], used)
+            parts[split] = Part(pools["train"], before, share)
+            before += (share,)
+    parts["train"] = Part(pools["train"], before)
     return parts
-
-
-def _split_pools(task: TaskConfig, source: Source) -> dict[str, str]:
-    """The pool of each split that is a whole pool. Other splits are left out: those without a pool,
-    and those that are shares.
-    """
-    named = _given_pools(task, source)
-    pools = dict(named)
-    for split in SPLITS:
-        if getattr(task.splits, split) is not None:
-            continue
-        for alias in ALIASES[split]:
-            if alias in source.pools and alias not in named.values():
-                pools[split] = alias
-                break
-    if source.pools == ("",):
-        pools["train"] = ""
-    return pools
-
-
-def _given_pools(task: TaskConfig, source: Source) -> dict[str, str]:
-    """The pools that the task names for its splits. Upper case in usual names does not matter.
-
-    Raises UserError for a name that the data do not have.
-    """
-    named: dict[str, str] = {}
-    unknown = []
-    for split in SPLITS:
-        pool = getattr(task.splits, split)
-        if not isinstance(pool, str):
-            continue
-        if pool not in source.pools:
-            pool = pool.lower()
-        if pool in source.pools:
-            named[split] = pool
-        else:
-            unknown.append(f"splits.{split}: {getattr(task.splits, split)}")
-    if unknown:
-        pools = ", ".join(filter(None, source.pools)) or "no named splits"
-        raise UserError(
-            f"task {task.name}: {', '.join(unknown)}: {source.where} has {pools} (a share of train "
-            f"is a number, such as 0.1)"
-        )
-    return named

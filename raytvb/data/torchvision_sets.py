@@ -141,7 +141,7 @@ class TorchvisionSource:
                 f"task {self._task.name}: torchvision has no class names for {self._name}; give "
                 f"them as `classes: [...]` of the task"
             )
-        check_classes(self._task, given or names, self.where)
+        check_classes(self._task, given or names, "`classes`" if given else self.where)
         return given or names
 
     def count(self, pool: str) -> int:
@@ -162,6 +162,11 @@ class TorchvisionSource:
                 image, label = data_set[position]
             except FileNotFoundError as error:
                 raise UserError(f"task {self._task.name}: {name} is missing: {error}") from None
+            except IndexError:
+                raise UserError(
+                    f"task {self._task.name}: {name} has no label or no pixels, so the data set's "
+                    f"files contradict each other: get them again"
+                ) from None
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 yield Row(name, error, 0)
             else:

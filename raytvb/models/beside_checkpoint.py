@@ -36,15 +36,25 @@ class Beside:
     """open_clip's `preprocess_cfg`; empty if nothing says it."""
     source: str = ""
     """The file that says it."""
+    is_said: bool = False
+    """Whether the file names the activation. If an open_clip description does not, it is GELU."""
 
 
 def read_beside(config: ModelConfig, path: str) -> Beside:
-    """What the files beside a checkpoint say.
+    """What the files beside a checkpoint say: beside the given path, else beside what it links to.
 
-    Raises UserError for a description that is broken, or that is one of another model than
-    `config.name`.
+    A cache of the hub has links under the right names to files that lie elsewhere. Raises UserError
+    for a description that is broken, or that is one of another model than `config.name`.
     """
-    folder = Path(path).resolve().parent
+    given, target = Path(path).absolute().parent, Path(path).resolve().parent
+    for folder in dict.fromkeys((given, target)):
+        if any((folder / name).is_file() for name in (CONFIG_FILE, _HUGGING_FACE)):
+            return _read_in(config, folder)
+    return Beside()
+
+
+def _read_in(config: ModelConfig, folder: Path) -> Beside:
+    """What the descriptions in a folder say."""
     if (folder / CONFIG_FILE).is_file():
         description = read_description(folder / CONFIG_FILE)
         differences = list(_differences(config.name, description.model))
@@ -56,10 +66,10 @@ def read_beside(config: ModelConfig, path: str) -> Beside:
                 f"folder of its own"
             )
         quick = bool(description.model.get("quick_gelu", False))
-        return Beside(quick, description.preprocess, str(description.path))
-    if (folder / _HUGGING_FACE).is_file():
-        return Beside(_hidden_act(folder / _HUGGING_FACE), {}, str(folder / _HUGGING_FACE))
-    return Beside()
+        is_said = "quick_gelu" in description.model
+        return Beside(quick, description.preprocess, str(description.path), is_said)
+    act = _hidden_act(folder / _HUGGING_FACE)
+    return Beside(act, {}, str(folder / _HUGGING_FACE), act is not None)
 
 
 def _hidden_act(path: Path) -> bool | None:
@@ -135,7 +145,7 @@ def activation_of(config: ModelConfig, path: str, beside: Beside, *, is_openai: 
             f"the checkpoint says GELU: give {config.name.removesuffix('-quickgelu')} as the name, "
             f"or correct that file"
         )
-    if beside.quick_gelu or is_openai:
+    if beside.quick_gelu or (is_openai and not beside.is_said):
         return Activation(True)
     if beside.quick_gelu is None and not has_quick and not _activation_is_fixed(named):
         return Activation(False, _unknown_activation(config.name, path))

@@ -231,6 +231,13 @@ def _check_heads(model: Mapping[str, Any]) -> None:
 
 
 def _check_preprocess(options: Mapping[str, Any]) -> None:
+    known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise FieldError(
+            "preprocess_cfg",
+            f"has the unknown field {listed(unknown, 3)}; open_clip knows {listed(sorted(known))}",
+        )
     color = options.get("fill_color")
     if color is not None and (color not in range(256) or isinstance(color, bool)):
         raise _other("preprocess_cfg.fill_color", color, "a whole number from 0 to 255")
@@ -253,10 +260,11 @@ def _check_channels(values: object, name: str) -> None:
     good = isinstance(values, list) and len(values) == 3
     for value in values if isinstance(values, list) else ():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        good = good and is_number and math.isfinite(value) and (name == "mean" or value > 0)
+        good = good and is_number and (0 if name == "mean" else 0.001) <= value <= 1
     if not good:
         kind = "numbers" if name == "mean" else "numbers above 0"
-        raise _other(field, values, f"three {kind}, for red, green and blue")
+        allowed = f"three {kind} up to 1, for red, green and blue of pixels from 0 to 1"
+        raise _other(field, values, allowed)
 
 
 def _other(field: str, value: object, allowed: str) -> FieldError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raytvb.data.census import Census, take_census
 from raytvb.data.preprocess import Preprocess
+from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
@@ -24,12 +25,18 @@ def prepare_task(
     """Check that the data of a task have these splits, and store its zero-shot head.
 
     fingerprint: of the pretrained model. Returns what the data hold. Every image is decoded once,
-    unless `data.leaks` is `ignore`. Raises UserError for a split that is missing and for data that
-    cannot be used.
+    unless `data.leaks` is `ignore`. Raises UserError for a split that is missing, for data that
+    cannot be used, and for data with another number of classes than the stored head has.
     """
     worker_setup()
     census = checked_census(experiment, task, splits, threads(experiment))
-    load_head(TaskStore(experiment, task), load_base(experiment.store, fingerprint))
+    head = load_head(TaskStore(experiment, task), load_base(experiment.store, fingerprint))
+    if len(head.weights) != len(census.classes):
+        raise UserError(
+            f"task {task.name}: its head in the store has {len(head.weights)} classes, and its "
+            f"data have {len(census.classes)} now: put the data back as they were, or use a new "
+            f"store"
+        )
     return census
 
 

@@ -311,7 +311,7 @@ class Store:
             if self.is_local:
                 return sizes_below(path)
             listing = self.fs.find(path, detail=True)
-            return {name: int(info["size"]) for name, info in listing.items()}
+            return {name: int(info["size"] or 0) for name, info in listing.items()}
 
         sizes = self._repeated(prefix, "list", listed)
         keys = self._keys_of(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
@@ -12,12 +13,16 @@ from raytvb.storage.store_errors import StoreError
 
 
 def _filled_in(place: str) -> str:
-    """The place itself. Raises ValueError for one with a variable that nobody has filled in."""
+    """The place itself, with the path of the home for `~`.
+
+    Raises ValueError for one with a variable that nobody has filled in.
+    """
     try:
         check_variables(place)
     except StoreError as error:
         raise ValueError(str(error)) from None
-    return place
+    scheme, separator, path = place.rpartition("local-dir:")
+    return f"{scheme}{separator}{os.path.expanduser(path)}"
 
 
 ModelPlace = Annotated[
