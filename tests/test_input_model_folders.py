@@ -331,6 +331,25 @@ def test_a_file_of_openai_has_quick_gelu(tmp_path: Path) -> None:
     assert activation(from_file(file_of(tmp_path / "a.pt", state() | numbers))) == "QuickGELU"
 
 
+def test_what_lies_beside_openai_s_numbers_counts_more(tmp_path: Path) -> None:
+    numbers = {name: torch.tensor(number) for name, number in OPENAI.items()}
+    file_of(tmp_path / "a.pt", state() | numbers)
+    description = {"model_cfg": {**CONFIG, "quick_gelu": False}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(description))
+    assert activation(from_file(tmp_path / "a.pt")) == "GELU"
+
+
+def test_a_cache_of_the_hub_has_links_to_files_that_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    path = beside(tmp_path / "blobs", {CONFIG_FILE: {"model_cfg": {**CONFIG, "quick_gelu": True}}})
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in (path, path.with_name(CONFIG_FILE)):
+        blob = file.rename(file.with_name(f"blob-{file.stem}"))
+        (snapshot / file.name).symlink_to(blob)
+    assert activation(from_file(snapshot / path.name)) == "QuickGELU"
+
+
 def other_model(**vision: Any) -> dict[str, Any]:
     return {"model_cfg": {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], **vision}}}
 

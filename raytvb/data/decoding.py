@@ -15,7 +15,14 @@ import numpy as np
 from PIL import Image
 
 from raytvb.data.image_source import BYTES_AT_ONCE, Row
-from raytvb.data.opening import Unreadable, open_image, rgb_image, rgb_strips, why_unreadable
+from raytvb.data.opening import (
+    Unreadable,
+    open_image,
+    rgb_image,
+    rgb_strips,
+    weighed_pixels,
+    why_unreadable,
+)
 from raytvb.data.preprocess import Preprocess
 from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.data import DataConfig
@@ -208,7 +215,7 @@ class _Pool(Generic[T]):
     def _tried(self, row: Row, most: int | None) -> T | Unreadable | _Large:
         try:
             image = open_image(row, self._reading)
-            pixels = image.width * image.height
+            pixels = weighed_pixels(image)
             return self._work(image) if most is None or pixels <= most else _Large(pixels)
         except Exception as error:  # of many kinds, for the bytes can be anything
             return why_unreadable(row, error)

@@ -43,6 +43,9 @@ versions of Pillow read some of them by themselves."""
 BRANDS = {b"heic": ".heic", b"heix": ".heic", b"mif1": ".heif", b"avif": ".avif", b"avis": ".avif"}
 """How the content of such files says what it is."""
 
+HEAVY = 3
+"""How many times more memory than others a JPEG 2000 image takes while it is decoded."""
+
 STRIP = 2**22
 """Number of pixels of a strip of `rgb_strips`."""
 
@@ -214,11 +217,17 @@ def _opened(row: Row) -> Image.Image:
             )
 
 
+def weighed_pixels(image: Image.Image) -> int:
+    """The pixels of an opened image, as a measure of the memory that decoding it takes."""
+    return image.width * image.height * (HEAVY if image.format == "JPEG2000" else 1)
+
+
 def _check_size(image: Image.Image, reading: DataConfig) -> None:
     width, height = image.size
-    if width * height > reading.max_pixels:
+    if weighed_pixels(image) > reading.max_pixels:
+        times = f" (which count {HEAVY} times in JPEG 2000)" if image.format == "JPEG2000" else ""
         raise RefusedImageError(
-            f"it has {width} x {height} pixels, more than `data.max_pixels` "
+            f"it has {width} x {height} pixels{times}, more than `data.max_pixels` "
             f"({reading.max_pixels:,}) allows",
             "images with more pixels than data.max_pixels",
         )
