@@ -36,9 +36,8 @@ RAY_LIMITS = {
 }
 """Ray's own limits of the start, in units for each second of ours."""
 
-QUESTION = ("RAY_raylet_start_wait_time_s", "1")
-"""The seconds that a single question after the node may block in Ray's C++ code. Meanwhile this
-process would notice neither Ctrl-C nor that a server has ended. Ray's default is 30."""
+QUESTION_S = 1.0
+"""Seconds that a single question after the nodes may take."""
 
 
 class StartError(Exception):
@@ -157,17 +156,16 @@ def _waiting_for_the_node(limit_s: float) -> Iterator[None]:
     """
     services: Any = ray._private.services
     ask, deadline = services.get_node, monotonic() + limit_s
-    _shorten_questions()
 
-    def get_node(*args: Any) -> Any:
-        while True:
-            try:
-                return ask(*args)
-            except RuntimeError:
-                _check_servers()
-                if monotonic() >= deadline:
-                    raise StartError(f"its node was not ready after {limit_s:g} s") from None
+    def get_node(address: str, node: str) -> Any:
+        # Ray's own question blocks for 30 seconds, in which this process would notice neither
+        # Ctrl-C nor that a server has ended. So it is asked when the answer is there.
+        while not _is_registered(address, node):
+            _check_servers()
+            if monotonic() >= deadline:
+                raise StartError(f"its node was not ready after {limit_s:g} s")
             sleep(0.1)
+        return ask(address, node)
 
     services.get_node = get_node
     try:
@@ -176,14 +174,16 @@ def _waiting_for_the_node(limit_s: float) -> Iterator[None]:
         services.get_node = ask
 
 
-def _shorten_questions() -> None:
-    """Apply QUESTION to this process only: the servers and workers of Ray keep the default."""
-    name, seconds = QUESTION
-    if name not in os.environ:
-        os.environ[name] = seconds
-        raylet: Any = ray._raylet
-        raylet.Config.py_gcs_connect_timeout_s()  # the first use reads the environment, once
-        del os.environ[name]
+def _is_registered(address: str, node: str) -> bool:
+    """Whether the control server at an address knows a node, by its id in hexadecimal digits."""
+    raylet: Any = ray._raylet
+    try:
+        known = raylet.GcsClient(address=address).get_all_node_info(timeout=QUESTION_S)
+    except (AttributeError, TypeError):  # another version of Ray
+        return True
+    except Exception:  # of several kinds: the server does not answer yet
+        return False
+    return any(each.hex() == node for each in known)
 
 
 def _check_servers() -> None:
