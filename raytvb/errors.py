@@ -142,8 +142,11 @@ def _shortened_items(items: Sequence[str], most: int) -> str:
     return text if len(text) <= most and len(items) < 9 else f"{text[: most - 1]}…"
 
 
-def listed(names: Iterable[object], most: int = 10) -> str:
-    """Names for a message, the first few of many: `a, b, … and 12 more`."""
-    texts = [shown(f"{name!s:.80}") for name in names]
+def listed(names: Iterable[object], most: int = 10, longest: int = 80) -> str:
+    """Names for a message, the first few of many: `a, b, … and 12 more`.
+
+    longest: number of characters of a name that are shown.
+    """
+    texts = [shown(str(name)[:longest]) for name in names]
     more = f", … and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more

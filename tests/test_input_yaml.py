@@ -34,7 +34,7 @@ LIBRARY = (
 )  # fmt: skip
 """Words of libraries and of Python, which no message may have."""
 
-LONGEST_S = 5.0
+LONGEST_S = 20.0
 
 
 def bomb(merge: str = "") -> str:

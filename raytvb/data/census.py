@@ -21,15 +21,12 @@ from raytvb.data.splits import (
     split_parts,
     task_source,
 )
-from raytvb.errors import UserError
+from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.data import DataConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.storage.contract import JsonObject
 from raytvb.suite.glyphs import class_counts
 from raytvb.suite.task_names import class_names
-
-NAMED = 10
-"""A warning names at most this many images or classes."""
 
 
 @dataclass
@@ -213,7 +210,7 @@ class _Count:
         for split, counts in self._counts.items():
             names = [name for name, count in zip(self._classes, counts, strict=True) if not count]
             if names:
-                lines.append(f"no image of {split} is in {_classes(len(names))} {_listed(names)}")
+                lines.append(f"no image of {split} is in {_classes(len(names))} {listed(names)}")
         return lines
 
     def _unusual(self) -> list[str]:
@@ -225,19 +222,21 @@ class _Count:
 
     def _contradictions(self) -> list[str]:
         """A warning if images of different classes have the same pixels."""
-        first: dict[bytes, str] = {}
-        labels: dict[bytes, int] = {}
+        first: dict[bytes, tuple[str, _Picture]] = {}
         pairs = []
         for split, pictures in self._pictures.items():
             for picture in pictures:
-                where = f"{picture.name} of {split} ({self._classes[picture.label]})"
-                if labels.setdefault(picture.digest, picture.label) != picture.label:
-                    pairs.append(f"{where} is {first[picture.digest]}")
-                first.setdefault(picture.digest, where)
+                other_split, other = first.setdefault(picture.digest, (split, picture))
+                if other.label != picture.label:
+                    place = self._place(split, picture)
+                    pairs.append(f"{place} is {self._place(other_split, other)}")
         if not pairs:
             return []
         have = "has" if len(pairs) == 1 else "have"
-        return [f"{_images(len(pairs))} {have} the pixels of another class: {_listed(pairs)}"]
+        return [f"{_images(len(pairs))} {have} the pixels of another class: {_pairs(pairs)}"]
+
+    def _place(self, split: str, picture: _Picture) -> str:
+        return f"{picture.name} of {split} ({self._classes[picture.label]})"
 
     def _copies(self) -> list[str]:
         """A warning for each split that has the same pixels more than once."""
@@ -249,7 +248,7 @@ class _Count:
                 if first.setdefault(picture.digest, picture.name) != picture.name:
                     pairs.append(f"{picture.name} is {first[picture.digest]}")
             if pairs:
-                lines.append(f"{_images(len(pairs))} of {split} are copies: {_listed(pairs)}")
+                lines.append(f"{_images(len(pairs))} of {split} are copies: {_pairs(pairs)}")
         return lines
 
     def _leaks(self) -> str:
@@ -264,7 +263,12 @@ class _Count:
                 pairs.append(f"{picture.name} is {others[picture.digest]}")
         if not pairs:
             return ""
-        return f"{_images(len(pairs))} of test have the pixels of others: {_listed(pairs)}"
+        return f"{_images(len(pairs))} of test have the pixels of others: {_pairs(pairs)}"
+
+
+def _pairs(pairs: Sequence[str]) -> str:
+    """Images and their twins; paths may be long."""
+    return listed(pairs, longest=1000)
 
 
 def _images(count: int) -> str:
@@ -273,8 +277,3 @@ def _images(count: int) -> str:
 
 def _classes(count: int) -> str:
     return "class" if count == 1 else f"{count} classes:"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -41,6 +41,9 @@ and its memory until it has ended."""
 TOGETHER = 8
 """Number of images that are given to a thread at once."""
 
+LONGEST_TOGETHER_S = 5.0
+"""Seconds for such a group of small images. If it takes longer, each is decoded alone."""
+
 LARGE = 2**21
 """Number of pixels above which an image is large. Of smaller ones, every thread may hold one."""
 
@@ -92,12 +95,12 @@ def _pixels(image: Image.Image, preprocess: Preprocess, reading: DataConfig) -> 
 
 
 def _inspected(image: Image.Image, reading: DataConfig) -> Inspected:
-    digest, notes, sizes = hashlib.blake2b(digest_size=16), list[str](), list[int]()
+    digest, notes = hashlib.blake2b(digest_size=16), list[str]()
+    width, height = 0, 0
     for strip in rgb_strips(image, reading, notes):
         digest.update(strip.convert("RGB").tobytes())
-        sizes.append(strip.height)
-        width = strip.width
-    digest.update(repr((width, sum(sizes))).encode())
+        width, height = strip.width, height + strip.height
+    digest.update(repr((width, height)).encode())
     return Inspected(digest.digest(), tuple(notes))
 
 
@@ -149,7 +152,7 @@ class _Pool(Generic[T]):
         pending = [self._start(group, LARGE) for group in groups]
         for index, group in enumerate(groups):
             try:
-                yield self._with_large(group, pending[index].get(LONGEST_S))
+                yield self._with_large(group, pending[index].get(LONGEST_TOGETHER_S))
             except LateError:
                 self._renew()
                 yield [self._alone(row) for row in group]

@@ -149,7 +149,13 @@ class TorchvisionSource:
         return len(self._data_set(pool))
 
     def labels(self, pool: str, positions: Sequence[int]) -> Iterator[object]:
-        """The labels at these positions. torchvision gives them only with their images."""
+        """The labels at these positions. Some data sets give them only with their images."""
+        data_set = self._data_set(pool)
+        for name in ("targets", "labels", "_labels"):
+            labels = getattr(data_set, name, None)
+            if labels is not None and len(labels) == len(data_set):
+                yield from (int(labels[position]) for position in positions)
+                return
         for row in self.rows(pool, positions):
             yield row.label
 

@@ -7,12 +7,9 @@ from functools import cache
 
 import torch
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, listed
 from raytvb.experiment.sections.model import ModelConfig
 from raytvb.models.heads import Tokenizer, load_tokenizer, words
-
-NAMED = 10
-"""A warning names at most this many groups of classes."""
 
 
 def prompt_warnings(
@@ -31,11 +28,10 @@ def prompt_warnings(
     groups = same_prompts(tokenizer, classes, templates)
     if not groups:
         return []
-    listed = [" = ".join(group) for group in groups[:NAMED]]
-    more = f", and {len(groups) - NAMED} more" if len(groups) > NAMED else ""
+    same = listed(" = ".join(group) for group in groups)
     return [
-        f"these classes have the same prompts, so the model cannot tell them apart: "
-        f"{', '.join(listed)}{more}; give other names as `classes:`"
+        f"these classes have the same prompts, so the model cannot tell them apart: {same}; give "
+        f"other names as `classes:`"
     ]
 
 

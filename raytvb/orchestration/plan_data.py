@@ -67,7 +67,15 @@ def plan_data(experiment: Experiment) -> DataPlan:
     Every image is decoded, as a run does before it trains, but not the images of tasks that have a
     vector already. If their data cannot be read any more, a warning says so.
     """
-    set_patience(min(patience(), PATIENCE_S))
+    before = patience()
+    set_patience(min(before, PATIENCE_S))
+    try:
+        return _looked_at(experiment)
+    finally:
+        set_patience(before)
+
+
+def _looked_at(experiment: Experiment) -> DataPlan:
     missing = {part.name for part in missing_parts(Store(experiment.store), experiment, {})}
     with_vectors = set(experiment.task_names)
     is_done = not missing & with_vectors
