@@ -9,10 +9,10 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 from raytvb.errors import VectorError
-from raytvb.experiment.layout import VECTOR
+from raytvb.experiment.stored_vectors import StoredVector
 from raytvb.storage.basis_layout import Layout
 from raytvb.storage.basis_writer import NO_TAGS
-from raytvb.storage.records import FileInfo, Record
+from raytvb.storage.records import FileInfo
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,22 @@ class VectorVersion:
     """A task's vector with certain contents. A vector that is made again is another version."""
 
     task: str
-    checksum: str
-    """sha256 of the vector file."""
-    file: FileInfo | None = None
-    """The file as the vector's record describes it; None if the record must still be read."""
+    url: str
+    """URL of the store that has the vector."""
+    key: str
+    """Key of the vector file in that store."""
+    file: FileInfo
+    """The file as the vector's record describes it."""
+
+    @property
+    def checksum(self) -> str:
+        """sha256 of the vector file."""
+        return self.file.sha256
 
     @classmethod
-    def of(cls, task: str, record: Record) -> VectorVersion:
-        """The version that the record of a vector, or of its twin, describes."""
-        file = record.file(VECTOR, task)
-        return cls(task, file.sha256, file)
+    def of(cls, vector: StoredVector) -> VectorVersion:
+        """The version of a stored vector, or of its twin."""
+        return cls(vector.task, vector.store.url, vector.key, vector.file)
 
 
 Versions: TypeAlias = Sequence[VectorVersion]

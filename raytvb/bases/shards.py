@@ -15,8 +15,7 @@ from torch import Tensor
 from raytvb.bases.messages import CacheUse, FilesByFolder, Outputs, Shards, VectorVersion, Versions
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import BASE, VECTOR
-from raytvb.experiment.task_store import task_stores
+from raytvb.experiment.layout import BASE
 from raytvb.maths.gram_blocks import BLOCK, gram_of_blocks
 from raytvb.models.worker_process import worker_setup
 from raytvb.storage import records
@@ -51,7 +50,6 @@ class CoordinateShard:
         self._experiment, self._store = experiment, Store(experiment.store)
         self._index, self._of = index, of
         self._dense = experiment.own_masks and len(experiment.tasks) > 1
-        self._tasks = task_stores(experiment)
         self._checksums: dict[str, str] = {}
         self._fingerprint: str | None = None
         self._masks = OpenMasks()
@@ -80,11 +78,10 @@ class CoordinateShard:
         return failed
 
     def _take(self, version: VectorVersion) -> None:
-        task = version.task
-        file = version.file or self._recorded_file(task)
-        vector = VectorFile(self._store, self._tasks[task].basis_vector_key, self._masks)
-        if file.sha256 != version.checksum or vector.file_size != file.size:
-            raise differs(vector.where, self._store.url, "its contents have changed")
+        task, file, store = version.task, version.file, Store(version.url)
+        vector = VectorFile(store, version.key, self._masks, file)
+        if vector.file_size != file.size:
+            raise differs(vector.where, store.url, "its contents have changed")
         if self._first is None:
             # All others are compared with this header, so it is checked even if its bytes lie in
             # another share.
@@ -97,15 +94,6 @@ class CoordinateShard:
         cache.add(task, vector, file)
         self._first, self._layout, self._cache = self._first or vector, layout, cache
         self._checksums[task] = version.checksum
-
-    def _recorded_file(self, task: str) -> FileInfo:
-        """The vector's file as its record describes it now."""
-        task_store = self._tasks[task]
-        record = task_store.basis_vector()
-        if record is None:
-            where = self._store.where(task_store.basis_vector_key)
-            raise StoreKeyError(f"{where} has not been committed")
-        return record.file(VECTOR, self._store.where(task_store.basis_vector_prefix))
 
     def _check(self, vector: VectorFile) -> None:
         """Raise VectorError unless the vector is of the experiment's model and fits the others."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from raytvb.bases.builder import BasisBuilder
 from raytvb.bench.measure import CPU, Machine, Result, resident_bytes, versions
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import vector_key, vector_prefix
+from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.storage import records
 from raytvb.storage.contract import Contract
 from raytvb.storage.gram_files import gram_matrix
 from raytvb.storage.store import Store
-from raytvb.storage.vectors import vector_bytes, vector_info
+from raytvb.storage.vectors import VECTOR, vector_bytes, vector_info
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of all arrivals after which the result gives times and memory."""
@@ -129,7 +129,7 @@ def _write_vectors(experiment: Experiment, values: int, seed: int) -> None:
     info = vector_info("random")
     for task in experiment.task_names:
         data = vector_bytes({"w": torch.randn(values, generator=generator)}, info)
-        files = {"vector.safetensors": data}
+        files = {VECTOR: data}
         records.commit(store, vector_prefix(task), identity={}, files=files)
 
 
@@ -147,7 +147,7 @@ def _add_all(builder: BasisBuilder, tasks: Sequence[str]) -> _Measured:
 def _gram_of_all(experiment: Experiment) -> tuple[Tensor, float]:
     """The Gram matrix of all files, and the seconds to compute it."""
     store = Store(experiment.store)
-    paths = [store.path(vector_key(task)) for task in experiment.task_names]
+    paths = [store.path(f"{vector_prefix(task)}/{VECTOR}") for task in experiment.task_names]
     started = time.perf_counter()
     gram = gram_matrix(paths)
     return gram, time.perf_counter() - started

@@ -11,6 +11,7 @@ from raytvb.data.load_split import load_split
 from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, basis_prefix
+from raytvb.experiment.present_versions import present_versions
 from raytvb.maths.counts import Count
 from raytvb.maths.halving import Option, choose
 from raytvb.models.evaluator import Evaluator
@@ -62,8 +63,9 @@ def our_search(experiment: Experiment, subsets: Subsets) -> SearchOutcome:
 def _measured(experiment: Experiment, subsets: Subsets) -> dict[str, list[Measured]]:
     """Measure all rounds of every candidate, on validation images."""
     validation, rounds = split_evaluator(experiment, "val"), dict[str, list[Measured]]()
+    present = present_versions(experiment)
     for candidate in (ZERO_SHOT, *basis_candidates(experiment)):
-        search = CandidateSearch(experiment, candidate, validation, sizes=set(subsets))
+        search = CandidateSearch(experiment, candidate, validation, present, sizes=set(subsets))
         results: list[Measured] = []
         for number in range(1, len(experiment.search.shares) + 1):
             results.append(search.round(number, results[-1] if results else None))
@@ -97,7 +99,8 @@ def _tested(
     experiment: Experiment, chosen: Candidate, last: Measured, subsets: Subsets
 ) -> dict[int, list[Count]]:
     """Counts on the test images with the chosen settings, by number of tasks."""
-    additions = Additions(experiment, chosen, split_evaluator(experiment, "test"))
+    test, present = split_evaluator(experiment, "test"), present_versions(experiment)
+    additions = Additions(experiment, chosen, test, present)
     tested: dict[int, list[Count]] = {}
     for size, group in subsets.items():
         tested[size] = []

@@ -259,8 +259,9 @@ def _description(
     mix = " ".join(terms).removeprefix("+ ") or "all tasks"
     by = f" by {method}" if method != "sum" else ""
     lengths = ", vectors at their tasks' own lengths" if merged.own_lengths else ""
+    count = "" if merged.covers is None else f" ({len(merged.covers)} tasks)"
     return (
-        f"{mix}{by} from {merged.source}, coefficient {merged.coefficient:.4g}{lengths}, "
+        f"{mix}{by} from {merged.source}{count}, coefficient {merged.coefficient:.4g}{lengths}, "
         f"written to {out}"
     )
 

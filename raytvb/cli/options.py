@@ -142,6 +142,22 @@ def local_cluster_options(command: Command) -> Command:
     return cpus(gpus(command))
 
 
+def consent_options(command: Command) -> Command:
+    """`--yes` and `--renew`: what a run may replace."""
+    yes = click.option(
+        "--yes",
+        is_flag=True,
+        help="Do not ask before vectors are replaced whose settings or data have changed.",
+    )
+    renew = click.option(
+        "--renew",
+        type=click.Choice(["mask"]),
+        help="Make the shared mask anew from the scores of the present tasks, and all vectors and "
+        "bases with it. Asks first.",
+    )
+    return yes(renew(command))
+
+
 def read_experiment(file: Path, store: str | None) -> Experiment:
     """The checked experiment of a file. store: replaces the store that the file names."""
     from raytvb.experiment.machine_folders import check_machine_folders

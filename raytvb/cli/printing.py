@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -111,3 +112,23 @@ def _flattened(name: str, value: object) -> list[tuple[str, str]]:
     for key, inner in items:
         rows += _flattened(f"{name}.{key}" if name else str(key), inner)
     return rows
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is removed or replaced. Ends the command unless the answer is yes.
+
+    yes: whether the user has said `--yes`, so that nothing is asked. Raises UserError, which names
+    that option, if nobody is there to answer.
+    """
+    import click
+
+    from raytvb.errors import UserError
+
+    if yes:
+        return
+    try:
+        click.confirm(question, abort=True, err=True)
+    except click.Abort:
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise
+        raise UserError(f"nothing was done. Say `--yes` to agree to this:\n{question}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,27 +13,49 @@ import click
 from raytvb.cli.options import (
     EXPERIMENT_FILE,
     STORE_OPTION,
+    consent_options,
     local_cluster_options,
     read_experiment,
 )
 from raytvb.errors import PartialRunError
 
 if TYPE_CHECKING:
+    from raytvb.experiment.changes import Changes
     from raytvb.experiment.config import Experiment
     from raytvb.orchestration.pipeline import Pipeline
+    from raytvb.orchestration.progress import Reporter
     from raytvb.storage.store import Store
 
 
+@dataclass(frozen=True)
+class Consent:
+    """What a run may do beyond making what is missing."""
+
+    yes: bool = False
+    """Whether stored vectors may be replaced without a question."""
+    renew_mask: bool = False
+    """Whether the shared mask is made anew, and with it all vectors and bases."""
+
+
 def start_pipeline(
-    experiment: Experiment, num_cpus: int | None = None, num_gpus: int | None = None
+    experiment: Experiment,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    stages: Sequence[str] | None = None,
+    consent: Consent = Consent(),
 ) -> Pipeline:
-    """Connect to Ray, or start one on this machine, and check that the experiment can run there."""
+    """Connect to Ray, or start one on this machine, and check that the experiment can run there.
+
+    First says what the run will make, keep and make again, and asks before it replaces anything.
+    stages: default: all.
+    """
     from raytvb.experiment.places import check_usable
     from raytvb.orchestration.progress import Reporter
     from raytvb.storage.store import Store
 
     store, reporter = Store(experiment.store), Reporter()
     check_usable(store)  # before Ray, which takes seconds to start
+    changes = _agreed_changes(experiment, stages, consent, reporter)
     address = os.environ.get("RAY_ADDRESS")
     where = f"joining Ray at {address}" if address else "starting Ray"
     reporter.say(
@@ -43,7 +66,27 @@ def start_pipeline(
 
     retries = experiment.resources.max_retries
     connect(cpus=num_cpus, gpus=num_gpus, retries=retries, tell=reporter.say)
-    return Pipeline(experiment, reporter)
+    return Pipeline(experiment, reporter, changes)
+
+
+def _agreed_changes(
+    experiment: Experiment,
+    stages: Sequence[str] | None,
+    consent: Consent,
+    reporter: Reporter,
+) -> Changes:
+    """What the run will make, keep and make again, after it was said, and asked where needed."""
+    from raytvb.cli.printing import confirm
+    from raytvb.orchestration.pipeline import STAGES, planned_changes
+
+    asked = STAGES if stages is None else stages
+    changes = planned_changes(experiment, asked, renew_mask=consent.renew_mask)
+    for line in changes.lines():
+        reporter.say(line)
+    question = changes.question()
+    if question:
+        confirm(f"{question}\nGo on?", yes=consent.yes)
+    return changes
 
 
 def run_everything(pipeline: Pipeline, verify: bool) -> None:
@@ -124,31 +167,54 @@ def plan(file: Path, store: str | None, as_json: bool) -> None:
     is_flag=True,
     help="At the end, read every stored file and compare it with its recorded checksum.",
 )
+@consent_options
 @local_cluster_options
 def run(
-    file: Path, store: str | None, verify: bool, num_cpus: int | None, num_gpus: int | None
+    file: Path,
+    store: str | None,
+    verify: bool,
+    yes: bool,
+    renew: str | None,
+    num_cpus: int | None,
+    num_gpus: int | None,
 ) -> None:
     """Run all stages of an experiment.
 
     The stages are finetune, basis, search, evaluate and report. After a stop, run the command
-    again: what is in the store already is not made again.
+    again: what is in the store already is not made again. The list of tasks may change from run to
+    run: only the new tasks are fine-tuned. If the settings or the data of a task have changed, the
+    run says so, and asks before it replaces the task's vector.
 
     \b
     raytvb run experiment.yaml
     raytvb run experiment.yaml --store s3://bucket/prefix --verify
+    raytvb run experiment.yaml --yes                 replaces vectors whose settings have changed
+    raytvb run experiment.yaml --renew mask          makes the shared mask anew, and all vectors
     RAY_ADDRESS=auto raytvb run experiment.yaml      on the cluster that this machine belongs to
     """
     experiment = read_experiment(file, store)
-    run_everything(start_pipeline(experiment, num_cpus, num_gpus), verify)
+    consent = Consent(yes, renew_mask=renew is not None)
+    run_everything(start_pipeline(experiment, num_cpus, num_gpus, consent=consent), verify)
 
 
 def _stage_command(stage: str, text: str) -> click.Command:
     @EXPERIMENT_FILE
     @STORE_OPTION
     @local_cluster_options
-    def command(file: Path, store: str | None, num_cpus: int | None, num_gpus: int | None) -> None:
+    def command(
+        file: Path,
+        store: str | None,
+        num_cpus: int | None,
+        num_gpus: int | None,
+        yes: bool = False,
+        renew: str | None = None,
+    ) -> None:
         experiment = read_experiment(file, store)
-        start_pipeline(experiment, num_cpus, num_gpus).run([stage])
+        consent = Consent(yes, renew_mask=renew is not None)
+        start_pipeline(experiment, num_cpus, num_gpus, [stage], consent).run([stage])
+
+    if stage == "finetune":
+        command = consent_options(command)
 
     command.__doc__ = f"{text}\n\n\b\nraytvb {stage} experiment.yaml\n"
     return click.command(name=stage)(command)
@@ -178,13 +244,13 @@ def report(file: Path, store: str | None) -> None:
     """
     experiment = read_experiment(file, store)
     from raytvb.cli.printing import print_results
-    from raytvb.experiment.freezing import check_frozen
     from raytvb.experiment.missing import raise_missing
+    from raytvb.experiment.present_experiments import check_model
     from raytvb.report.page import write_report
     from raytvb.storage.store import Store
 
     target = Store(experiment.store)
-    check_frozen(target, experiment)
+    check_model(target, experiment)
     write_report(target, experiment)
     print_results(target)
     print_report_place(target)

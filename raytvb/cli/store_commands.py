@@ -137,8 +137,8 @@ def _findings(store: Store) -> Findings:
 
     if "RAY_ADDRESS" not in os.environ and sum(store.sizes().values()) < LARGE:
         return verify_store(store)
-    from raytvb.experiment.freezing import stored_experiment
     from raytvb.experiment.parsing import parse_experiment
+    from raytvb.experiment.present_experiments import stored_experiment
     from raytvb.storage.filesystems import is_anonymous
 
     stored = stored_experiment(store)

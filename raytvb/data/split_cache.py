@@ -39,6 +39,9 @@ PREFIX = "splits"
 LABELS = "labels.safetensors"
 """Name of the file with the labels. A split that is written again has a tag in its files' names."""
 
+_NOT_IMAGES = ("templates", "root")
+"""Fields of a task's description that its images and labels do not depend on."""
+
 _FILE_BYTES = 64 * 2**20
 
 
@@ -86,9 +89,10 @@ def _identity(
 ) -> JsonObject:
     """All that the images and labels of a split depend on."""
     unusual = reading.identity()
+    described = task.described()
     return {
         **({"reading": unusual} if unusual else {}),
-        "task": task.model_dump(mode="json", exclude={"epochs", "templates", "root"}),
+        "task": {k: v for k, v in described.items() if k not in _NOT_IMAGES},
         "split": split,
         "preprocess": preprocess.to_json(),
         "suite": FORMAT if task.data is None else None,

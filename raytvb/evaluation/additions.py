@@ -13,10 +13,12 @@ from raytvb.evaluation.evaluation import Context, Evaluation, chosen_settings
 from raytvb.evaluation.rows import Row, write_rows
 from raytvb.evaluation.store_names import additions_name
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import Parents, PresentVersions
 from raytvb.experiment.sections.search import CoefficientConfig
 from raytvb.maths.subsets import task_subsets
 from raytvb.search.additions import Additions
 from raytvb.search.candidates import Candidate
+from raytvb.search.identities import search_parents
 from raytvb.search.results import MeasuredOutcome, Setting, TunedWeights
 from raytvb.search.size_class import SizeClass, first_round, lengths_to_try, most_accurate
 from raytvb.storage.contract import JsonObject
@@ -44,13 +46,19 @@ class SubsetAdditions(Evaluation):
         vector = None if self.outcome.vector is None else self.outcome.vector.to_json()
         return {**chosen_settings(self.outcome), "vector": vector}
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The vectors of all tasks, and the basis if there is one."""
+        return search_parents(present, self.candidate)
+
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
-        additions = Additions(context.experiment, self.candidate, context.evaluator("test"))
+        additions = Additions(
+            context.experiment, self.candidate, context.evaluator("test"), context.present
+        )
         rows = self._subset_rows(context.experiment, additions)
         if self.outcome.vector is not None:
             rows += _weighted_rows(additions, self.outcome.vector)
-        write_rows(context.store, self.name, rows, self.identity)
+        write_rows(context.store, self.name, rows, self.identity, self.parents(context.present))
 
     def _subset_rows(self, experiment: Experiment, additions: Additions) -> list[Row]:
         rows: list[Row] = []
@@ -106,11 +114,17 @@ class NamedAdditions(Evaluation):
             "lengths": self.lengths,
         }
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The vectors of all tasks, and the basis if there is one."""
+        return search_parents(present, self.candidate)
+
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
         experiment = context.experiment
-        on_validation = Additions(experiment, self.candidate, context.evaluator("val"))
-        on_test = Additions(experiment, self.candidate, context.evaluator("test"))
+        on_validation = Additions(
+            experiment, self.candidate, context.evaluator("val"), context.present
+        )
+        on_test = Additions(experiment, self.candidate, context.evaluator("test"), context.present)
         rows: list[Row] = []
         for number, group in enumerate(self.groups):
             subset = tuple(experiment.task_names.index(task) for task in group)
@@ -128,7 +142,7 @@ class NamedAdditions(Evaluation):
                         count,
                     )
                 )
-        write_rows(context.store, self.name, rows, self.identity)
+        write_rows(context.store, self.name, rows, self.identity, self.parents(context.present))
 
     def _best_setting(
         self, experiment: Experiment, additions: Additions, subset: tuple[int, ...]

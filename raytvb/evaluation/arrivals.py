@@ -14,9 +14,10 @@ from raytvb.evaluation.evaluation import Context, Evaluation, chosen_settings
 from raytvb.evaluation.rows import Row, write_rows
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import online_prefix, online_tables
+from raytvb.experiment.layout import find_online_tables, online_prefix
 from raytvb.experiment.metrics import OnlineMetrics
-from raytvb.experiment.stored import basis_vector_set, vector_set
+from raytvb.experiment.present_versions import Parents, PresentVersions
+from raytvb.experiment.stored_vectors import vector_set
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.mixes import length_ratios
 from raytvb.maths.online_basis import stored_arrivals, watched
@@ -25,7 +26,6 @@ from raytvb.search.candidates import Candidate
 from raytvb.search.results import MeasuredOutcome
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
-from raytvb.storage.gram_state import GramState
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
@@ -81,7 +81,8 @@ class _History:
     def looks(self, buffer: int) -> list[int]:
         """The numbers of tasks after which the basis is measured."""
         total = len(self.tasks)
-        kept = [n for n in range(1, total + 1) if online_tables(n) in self.record.files]
+        files = self.record.files
+        kept = [n for n in range(1, total + 1) if find_online_tables(files, n) is not None]
         return stored_arrivals(kept, total, buffer)
 
 
@@ -115,6 +116,10 @@ class OnlineArrivals(Evaluation):
             "full": chosen_settings(self.full),
         }
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The basis, and the vectors of all tasks."""
+        return present.of_basis(self.candidate.basis)
+
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
         experiment, test = context.experiment, context.evaluator("test")
@@ -125,13 +130,15 @@ class OnlineArrivals(Evaluation):
             watched_tasks = [t for t in watched(total) if t < arrived]
             for decoded in self._decoded(context, history, arrived):
                 rows += _rows(history.tasks, test, decoded, watched_tasks)
-        write_rows(context.store, self.name, rows, self.identity)
+        write_rows(context.store, self.name, rows, self.identity, self.parents(context.present))
 
     def _decoded(self, context: Context, history: _History, arrived: int) -> Iterator[_Decoded]:
         """The three sources after `arrived` tasks."""
         experiment, names = context.experiment, history.tasks
-        prepared = basis_vector_set(experiment, names)
-        gram = GramState.read(context.store).ordered(names)[:arrived, :arrived]
+        present = context.present
+        prepared = vector_set(present.stored_vectors(experiment, names, twins=True))
+        order = [experiment.task_names.index(name) for name in names[:arrived]]
+        gram = present.gram(experiment)[order][:, order]
         stored = read_tables(context.store, history.prefix, history.record, arrived)
         online = stored["H"] @ stored["W"]
         yield _Decoded("online", self.online, prepared, online, length_ratios(gram, online))
@@ -139,7 +146,9 @@ class OnlineArrivals(Evaluation):
         yield _Decoded("offline", self.offline, prepared, offline, length_ratios(gram, offline))
         own = torch.eye(arrived, dtype=torch.float64)
         ones = torch.ones(arrived, dtype=torch.float64)
-        yield _Decoded("full", self.full, vector_set(experiment.store, names), own, ones)
+        yield _Decoded(
+            "full", self.full, vector_set(present.stored_vectors(experiment, names)), own, ones
+        )
 
     def _fitted(self, experiment: Experiment, gram: Tensor) -> Tensor:
         """The coefficient table (n, n) of a basis that is fitted to the vectors so far."""

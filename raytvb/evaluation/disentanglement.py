@@ -9,6 +9,7 @@ from torch import Tensor
 from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import PairRow, write_pair_rows
 from raytvb.evaluation.store_names import pair_name
+from raytvb.experiment.present_versions import Parents, PresentVersions
 from raytvb.experiment.sections.evaluate import DisentanglementConfig
 from raytvb.maths.counts import even_grid
 from raytvb.models.evaluator import Evaluator
@@ -40,11 +41,17 @@ class Disentanglement(Evaluation):
         """The grid."""
         return {"grid": self.grid.model_dump(mode="json", exclude={"pairs"})}
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The vectors of the pair, or the basis that they are decoded from."""
+        if self.candidate.uses_stored_basis:
+            return present.of_basis(self.candidate.basis)
+        return present.of_vectors(self.pair)
+
     def run(self, context: Context) -> None:
         """Measure, and write one row for each point of the grid."""
         test = context.evaluator("test")
         tasks = context.experiment.task_names
-        additions = Additions(context.experiment, self.candidate, test)
+        additions = Additions(context.experiment, self.candidate, test, context.present)
         subsets = [(tasks.index(task),) for task in self.pair]
         first, second = additions.directions(subsets)
         if first is None or second is None:
@@ -57,7 +64,9 @@ class Disentanglement(Evaluation):
             for beta, second_answers in zip(points, second_alone, strict=True):
                 test.merge(alpha * first + beta * second, 1.0)
                 rows.append(self._row(test, alpha, beta, first_answers, second_answers))
-        write_pair_rows(context.store, self.name, rows, self.identity)
+        write_pair_rows(
+            context.store, self.name, rows, self.identity, self.parents(context.present)
+        )
 
     def _row(
         self, test: Evaluator, alpha: float, beta: float, first_alone: Tensor, second_alone: Tensor

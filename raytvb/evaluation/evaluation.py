@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from raytvb.evaluation.rows import stored_rows
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import Parents, PresentVersions
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.results import MeasuredOutcome
 from raytvb.storage.contract import JsonObject
@@ -29,6 +31,8 @@ class Context:
     """Checksum of the pretrained model."""
     evaluator: Callable[[str], Evaluator]
     """The evaluator of a split, `val` or `test`."""
+    present: PresentVersions
+    """The versions that are measured."""
 
     @property
     def store(self) -> Store:
@@ -43,9 +47,6 @@ class Evaluation(ABC):
     precision: str
     """Number format of the forward passes: fp32 or bf16."""
 
-    tasks: tuple[str, ...] = field(default=(), kw_only=True)
-    """The tasks that are there, if others of the experiment are missing; otherwise empty."""
-
     splits: ClassVar[tuple[str, ...]] = ("test",)
     """The splits whose evaluators `run` uses."""
 
@@ -56,14 +57,34 @@ class Evaluation(ABC):
 
     @property
     def choices(self) -> JsonObject:
-        """What the rows depend on, beside the precision and the frozen part of the experiment."""
+        """What the rows depend on, beside the precision and what is measured."""
         return {}
 
     @property
     def identity(self) -> JsonObject:
         """Identity that is stored with the rows. If it changes, the evaluation is made again."""
-        identity: JsonObject = {**self.choices, "precision": self.precision}
-        return {**identity, "tasks": [*self.tasks]} if self.tasks else identity
+        return {**self.choices, "precision": self.precision}
+
+    @abstractmethod
+    def parents(self, present: PresentVersions) -> Parents:
+        """The versions of vectors, bases and images that the rows depend on.
+
+        If they change, the evaluation is made again. Raises UserError if a basis is not there.
+        """
+
+    def is_done(self, store: Store, present: PresentVersions) -> bool:
+        """Whether the store has the rows, measured on the present versions."""
+        stored = stored_rows(store, self.name)
+        if stored is None:
+            return False
+        identity = dict(stored.identity)
+        # In earlier formats, a part of the tasks is listed in the identity.
+        tasks = identity.pop("tasks", [*present.vectors])
+        if identity != self.identity or tasks != [*present.vectors]:
+            return False
+        if stored.record is None:
+            return not present.dated
+        return present.counts(stored.record, self.parents(present))
 
     @abstractmethod
     def run(self, context: Context) -> None:

@@ -16,7 +16,7 @@ from raytvb.data.split_cache import cached_split
 from raytvb.data.splits import Split
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.sections.tasks import TaskConfig
-from raytvb.experiment.stored import common_mask
+from raytvb.experiment.stored_vectors import common_mask, vectors_of
 from raytvb.experiment.task_store import TaskStore
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.heads import load_head
@@ -87,7 +87,7 @@ def make_evaluator(
         if task.name in arrays:
             heads[task.name] = load_head(TaskStore(experiment, task), encoder).weights
             splits[task.name] = arrays[task.name].split()
-    mask = common_mask(experiment)
+    mask = common_mask(list(vectors_of(experiment, experiment.task_names).values()))
     return Evaluator(
         encoder.fresh_tower(),
         heads,

@@ -10,6 +10,7 @@ from torch import Tensor
 from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import Row, write_rows
 from raytvb.evaluation.store_names import negation_name
+from raytvb.experiment.present_versions import Parents, PresentVersions
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
@@ -50,12 +51,18 @@ class Negation(Evaluation):
         """The control, and the share that it must keep."""
         return {"control": self.control.model_dump(mode="json"), "keep": self.keep}
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The task's own vector, or the basis that it is decoded from."""
+        if self.candidate.uses_stored_basis:
+            return present.of_basis(self.candidate.basis)
+        return present.of_vectors([self.task])
+
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
         control = self.control.name
         validation, test = context.evaluator("val"), context.evaluator("test")
         index = context.experiment.task_names.index(self.task)
-        additions = Additions(context.experiment, self.candidate, validation)
+        additions = Additions(context.experiment, self.candidate, validation, context.present)
         direction = next(additions.directions([(index,)]))
         control_before = validation.zero_shot(control)
         coefficient, control_after = self._strongest(validation, direction, control_before)
@@ -68,7 +75,7 @@ class Negation(Evaluation):
         test.merge(direction, -coefficient)
         for task in (self.task, control):
             rows.append(Row.of("after", "test", 0, 0, task, coefficient, test.count(task)))
-        write_rows(context.store, self.name, rows, self.identity)
+        write_rows(context.store, self.name, rows, self.identity, self.parents(context.present))
 
     def _strongest(
         self, validation: Evaluator, direction: Tensor | None, control_before: Count

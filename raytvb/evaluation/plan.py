@@ -9,7 +9,6 @@ and `precision` decides whether evaluators may compute in bf16.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from raytvb.evaluation.additions import NamedAdditions, SubsetAdditions
 from raytvb.evaluation.arrivals import OnlineArrivals
@@ -67,8 +66,6 @@ def evaluations(
     if basis is not None and learning is not None:
         for task in experiment.unseen:
             planned.append(UnseenTask(precision, basis, task, learning))
-    if experiment.missing:
-        planned = [replace(e, tasks=experiment.task_names) for e in planned]
     return planned
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.metrics import PrecisionMetrics
-from raytvb.experiment.stored import vector_set
+from raytvb.experiment.stored_vectors import vector_set, vectors_of
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.worker_process import device
 
@@ -37,9 +37,9 @@ def compare_precisions(
         return PrecisionMetrics(use="fp32", device=place.type)
     exact = make_evaluator(experiment, fingerprint, arrays, "fp32")
     rough = make_evaluator(experiment, fingerprint, arrays, "bf16")
-    count = len(experiment.tasks)
+    count, vectors = len(experiment.tasks), vectors_of(experiment, experiment.task_names)
     mean_vector = next(
-        vector_set(experiment.store, experiment.task_names).combinations(
+        vector_set([vectors[task] for task in experiment.task_names]).combinations(
             torch.full((count, 1), 1.0 / count, dtype=torch.float64)
         )
     )

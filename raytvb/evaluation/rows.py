@@ -1,8 +1,9 @@
 """The results of evaluations in a store: a Parquet file and its record for each evaluation.
 
 Most evaluations count correct answers (`Row`). Disentanglement compares pairs of tasks (`PairRow`).
-The identity in the record is everything that the rows depend on, such as coefficients or the
-control, apart from the frozen part of the experiment. If it changes, the evaluation is made again.
+The identity in the record is how the rows were measured, such as the coefficients or the control.
+The parents are the versions of vectors, bases and images that were measured. If one of them
+changes, the evaluation is made again.
 
 A store of format 1 has `evals/<name>.parquet` without a record, and the identity in the metadata of
 the file. These files are read as they are, since there is nothing to compare them with.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import pyarrow as pa
@@ -25,7 +27,8 @@ from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.damage import DamagedError, unreadable
 from raytvb.storage.parquet import parquet_bytes
-from raytvb.storage.records import Record
+from raytvb.storage.records import FileInfo, Record
+from raytvb.storage.replacing import commit_over, new_tag, tagged
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 
@@ -125,11 +128,23 @@ PAIR_SCHEMA = pa.schema(
 )
 """Columns of a file of `PairRow`."""
 
+NO_PARENTS: Mapping[str, str] = MappingProxyType({})
+
 AnyRow = TypeVar("AnyRow", Row, PairRow)
 
 
 ROWS = "rows.parquet"
-"""Name of the file in the folder of an evaluation."""
+"""Name of the file in the folder of an evaluation. Rows that were written again have a tag in it.
+"""
+
+
+def rows_file(record: Record, where: str) -> FileInfo:
+    """What the record of an evaluation says of its rows; `where` names the evaluation."""
+    return record.file(_name(record), where)
+
+
+def _name(record: Record) -> str:
+    return next((name for name in record.files if name.startswith("rows")), ROWS)
 
 
 def prefix(name: str) -> str:
@@ -141,14 +156,29 @@ def _first_format_key(name: str) -> str:
     return f"{EVALS}/{name}.parquet"
 
 
-def write_rows(store: Store, name: str, rows: Sequence[Row], identity: JsonObject) -> None:
-    """Write the rows of an evaluation with its identity."""
-    _write(store, name, rows, identity, SCHEMA)
+def write_rows(
+    store: Store,
+    name: str,
+    rows: Sequence[Row],
+    identity: JsonObject,
+    parents: Mapping[str, str] = NO_PARENTS,
+) -> None:
+    """Write the rows of an evaluation with its identity.
+
+    parents: the versions that were measured, as checksums.
+    """
+    _write(store, name, rows, identity, parents, SCHEMA)
 
 
-def write_pair_rows(store: Store, name: str, rows: Sequence[PairRow], identity: JsonObject) -> None:
-    """Write the rows of a disentanglement evaluation with its identity."""
-    _write(store, name, rows, identity, PAIR_SCHEMA)
+def write_pair_rows(
+    store: Store,
+    name: str,
+    rows: Sequence[PairRow],
+    identity: JsonObject,
+    parents: Mapping[str, str] = NO_PARENTS,
+) -> None:
+    """Write the rows of a disentanglement evaluation, as `write_rows`."""
+    _write(store, name, rows, identity, parents, PAIR_SCHEMA)
 
 
 def _write(
@@ -156,12 +186,35 @@ def _write(
     name: str,
     rows: Sequence[Row] | Sequence[PairRow],
     identity: JsonObject,
+    parents: Mapping[str, str],
     schema: pa.Schema,
 ) -> None:
     table = parquet_bytes([asdict(row) for row in rows], schema)
-    records.commit(store, prefix(name), identity=identity, files={ROWS: table})
+    files = {tagged(ROWS, new_tag(store, prefix(name), table)): table}
+    commit_over(store, prefix(name), identity=identity, parents=parents, files=files)
     if records.is_first_format(store):
         store.delete(_first_format_key(name))  # rows with another identity
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows in the store that are not damaged."""
+
+    identity: JsonObject
+    record: Record | None
+    """None in a store of format 1."""
+
+
+def stored_rows(store: Store, name: str) -> StoredRows | None:
+    """What the store says of the rows of an evaluation; None if they are missing or damaged."""
+    try:
+        record, data = _stored(store, name)
+    except (DamagedError, StoreKeyError):
+        return None
+    if record is not None:
+        return StoredRows(record.identity, record)
+    identity = _first_format_identity(data)
+    return None if identity is None else StoredRows(identity, None)
 
 
 def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> bool:
@@ -169,30 +222,8 @@ def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> boo
 
     Rows that are damaged count as not made, so that the evaluation is made again.
     """
-    try:
-        record, data = _stored(store, name)
-    except (DamagedError, StoreKeyError):
-        return False
-    return identity is None or identity == (
-        _first_format_identity(data) if record is None else record.identity
-    )
-
-
-def evaluation_names(store: Store, tasks: Sequence[str] = ()) -> set[str]:
-    """Names of the evaluations that have been made.
-
-    tasks: as of `Evaluation`, the tasks that are there if others are missing. Evaluations that were
-    made with other tasks are left out.
-    """
-    names: set[str] = set()
-    for folder, record in records.find_all(store, EVALS).items():
-        if record.identity.get("tasks", []) == [*tasks]:
-            names.add(folder.removeprefix(f"{EVALS}/"))
-    for key in () if tasks else store.keys(EVALS):
-        name = key.removeprefix(f"{EVALS}/")
-        if name.endswith(".parquet") and not name.endswith(f"/{ROWS}"):
-            names.add(name.removesuffix(".parquet"))
-    return names
+    stored = stored_rows(store, name)
+    return stored is not None and (identity is None or identity == stored.identity)
 
 
 def _first_format_identity(data: bytes) -> JsonObject | None:
@@ -213,7 +244,7 @@ def _stored(store: Store, name: str) -> tuple[Record | None, bytes]:
     """
     record = records.find(store, prefix(name))
     if record is not None:
-        return record, records.read_file(store, prefix(name), ROWS, record)
+        return record, records.read_file(store, prefix(name), _name(record), record)
     if records.is_first_format(store):
         return None, store.read(_first_format_key(name))
     raise StoreKeyError(f"no such key: {store.where(prefix(name))}/{records.RECORD}")

@@ -12,10 +12,9 @@ from raytvb.data.splits import Split
 from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.rows import Row, write_rows
 from raytvb.evaluation.store_names import unseen_name
-from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import Parents, PresentVersions
 from raytvb.experiment.sections.evaluate import UnseenConfig
 from raytvb.experiment.sections.tasks import TaskConfig
-from raytvb.experiment.stored import load_coefficients
 from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.seeds import task_seed
 from raytvb.models.few_shot import few_shot_sample, learn_coefficients
@@ -24,8 +23,6 @@ from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.worker_process import device, threads
 from raytvb.search.candidates import FULL, Candidate
 from raytvb.storage.contract import JsonObject
-from raytvb.storage.gram_state import GramState
-from raytvb.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,10 @@ class UnseenTask(Evaluation):
             "learning": self.learning.model_dump(mode="json", exclude={"tasks"}),
         }
 
+    def parents(self, present: PresentVersions) -> Parents:
+        """The basis, and the vectors of all tasks."""
+        return present.of_basis(self.basis.basis)
+
     def run(self, context: Context) -> None:
         """Measure, and write the rows."""
         test, task = context.evaluator("test"), self.task.name
@@ -75,7 +76,7 @@ class UnseenTask(Evaluation):
             size, direction = self._learned(context, candidate, few)
             test.merge(direction, 1.0)
             rows.append(Row.of(model, "test", size, len(few.sample), task, None, test.count(task)))
-        write_rows(context.store, self.name, rows, self.identity)
+        write_rows(context.store, self.name, rows, self.identity, self.parents(context.present))
 
     def _few_images(self, context: Context) -> _FewImages:
         experiment = context.experiment
@@ -93,13 +94,13 @@ class UnseenTask(Evaluation):
         experiment, place = context.experiment, device()
         task_store = TaskStore(experiment, self.task)
         pretrained = PretrainedTask.load(task_store, context.fingerprint)
-        vectors, table = candidate.open(experiment)
+        vectors, table = candidate.open(experiment, context.present)
         learned = learn_coefficients(
             pretrained.classifier(),
             vectors,
             few.split.images[few.sample],
             few.split.labels[few.sample],
-            scales=_scales(experiment, candidate),
+            scales=_scales(context, candidate),
             preprocess=pretrained.preprocess,
             steps=self.learning.steps,
             lr=self.learning.lr,
@@ -110,17 +111,16 @@ class UnseenTask(Evaluation):
         return len(table), learned.direction
 
 
-def _scales(experiment: Experiment, candidate: Candidate) -> Tensor:
+def _scales(context: Context, candidate: Candidate) -> Tensor:
     """Factors (F,) float64 that give each stored vector the mean length of the task vectors.
 
     The factor is 0 for a vector of length 0.
     """
-    store = Store(experiment.store)
-    gram = GramState.read(store).ordered(experiment.task_names)
+    gram = context.present.gram(context.experiment)
     task_lengths = gram.diagonal().sqrt()
     lengths = task_lengths
     if candidate.uses_stored_basis:
-        B = load_coefficients(store, candidate.basis)[0]
+        B = context.present.basis(context.store, candidate.basis).coefficients()[0]
         lengths = (B * (gram @ B)).sum(dim=0).clamp(min=0).sqrt()
     tiny = torch.finfo(torch.float64).tiny
     return torch.where(lengths > 0, task_lengths.mean() / lengths.clamp(min=tiny), 0.0)

@@ -28,8 +28,17 @@ from raytvb.storage.addresses import check_shared
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store_errors import StoreError
 
-NOT_IDENTITY = ("name", "store", "resources")
+NOT_IDENTITY = ("name", "store", "vectors", "resources")
 """Fields that change no result."""
+
+
+def _library_place(url: str) -> str:
+    """The URL of a store to read from. Raises ValueError if the workers could not read it."""
+    try:
+        check_shared(url)
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+    return url
 
 
 def _store_place(url: str) -> str:
@@ -58,6 +67,20 @@ class Experiment(Frozen):
         Words("a folder, or a URL like s3://bucket/prefix"),
     ] = Field(
         description="Where results are kept: a folder, or any fsspec URL (s3://bucket/prefix).",
+    )
+    vectors: (
+        Annotated[
+            Place,
+            AfterValidator(_library_place),
+            Words("a folder, or a URL like s3://bucket/prefix"),
+        ]
+        | None
+    ) = Field(
+        None,
+        description=(
+            "Another store, whose task vectors are used where they are. It is only read. A task "
+            "that it has no vector of is fine-tuned, and its vector goes to `store`."
+        ),
     )
     seed: Seed = Field(0, description="Seed of all random numbers.")
     model: ModelConfig = Field(ModelConfig(), description="The pretrained model.")
@@ -120,6 +143,16 @@ class Experiment(Frozen):
             raise ValueError("evaluate.unseen.tasks: the same name is given twice")
         return self
 
+    @model_validator(mode="after")
+    def _training_of_tasks(self) -> Experiment:
+        for task in self.tasks:
+            _check_parts(task, self.finetune)
+        if self.control is not None and self.control not in self.tasks:
+            _check_untrained("evaluate.control", self.control)
+        for task in self.unseen:
+            _check_untrained("evaluate.unseen.tasks", task)
+        return self
+
     @property
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks in order.
@@ -127,6 +160,20 @@ class Experiment(Frozen):
         The task at position t has row t of every Gram matrix and coefficient table.
         """
         return tuple(task.name for task in self.tasks)
+
+    @property
+    def shares_mask(self) -> bool:
+        """Whether all tasks share one mask."""
+        return self.talos.mask == "shared" and self.talos.density < 1.0
+
+    def finetune_of(self, task: TaskConfig) -> FinetuneConfig:
+        """How a task is fine-tuned: its own settings, and those of `finetune` for the others."""
+        own = {name: value for name, value in task.training().items() if name != "seed"}
+        return self.finetune.model_copy(update=own)
+
+    def seed_of(self, task: TaskConfig) -> int:
+        """The seed from which the seed of a task's training is made (`task_seed`)."""
+        return self.seed if task.seed is None else task.seed
 
     @property
     def own_masks(self) -> bool:
@@ -248,6 +295,25 @@ def _folders_above(name: str) -> list[str]:
     """The folders above a task's name: `a` and `a/b` for `a/b/c`."""
     parts = name.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _check_parts(task: TaskConfig, finetune: FinetuneConfig) -> None:
+    """Raise ValueError if a batch of a task would be computed in more parts than it has images."""
+    parts, images = task.accumulate or finetune.accumulate, task.batch_size or finetune.batch_size
+    if parts > images:
+        of_parts = "accumulate" if task.accumulate else "finetune.accumulate"
+        of_images = "its batch_size" if task.batch_size else "finetune.batch_size"
+        raise ValueError(f"tasks: {task.name}: {of_parts} = {parts}: at most {images}, {of_images}")
+
+
+def _check_untrained(field: str, task: TaskConfig) -> None:
+    """Raise ValueError if a task that is never fine-tuned has training fields.
+
+    `epochs` is let through, as presets give it.
+    """
+    given = [name for name in task.training() if name != "epochs"]
+    if given:
+        raise ValueError(f"{field}: {task.name} is not fine-tuned: leave out {listed(given)}")
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -80,6 +80,14 @@ Count = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[Real, Field(ge=0.0, le=float(YEAR_S))]
 
 Seed = Annotated[Whole, Field(ge=0, lt=2**31)]
+
+WeightDecay = Annotated[Real, Field(ge=0.0, le=1000.0)]
+
+Smoothing = Annotated[Real, Field(ge=0.0, lt=1.0)]
+"""Label smoothing of a cross entropy."""
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+"""Number format of a training."""
 
 
 def _name(text: str) -> str:

@@ -1,23 +1,27 @@
 """The identity of each stored thing: everything that it depends on, as plain JSON values.
 
-A stored thing is used again only if its identity is still the one in its record.
+An identity belongs to a thing, not to the store. A vector depends on the pretrained model, its
+mask, and its own task and training settings. A basis depends on the vectors and on how it is
+fitted. So the list of tasks is no part of an identity: a store grows. What a thing was made of is
+among the parents in its record, by checksums.
+
+A stored thing is used again only if its identity is still the one in its record, and its parents
+are still there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from pydantic import JsonValue
 
 from raytvb.experiment.basis_specs import BasisSpec
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SHARED_MASK, mask_prefix
-from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TRAINING, TaskConfig
 from raytvb.storage.contract import JsonObject
-from raytvb.storage.records import Record, check_identity, differences, find
-from raytvb.storage.store import Store
 
-_MASK_TASKS = "mask_tasks"
+_SHARED = "mask_tasks"
+"""Field of vectors of format 1: the tasks of the shared mask, which do not count."""
 
 
 def base_identity(experiment: Experiment) -> JsonObject:
@@ -35,19 +39,39 @@ def vector_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
     return identity
 
 
-def as_recorded(identity: JsonObject, recorded: JsonObject) -> JsonObject:
-    """The identity of a vector, with what its record holds in addition.
+def vector_settings(identity: JsonObject) -> JsonObject:
+    """The identity of a vector in the form in which two of them are compared.
 
-    Records of format 1 list the tasks of the shared mask. This list does not count.
+    The training settings that the task gives itself take the place of those of the experiment. So
+    it does not matter where a setting is given.
     """
-    if _MASK_TASKS not in recorded:
-        return identity
-    return {**identity, _MASK_TASKS: recorded[_MASK_TASKS]}
+    task, finetune = _copied(identity, "task"), _copied(identity, "finetune")
+    finetune["seed"] = identity.get("seed")
+    for field in TRAINING:
+        value = task.pop(field, None)
+        if value is not None:
+            finetune[field] = value
+    settings: JsonObject = {**identity, "task": task, "finetune": finetune}
+    settings.pop(_SHARED, None)
+    if not _has_own_mask(identity):
+        settings.pop("seed", None)  # it is that of the fine-tune; a shared mask is a parent
+    return settings
+
+
+def _has_own_mask(identity: JsonObject) -> bool:
+    """Whether the vector was trained on a mask of its own, which depends on the seed, too."""
+    talos = identity.get("talos")
+    return isinstance(talos, dict) and talos.get("mask") == "per-task" and talos.get("density") != 1
 
 
 def twin_identity(experiment: Experiment, task: TaskConfig) -> JsonObject:
     """Identity of a vector's prepared twin, from which bases are made instead of the vector."""
     return {**vector_identity(experiment, task), "prepare": experiment.basis.prepare}
+
+
+def twin_settings(identity: JsonObject) -> JsonObject:
+    """What a twin depends on beside its vector, which is its parent."""
+    return {name: identity.get(name) for name in ("prepare", "seed")}
 
 
 def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> JsonObject:
@@ -57,11 +81,31 @@ def mask_identity(experiment: Experiment, tasks: Sequence[TaskConfig]) -> JsonOb
     return identity
 
 
+def mask_settings(identity: JsonObject) -> JsonObject:
+    """The identity of a mask without the tasks that it was scored on."""
+    return {name: value for name, value in identity.items() if name != "tasks"}
+
+
+def own_mask_settings(identity: JsonObject) -> JsonObject:
+    """The identity of a task's own mask in the form in which two of them are compared.
+
+    How the task is trained does not count.
+    """
+    tasks = identity.get("tasks")
+    described: list[JsonValue] = []
+    for task in tasks if isinstance(tasks, list) else ():
+        described.append(data_settings(task) if isinstance(task, dict) else task)
+    return {**identity, "tasks": described}
+
+
+def data_settings(task: JsonObject) -> JsonObject:
+    """The fields of a stored task that say which images and classes it has."""
+    return {name: value for name, value in task.items() if name not in TRAINING}
+
+
 def basis_identity(experiment: Experiment, spec: BasisSpec) -> JsonObject:
-    """Identity of a basis: what all its vectors depend on, and how the basis was made."""
-    identity = _sections(experiment, "model", "seed", "talos", "finetune", "tasks")
-    identity["method"] = spec.method
-    identity["size"] = spec.size
+    """Identity of a basis: how it is fitted. The vectors are parents in its record."""
+    identity: JsonObject = {"method": spec.method, "size": spec.size, "seed": experiment.seed}
     if spec.online:
         identity["online"] = {"buffer": experiment.basis.buffer}
     if experiment.basis.prepare != "none":
@@ -69,62 +113,18 @@ def basis_identity(experiment: Experiment, spec: BasisSpec) -> JsonObject:
     return identity
 
 
-def covers_other_tasks(
-    recorded: JsonObject, identity: JsonObject, missing: Collection[str]
-) -> bool:
-    """Whether a thing was made from fewer or more tasks of the same experiment, all else equal.
+def basis_settings(identity: JsonObject) -> JsonObject:
+    """The identity of a basis in the form in which two of them are compared.
 
-    Args:
-        recorded: the identity of the thing. Its `tasks` are the tasks that it was made from.
-        identity: the identity that it should have.
-        missing: names of the experiment's other tasks.
+    Records of earlier formats have more fields, on which only the vectors depend.
     """
-    ours, theirs = _tasks_by_name(recorded), _tasks_by_name(identity)
-    others = ours.keys() - theirs.keys()
-    if not ours or ours.keys() == theirs.keys() or not others <= set(missing):
-        return False
-    common = [name for name in theirs if name in ours]
-    stored: JsonObject = {**recorded, "tasks": [ours[name] for name in common]}
-    requested: JsonObject = {**identity, "tasks": [theirs[name] for name in common]}
-    return not differences(stored, requested)
+    names = ("method", "size", "seed", "online", "prepare")
+    return {name: identity[name] for name in names if name in identity}
 
 
-def _tasks_by_name(identity: JsonObject) -> dict[str, JsonValue]:
-    """The tasks of an identity, by name."""
-    tasks: dict[str, JsonValue] = {}
-    listed = identity.get("tasks")
-    for task in listed if isinstance(listed, list) else ():
-        if isinstance(task, dict) and isinstance(task.get("name"), str):
-            tasks[str(task["name"])] = task
-    return tasks
-
-
-def find_of_these_tasks(
-    store: Store, prefix: str, identity: JsonObject, missing: Collection[str]
-) -> Record | None:
-    """The record of a thing; None if there is none, or if it was made from other tasks.
-
-    Arguments as of `covers_other_tasks`. Raises UserError if the identities differ in other ways.
-    """
-    record = find(store, prefix)
-    if record is None or covers_other_tasks(record.identity, identity, missing):
-        return None
-    check_identity(store, prefix, record, identity)
-    return record
-
-
-def find_shared_mask(store: Store, experiment: Experiment) -> Record | None:
-    """The record of the shared mask; None if there is none.
-
-    A mask stays as it is if tasks come or go after it was made. Its identity says on which tasks it
-    was scored. Raises UserError if it was made with other settings.
-    """
-    prefix = mask_prefix(SHARED_MASK)
-    record, identity = find(store, prefix), mask_identity(experiment, experiment.tasks)
-    if record is None or covers_other_tasks(record.identity, identity, experiment.missing):
-        return record
-    check_identity(store, prefix, record, identity)
-    return record
+def _copied(identity: JsonObject, field: str) -> JsonObject:
+    value = identity.get(field)
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _sections(experiment: Experiment, *fields: str) -> JsonObject:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from raytvb.experiment.config import Experiment
 
 EXPERIMENT = "experiment.yaml"
+EXPERIMENTS = "experiments"
 BASE = "base"
 SHARED_MASK = "shared"
 OVERLAP = "overlap"
@@ -23,9 +26,6 @@ PAGE = "index.html"
 
 TIMINGS = "timings"
 
-VECTOR = "vector.safetensors"
-"""Name of the vector file in the folder of a task, and in the folder of its twin."""
-
 HEAD = "head.safetensors"
 """Name of the zero-shot head in the folder of a head; in stores of format 1, in a task's folder."""
 
@@ -41,11 +41,6 @@ def vector_prefix(task: str) -> str:
     return f"vectors/{task}"
 
 
-def vector_key(task: str) -> str:
-    """Key of a task's vector file."""
-    return f"{vector_prefix(task)}/{VECTOR}"
-
-
 def checkpoint_prefix(task: str) -> str:
     """Folder of the checkpoint of a fine-tune that has not ended."""
     return f"{vector_prefix(task)}/checkpoint"
@@ -56,24 +51,14 @@ def basis_vector_prefix(experiment: Experiment, task: str) -> str:
     return vector_prefix(task) if experiment.basis.prepare == "none" else f"prepared/{task}"
 
 
-def basis_vector_key(experiment: Experiment, task: str) -> str:
-    """Key of the vector file that bases use for a task."""
-    return f"{basis_vector_prefix(experiment, task)}/{VECTOR}"
-
-
 def head_prefix(task: str) -> str:
     """Folder of the zero-shot head of a task, which may be the control or an unseen task."""
     return f"heads/{task}"
 
 
 def mask_prefix(mask_id: str) -> str:
-    """Folder of a mask; its id is `shared`, or the name of the task that it belongs to."""
+    """Folder of a mask; its id is `shared`, `shared-2` and so on, or the name of a task."""
     return f"masks/{mask_id}"
-
-
-def mask_key(mask_id: str) -> str:
-    """Key of the mask file."""
-    return f"{mask_prefix(mask_id)}/{MASK}"
 
 
 def basis_prefix(name: str) -> str:
@@ -86,9 +71,21 @@ def online_prefix(name: str) -> str:
     return f"{ONLINE}/{name}"
 
 
-def online_tables(count: int) -> str:
-    """Name of the file with an online basis's small matrices after `count` tasks."""
-    return f"after-{count:06d}.safetensors"
+def online_tables(count: int, version: str = "") -> str:
+    """Name of the file with an online basis's small matrices after `count` tasks.
+
+    version: tells these tasks from others; stores of earlier formats have names without it.
+    """
+    return f"after-{count:06d}{version and '-'}{version}.safetensors"
+
+
+def find_online_tables(files: Iterable[str], count: int) -> str | None:
+    """The name of the file of `online_tables` in a record's files; None if there is none."""
+    start = online_tables(count).partition(".")[0]
+    for name in files:
+        if name.startswith((f"{start}.", f"{start}-")):
+            return name
+    return None
 
 
 def search_prefix(name: str) -> str:

@@ -7,13 +7,34 @@ its kind; readers get the object back with, for example, `record.metrics_as(Basi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from pydantic import Field
 
+from raytvb.experiment.layout import MASK
 from raytvb.storage.addresses import Key
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.records import FileInfo
 from raytvb.storage.shapes import Size
+
+
+class StoreMetrics(Contract):
+    """Metrics in the store's own record, beside the experiment that ran last."""
+
+    name: str | None = None
+    """Name of the experiment; null in stores of earlier formats."""
+    vectors: str | None = None
+    """The other store that the experiment takes vectors from; null if there is none."""
+    dated: bool = False
+    """Whether results without parents no longer count. Records of earlier formats do not say which
+    vectors a result was measured on. These count while nothing has changed since."""
+
+    def to_json(self) -> JsonObject:
+        """The fields for a record, without `vectors` if it is None."""
+        fields = super().to_json()
+        if self.vectors is None:
+            del fields["vectors"]
+        return fields
 
 
 class BaseMetrics(Contract):
@@ -30,6 +51,9 @@ class MaskMetrics(Contract):
     """Number of trainable entries."""
     total: int
     """Number of all entries: D."""
+    file: str = MASK
+    """Name of the mask's file in its folder. A task's own mask may be made again; the file of the
+    one before stays as long as the task's vector needs it."""
 
 
 class OverlapMetrics(Contract):
@@ -38,6 +62,15 @@ class OverlapMetrics(Contract):
     mean: float
     min: float
     max: float
+
+
+class Made(Contract):
+    """That a thing was made, once or again."""
+
+    time: str
+    """When it was finished: UTC, as in 2026-01-31T12:00:00Z."""
+    reason: str
+    """Why: `new`, or in what it differs from the one before."""
 
 
 class VectorMetrics(Contract):
@@ -52,6 +85,18 @@ class VectorMetrics(Contract):
     classes_without_images: int
     norm: float
     """Euclidean norm of the task vector."""
+    mask_overlap: float | None = None
+    """Share of the entries of lowest sensitivity for this task that the shared mask keeps; null if
+    the task is one of those that the mask was scored on, or has a mask of its own."""
+    history: tuple[Made, ...] = ()
+    """When and why this vector was made, and those before it, from the first one on."""
+
+    def to_json(self) -> JsonObject:
+        """The fields for a record, without `mask_overlap` if it is None."""
+        fields = super().to_json()
+        if self.mask_overlap is None:
+            del fields["mask_overlap"]
+        return fields
 
 
 class CheckpointMetrics(Contract):
@@ -74,6 +119,33 @@ class TwinMetrics(Contract):
     """Number of stored values that are not zero."""
 
 
+class ErrorBounds(Contract):
+    """Upper bounds of the relative errors of the tasks that an online basis has taken in.
+
+    A relative error is a norm, not squared.
+    """
+
+    tasks: int
+    """Number of tasks taken in."""
+    mean: float
+    largest: float
+
+
+class WholeBatches(Contract):
+    """An online basis after the tasks that arrived in whole batches."""
+
+    tasks: Size
+    """Number of these tasks."""
+    folder: Key | None
+    """Folder of the M basis vectors; null if there are no such tasks."""
+    written: dict[str, FileInfo]
+    """The files in that folder."""
+
+    def to_json(self) -> JsonObject:
+        """The fields for a record, with the files in the form of every record."""
+        return {**super().to_json(), "written": _infos(self.written)}
+
+
 class OnlineMetrics(Contract):
     """State of an online basis while it takes in the tasks."""
 
@@ -83,11 +155,22 @@ class OnlineMetrics(Contract):
     """Folder of the M basis vectors; null before the first task."""
     written: dict[str, FileInfo]
     """The files in that folder."""
+    bounds: tuple[ErrorBounds, ...] = ()
+    """The bounds of the tasks' errors after each arrival, in their order."""
+    whole: WholeBatches | None = None
+    """The state before the last tasks, if these were fewer than `basis.buffer`; otherwise null.
+    They are taken in again, together with those that come next."""
 
     def to_json(self) -> JsonObject:
         """The fields for a record, with the files in the form of every record."""
-        written: JsonObject = {name: info.to_json() for name, info in self.written.items()}
-        return {**super().to_json(), "written": written}
+        fields = {**super().to_json(), "written": _infos(self.written)}
+        if self.whole is None:
+            return fields
+        return {**fields, "whole": self.whole.to_json()}
+
+
+def _infos(files: Mapping[str, FileInfo]) -> JsonObject:
+    return {name: info.to_json() for name, info in files.items()}
 
 
 class BasisMetrics(Contract):

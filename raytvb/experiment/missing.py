@@ -11,8 +11,10 @@ from dataclasses import replace
 
 from raytvb.errors import FailedPart, PartialRunError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import FAILED, failed_prefix, vector_prefix
+from raytvb.experiment.layout import FAILED, failed_prefix
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.shared_masks import find_shared_mask
+from raytvb.experiment.vector_states import VectorState, vector_states
 from raytvb.storage import records
 from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.store import Store
@@ -94,24 +96,32 @@ def missing_parts(
 ) -> list[FailedPart]:
     """The tasks that are missing, in the order of the experiment, with the reasons.
 
-    failed: the failures by task; default: those that the store has. One listing of the store.
+    failed: the failures by task; default: those that the store has. Raises UserError if the shared
+    mask was made with other settings.
     """
     known = failures(store, experiment) if failed is None else failed
-    keys = set(store.keys("vectors"))
-    with_vector = set(experiment.task_names)
+    mask = find_shared_mask(store, experiment) if experiment.shares_mask else None
+    states = vector_states(experiment, mask)
     parts = []
     for task in experiment.every_task:
-        part = known.get(task.name)
-        if task.name in with_vector:
-            has_vector = f"{vector_prefix(task.name)}/{records.RECORD}" in keys
-            if has_vector and (part is None or part.stage not in AFTER_VECTOR):
+        part, state = known.get(task.name), states.get(task.name)
+        if state is not None:
+            if state.is_current and (part is None or part.stage not in AFTER_VECTOR):
                 continue
-            part = part or FailedPart(task.name, "", "no vector yet: run `raytvb finetune`")
+            part = part or FailedPart(task.name, "", _why_missing(state))
         elif part is not None:
             part = replace(part, reason=part.reason + _consequence(experiment, task))
         if part is not None:
             parts.append(part)
     return parts
+
+
+def _why_missing(state: VectorState) -> str:
+    """Why a task without a recorded failure has no vector that can be used."""
+    if state.vector is None:
+        return "no vector yet: run `raytvb finetune`"
+    reasons = "; ".join(state.differing)
+    return f"its vector is not the one that is asked for ({reasons}): run `raytvb finetune`"
 
 
 def _consequence(experiment: Experiment, task: TaskConfig) -> str:

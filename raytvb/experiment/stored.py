@@ -1,76 +1,132 @@
-"""Opens the task vectors, bases and tables in the store of an experiment."""
+"""Opens the bases and tables in the store of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from raytvb.errors import UserError
+from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import (
+    BASES,
     COEFFICIENTS,
     HEAD,
-    VECTOR,
     basis_prefix,
-    basis_vector_key,
     head_prefix,
-    vector_key,
     vector_prefix,
 )
+from raytvb.experiment.metrics import BasisMetrics
+from raytvb.experiment.stored_vectors import basis_vectors_of, vectors_of
+from raytvb.maths.mixes import length_ratios
 from raytvb.storage import records
 from raytvb.storage.basis_layout import tag_of
 from raytvb.storage.damage import unreadable
 from raytvb.storage.gram_state import GramState
-from raytvb.storage.masks import MaskFile
 from raytvb.storage.mirror import mirror
+from raytvb.storage.records import Record
 from raytvb.storage.replacing import tagged
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.tensor_file import tensor_of, tensors_of
-from raytvb.storage.vector_set import VectorSet
 
 
-def vector_set(url: str, tasks: Sequence[str]) -> VectorSet:
-    """The vectors of the given tasks, opened through the process's mirror."""
-    copies = mirror(url)
-    return VectorSet([copies.vector(vector_key(task)) for task in tasks])
+@dataclass(frozen=True)
+class BasisVersion:
+    """One version of a basis: everything is read as its record says.
 
-
-def common_mask(experiment: Experiment) -> MaskFile | None:
-    """The mask whose kept entries are the coordinates of the experiment's vectors.
-
-    None if all entries are coordinates.
-
-    Reads only headers. `vector_set` would copy every vector from a remote store. If all tasks share
-    a mask, one vector tells which.
+    So a basis that is replaced meanwhile is never mixed with the new one. Its files are then
+    deleted, and reading them ends in a DamagedError.
     """
-    tasks = experiment.task_names if experiment.own_masks else experiment.task_names[:1]
-    return VectorSet.open(Store(experiment.store), [vector_key(task) for task in tasks]).mask
+
+    store: Store
+    name: str
+    record: Record
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> BasisVersion | None:
+        """The version that is in the store now; None if there is no such basis."""
+        record = records.find(store, basis_prefix(name))
+        return None if record is None else cls(store, name, record)
+
+    @property
+    def prefix(self) -> str:
+        """Folder of the basis."""
+        return basis_prefix(self.name)
+
+    @property
+    def metrics(self) -> BasisMetrics:
+        """Metrics in its record. DamagedError: they are not those of a basis."""
+        return self.record.metrics_as(BasisMetrics, self.store.where(self.prefix))
+
+    @property
+    def _table(self) -> str:
+        return tagged(COEFFICIENTS, tag_of(self.record.files))
+
+    @property
+    def checksum(self) -> str:
+        """sha256 of the coefficient table, which tells the version."""
+        return self.record.file(self._table, self.store.where(self.prefix)).sha256
+
+    def vectors(self) -> StoredBasis:
+        """The vectors of the basis, opened through the process's mirror."""
+        return mirror(self.store.url).basis(self.prefix, self.record.files)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """B (T, M) and W (M, T), float64. DamagedError: the table differs from the record."""
+        tensors, where = self._tensors()
+        B = tensor_of(tensors, "B", torch.float64, 2, where)
+        W = tensor_of(tensors, "W", torch.float64, 2, where)
+        if B.shape != W.T.shape:
+            raise unreadable(where, f"B is {tuple(B.shape)}, and W is {tuple(W.shape)}")
+        return B, W
+
+    def _tensors(self) -> tuple[dict[str, Tensor], str]:
+        where = self.store.where(f"{self.prefix}/{self._table}")
+        data = records.read_file(self.store, self.prefix, self._table, self.record)
+        return tensors_of(data, where), where
+
+    def ratios(self) -> Tensor:
+        """The length of each task vector divided by that of its decoded vector: (T,) float64.
+
+        See `maths.mixes.length_ratios`. Tables of earlier formats have none. Then they are computed
+        from the Gram matrix. Raises UserError if that is of other vectors than the basis.
+        """
+        tensors, where = self._tensors()
+        if "ratios" in tensors:
+            ratios = tensor_of(tensors, "ratios", torch.float64, 1, where)
+            if len(ratios) != len(self.metrics.tasks):
+                raise unreadable(where, f"ratios is {tuple(ratios.shape)}")
+            return ratios
+        B, W = self.coefficients()
+        state, tasks = GramState.read(self.store), self.metrics.tasks
+        made_of = {prefix.partition("/")[2]: sha for prefix, sha in self.record.parents.items()}
+        if any(state.checksums.get(task) != made_of.get(task) for task in tasks):
+            raise UserError(
+                f"{self.store.where(self.prefix)} was made of other vectors than those that are "
+                f"there now: run `raytvb run` to make it again"
+            )
+        return length_ratios(state.ordered(tasks), B @ W)
 
 
-def basis_vector_set(experiment: Experiment, tasks: Sequence[str] | None = None) -> VectorSet:
-    """The vectors that the experiment's bases are made of, in the order of the given tasks.
+def existing_basis(store: Store, name: str) -> BasisVersion:
+    """The version of a basis that is in the store now.
 
-    tasks: default: those of the experiment. The vectors are opened through the process's mirror.
+    Raises StoreKeyError if there is no such basis.
     """
-    copies = mirror(experiment.store)
-    files = []
-    for task in experiment.task_names if tasks is None else tasks:
-        files.append(copies.vector(basis_vector_key(experiment, task)))
-    return VectorSet(files)
+    prefix = basis_prefix(name)
+    return BasisVersion(store, name, records.read_record(store, records.record_key(prefix)))
 
 
-def stored_basis(url: str, name: str) -> StoredBasis:
-    """The vectors of a basis, opened through the process's mirror."""
-    return mirror(url).basis(basis_prefix(name))
-
-
-def write_coefficients(B: Tensor, W: Tensor) -> bytes:
-    """The coefficient file of a basis: B (T, M) and W (M, T), float64."""
+def write_coefficients(B: Tensor, W: Tensor, ratios: Tensor) -> bytes:
+    """The coefficient file of a basis: B (T, M), W (M, T) and the length ratios (T,), float64."""
     # clone: W may be a view of B, and safetensors refuses tensors that share memory.
-    return save({"B": B.contiguous().clone(), "W": W.contiguous().clone()})
+    tables = {"B": B, "W": W, "ratios": ratios}
+    return save({name: table.contiguous().clone() for name, table in tables.items()})
 
 
 def load_coefficients(store: Store, name: str) -> tuple[Tensor, Tensor]:
@@ -79,28 +135,33 @@ def load_coefficients(store: Store, name: str) -> tuple[Tensor, Tensor]:
     Raises StoreKeyError if there is no such basis, and DamagedError if its table is missing or
     differs from the record.
     """
-    prefix = basis_prefix(name)
-    record = records.read_record(store, records.record_key(prefix))
-    file = tagged(COEFFICIENTS, tag_of(record.files))
-    where = store.where(f"{prefix}/{file}")
-    tensors = tensors_of(records.read_file(store, prefix, file, record), where)
-    B = tensor_of(tensors, "B", torch.float64, 2, where)
-    W = tensor_of(tensors, "W", torch.float64, 2, where)
-    if B.shape != W.T.shape:
-        raise unreadable(where, f"B is {tuple(B.shape)}, and W is {tuple(W.shape)}")
-    return B, W
+    return existing_basis(store, name).coefficients()
 
 
 def stored_bytes(store: Store, experiment: Experiment, parameters: int) -> dict[str, int]:
-    """Sizes on disk by kind, and what T dense float32 vectors of `parameters` values would take."""
+    """Sizes on disk by kind, and what T dense float32 vectors of `parameters` values would take.
+
+    Only what the experiment uses is counted.
+    """
     sizes = store.sizes()
+    vectors = vectors_of(experiment, experiment.task_names).values()
+    masks = {vector.mask for vector in vectors if vector.mask is not None}
     return {
         "dense_fp32": 4 * len(experiment.tasks) * parameters,
-        "vectors": _total(sizes, "vectors/", f"/{VECTOR}"),
-        "masks": _total(sizes, "masks/", ".safetensors"),
+        "vectors": sum(vector.file.size for vector in vectors),
+        "masks": _bytes_of_masks(store, masks),
         "heads": _bytes_of_heads(sizes, experiment),
-        "basis": _total(sizes, "basis/", ".safetensors"),
+        "basis": _bytes_of_bases(sizes, experiment),
     }
+
+
+def _bytes_of_masks(store: Store, fingerprints: Collection[str]) -> int:
+    """Bytes of the masks in the store with these fingerprints."""
+    total = 0
+    for record in records.find_all(store, "masks").values():
+        if record.parents.get("mask") in fingerprints:
+            total += record.size
+    return total
 
 
 def _bytes_of_heads(sizes: Mapping[str, int], experiment: Experiment) -> int:
@@ -112,11 +173,13 @@ def _bytes_of_heads(sizes: Mapping[str, int], experiment: Experiment) -> int:
     return total
 
 
-def _total(sizes: Mapping[str, int], prefix: str, ending: str) -> int:
-    """Bytes of all keys with this beginning and this ending."""
+def _bytes_of_bases(sizes: Mapping[str, int], experiment: Experiment) -> int:
+    """Bytes of the tensor files of the experiment's bases."""
+    names = {spec.name for spec in basis_specs(experiment)}
     total = 0
     for key, size in sizes.items():
-        if key.startswith(prefix) and key.endswith(ending):
+        folder, _, rest = key.partition("/")
+        if folder == BASES and key.endswith(".safetensors") and rest.partition("/")[0] in names:
             total += size
     return total
 
@@ -124,9 +187,11 @@ def _total(sizes: Mapping[str, int], prefix: str, ending: str) -> int:
 def load_gram(store: Store, experiment: Experiment) -> Tensor | None:
     """The stored Gram matrix (T, T) float64 in the order of the experiment's tasks.
 
-    None if the row of a task is missing.
+    None if the row of a task is missing, or is of another version of its vector.
     """
     state = GramState.read(store)
-    if not set(experiment.task_names) <= state.checksums.keys():
-        return None
+    vectors = basis_vectors_of(experiment, experiment.task_names)
+    for task in experiment.task_names:
+        if task not in vectors or state.checksums.get(task) != vectors[task].checksum:
+            return None
     return state.ordered(experiment.task_names)

@@ -11,14 +11,13 @@ from functools import cached_property
 
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import (
-    as_recorded,
     mask_identity,
     twin_identity,
+    twin_settings,
     vector_identity,
+    vector_settings,
 )
 from raytvb.experiment.layout import (
-    SHARED_MASK,
-    VECTOR,
     basis_vector_prefix,
     checkpoint_prefix,
     head_prefix,
@@ -26,6 +25,9 @@ from raytvb.experiment.layout import (
     vector_prefix,
 )
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.shared_masks import SharedMask, find_shared_mask
+from raytvb.experiment.stored_vectors import StoredVector, find_vector, is_twin_of, library
+from raytvb.experiment.vector_states import VectorState, state_of
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.records import Record
@@ -68,11 +70,6 @@ class TaskStore:
         return vector_prefix(self.task.name)
 
     @property
-    def vector_key(self) -> str:
-        """Key of the task vector."""
-        return f"{self.prefix}/{VECTOR}"
-
-    @property
     def head_prefix(self) -> str:
         """Folder of the zero-shot head."""
         return head_prefix(self.task.name)
@@ -81,14 +78,6 @@ class TaskStore:
     def checkpoint_prefix(self) -> str:
         """Folder of the checkpoint of a fine-tune that has not ended."""
         return checkpoint_prefix(self.task.name)
-
-    @property
-    def mask_id(self) -> str | None:
-        """Id of the mask that the fine-tune uses, shared or the task's own; None for no mask."""
-        talos = self.experiment.talos
-        if talos.density == 1.0:
-            return None
-        return SHARED_MASK if talos.mask == "shared" else self.task.name
 
     @property
     def own_mask_prefix(self) -> str:
@@ -105,54 +94,57 @@ class TaskStore:
         """Folder of the vector that bases use: the task vector, or its prepared twin."""
         return basis_vector_prefix(self.experiment, self.task.name)
 
-    @property
-    def basis_vector_key(self) -> str:
-        """Key of the vector that bases use."""
-        return f"{self.basis_vector_prefix}/{VECTOR}"
+    def shared_mask(self) -> SharedMask | None:
+        """The mask that all tasks share; None if they do not share one, or if it is missing.
+
+        Raises UserError if it was made with other settings.
+        """
+        return (
+            find_shared_mask(self.store, self.experiment) if self.experiment.shares_mask else None
+        )
+
+    def vector(self) -> StoredVector | None:
+        """The task vector, whatever its settings; None if there is none."""
+        return find_vector(self.store, library(self.experiment), self.task.name)
+
+    def own_vector(self) -> bool:
+        """Whether the vector lies in the experiment's own store."""
+        vector = self.vector()
+        return vector is not None and vector.store.url == self.store.url
+
+    def state(self) -> VectorState:
+        """The task vector, and why it is to be made again if it is."""
+        return state_of(self.experiment, self.task, self.vector(), self.shared_mask())
 
     def record(self) -> Record | None:
-        """Record of the task vector; None if the vector has not been committed.
-
-        Raises UserError if the vector was made with other settings.
-        """
-        return self._find(self.prefix, self.identity)
+        """Record of the task vector; None if there is none, or if it is to be made again."""
+        state = self.state()
+        return state.vector.record if state.vector is not None and state.is_current else None
 
     def checkpoint(self) -> Record | None:
-        """Record of the checkpoint; None if there is none. Raises UserError as `record`."""
-        return self._find(self.checkpoint_prefix, self.identity)
-
-    def check_twin(self) -> None:
-        """Raise UserError if the prepared twin was made with other settings."""
-        self._find(self.basis_vector_prefix, self.twin_identity)
-
-    def _find(self, prefix: str, identity: JsonObject) -> Record | None:
-        record = records.find(self.store, prefix)
-        if record is not None:
-            wanted = as_recorded(identity, record.identity)
-            records.check_identity(self.store, prefix, record, wanted)
-        return record
-
-    def basis_vector(self) -> Record | None:
-        """Record of the vector that bases use; None if it has not been committed.
-
-        A twin of another version of the task vector counts as not committed.
-        """
-        record = records.find(self.store, self.prefix)
-        if record is None or not self.has_twin:
-            return record
-        return self.twin_of(record)
-
-    def twin_of(self, vector: Record) -> Record | None:
-        """Record of the prepared twin; None if this version of the vector has no twin."""
-        twin = records.find(self.store, self.basis_vector_prefix)
-        if twin is None:
+        """Record of the checkpoint; None if there is none, or if it is of other settings."""
+        record = records.find(self.store, self.checkpoint_prefix)
+        if record is None:
             return None
-        file = vector.file(VECTOR, self.store.where(self.prefix))
-        if twin.parent("vector", self.store.where(self.basis_vector_prefix)) != file.sha256:
+        mask, identity = self.shared_mask(), dict(record.identity)
+        trained_on = identity.pop("mask", None)  # stores of earlier formats have only one mask
+        if mask is not None and trained_on not in (None, mask.fingerprint):
             return None
-        return twin
+        is_same = vector_settings(identity) == vector_settings(self.identity)
+        return record if is_same else None
 
+    @cached_property
+    def checkpoint_identity(self) -> JsonObject:
+        """Identity of a checkpoint: that of the vector, and the shared mask that is trained on."""
+        mask = self.shared_mask()
+        return self.identity if mask is None else {**self.identity, "mask": mask.fingerprint}
 
-def task_stores(experiment: Experiment) -> dict[str, TaskStore]:
-    """A `TaskStore` for each task of the experiment, by the task's name."""
-    return {task.name: TaskStore(experiment, task) for task in experiment.tasks}
+    def twin_of(self, vector: StoredVector) -> Record | None:
+        """Record of the prepared twin; None if this version of the vector has no such twin."""
+        record = records.find(self.store, self.basis_vector_prefix)
+        if record is None:
+            return None
+        twin = StoredVector(self.task.name, self.store, self.basis_vector_prefix, record)
+        wanted = twin_settings(self.twin_identity)
+        is_same = is_twin_of(twin, vector) and twin_settings(record.identity) == wanted
+        return record if is_same else None

@@ -34,8 +34,7 @@ class CheckpointFolder:
         """The checkpoint to go on from; None if there is no whole one.
 
         A damaged checkpoint counts as none: the fine-tune begins anew, and its next checkpoint
-        takes the place of this one. Raises UserError for a checkpoint of a fine-tune with other
-        settings.
+        takes the place of this one. So does a checkpoint of a fine-tune with other settings.
         """
         try:
             record = self._task_store.checkpoint()
@@ -64,7 +63,7 @@ class CheckpointFolder:
         records.commit(
             self._store,
             self._prefix,
-            identity=self._task_store.identity,
+            identity=self._task_store.checkpoint_identity,
             metrics=CheckpointMetrics(
                 step=checkpoint.step, loss=checkpoint.loss, seconds=checkpoint.seconds
             ),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +21,26 @@ from raytvb.data.load_split import load_split
 from raytvb.data.splits import Split
 from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import SHARED_MASK, VECTOR, mask_key
-from raytvb.experiment.metrics import VectorMetrics
+from raytvb.experiment.layout import SHARED_MASK, mask_prefix
+from raytvb.experiment.metrics import Made, VectorMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.stored_vectors import StoredVector
 from raytvb.experiment.task_store import TaskStore
+from raytvb.experiment.vector_states import VectorState
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.interruption import noted_interruption
-from raytvb.finetuning.masks import load_mask, own_mask
+from raytvb.finetuning.masks import drop_old_masks, load_mask, made_mask, own_mask
 from raytvb.finetuning.training_loop import Finetuned, finetune
 from raytvb.finetuning.twins import norm, write_twin
 from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.seeds import task_seed
 from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.worker_process import device, threads, worker_setup
-from raytvb.storage import records
+from raytvb.storage.damage import DamagedError
 from raytvb.storage.masks import Mask
 from raytvb.storage.records import Record
-from raytvb.storage.vectors import VectorInfo, vector_bytes, vector_info
+from raytvb.storage.replacing import commit_over, new_tag, tagged
+from raytvb.storage.vectors import VECTOR, VectorInfo, vector_bytes, vector_info
 
 
 def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) -> Record:
@@ -44,16 +49,31 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
     Goes on from a checkpoint if the task has one. If bases are made of prepared twins, the twin is
     stored as well. fingerprint: of the pretrained model.
 
-    Raises UserError if the stored vector or checkpoint has other settings, if images or model
-    cannot be used, and if the training diverges.
+    A stored vector with other settings, or on another mask, is replaced when the new one is whole.
+    Raises UserError if images or model cannot be used, if the training diverges, and for a vector
+    of another store that has other settings.
     """
     worker_setup()
     task_store = TaskStore(experiment, task)
-    record = task_store.record()
-    if record is None:
-        record = _train_and_commit(task_store, fingerprint)
-    write_twin(task_store, record)
-    return record
+    state = task_store.state()
+    vector = state.vector
+    if vector is None or not state.is_current:
+        if state.is_borrowed(task_store.store):
+            raise borrowed_error(state)
+        record = _train_and_commit(task_store, fingerprint, state)
+        vector = StoredVector(task.name, task_store.store, task_store.prefix, record)
+    write_twin(task_store, vector)
+    return vector.record
+
+
+def borrowed_error(state: VectorState) -> UserError:
+    """The error about a vector of another store, which is only read, with other settings."""
+    assert state.vector is not None
+    return UserError(
+        f"{state.vector.where} was made with other settings:\n  "
+        + "\n  ".join(state.differing)
+        + f"\nGive task {state.task.name} these settings, or another name to fine-tune it here."
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,8 @@ class _Trainable:
     """The entries that are trained; None if all are."""
     info: VectorInfo
     """Metadata of the vector file."""
+    scored: tuple[str, ...] | None = None
+    """The tasks that a shared mask was scored on; None for any other mask."""
 
     def tensors(self, classifier: nn.Module) -> dict[str, Tensor]:
         """A bool tensor for each parameter."""
@@ -72,8 +94,8 @@ class _Trainable:
         return {n: torch.ones_like(p, dtype=torch.bool) for n, p in classifier.named_parameters()}
 
 
-def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
-    """Train a task whose vector is not stored, and commit the vector."""
+def _train_and_commit(task_store: TaskStore, fingerprint: str, before: VectorState) -> Record:
+    """Train a task, and commit its vector in the place of the one before."""
     experiment = task_store.experiment
     pretrained = PretrainedTask.load(task_store, fingerprint)
     trainable = _trainable(task_store, pretrained, fingerprint)
@@ -86,7 +108,8 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
     )
     checkpoints = CheckpointFolder(task_store)
     tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
-    _check_finite(tuned.values, task_store.store.where(task_store.vector_key))
+    _check_finite(tuned.values, task_store.store.where(task_store.prefix))
+    overlap = _mask_overlap(task_store, pretrained, trainable)
     finished = task_store.record()
     if finished is not None:
         # Another run has finished this task meanwhile. On GPUs its vector has other bits, and its
@@ -96,29 +119,65 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str) -> Record:
     parents = {"base": fingerprint, "head": pretrained.head.file.sha256}
     if trainable.mask is not None:
         parents["mask"] = trainable.mask.fingerprint
-    record = records.commit(
+    data = vector_bytes(tuned.values, trainable.info)
+    tag = new_tag(task_store.store, task_store.prefix, data)
+    record = commit_over(
         task_store.store,
         task_store.prefix,
         identity=task_store.identity,
-        files={VECTOR: vector_bytes(tuned.values, trainable.info)},
+        files={tagged(VECTOR, tag): data},
         parents=parents,
-        metrics=_metrics(tuned, split),
+        metrics=_metrics(tuned, split, overlap, history_with(before)),
     )
     checkpoints.delete()
+    drop_old_masks(task_store)
     return record
+
+
+def history_with(before: VectorState) -> tuple[Made, ...]:
+    """The history of a vector that has just been made. before: the state that it replaces."""
+    earlier: tuple[Made, ...] = ()
+    if before.vector is not None:
+        with suppress(DamagedError):
+            record, where = before.vector.record, before.vector.where
+            earlier = record.metrics_as(VectorMetrics, where).history
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (*earlier, Made(time=now, reason="; ".join(before.differing) or "new"))
+
+
+def _mask_overlap(
+    task_store: TaskStore, pretrained: PretrainedTask, trainable: _Trainable
+) -> float | None:
+    """Share of the entries of the task's own mask that the shared mask keeps.
+
+    None if the shared mask was scored on the task, or if there is no such mask.
+    """
+    mask = trainable.mask
+    by_sensitivity = task_store.experiment.talos.select in ("lowest", "highest")
+    if mask is None or trainable.scored is None or not by_sensitivity:
+        return None
+    if task_store.task.name in trainable.scored:
+        return None
+    own = made_mask(task_store, pretrained)
+    return int((own.bits & mask.bits).sum()) / own.kept
 
 
 def _trainable(task_store: TaskStore, pretrained: PretrainedTask, fingerprint: str) -> _Trainable:
     """The mask that the experiment specifies: none, the shared mask, or the task's own."""
-    mask_id = task_store.mask_id
-    if mask_id is None:
+    experiment, scored = task_store.experiment, None
+    if not experiment.shares_mask and not experiment.own_masks:
         return _Trainable(None, vector_info(fingerprint))
-    if mask_id == SHARED_MASK:
-        mask = load_mask(task_store.store, mask_id)
+    if experiment.own_masks:
+        mask, key = own_mask(task_store, pretrained)
     else:
-        mask = own_mask(task_store, pretrained)
-    path = os.path.relpath(mask_key(mask_id), task_store.prefix)
-    return _Trainable(mask, vector_info(fingerprint, mask_path=path, mask=mask.fingerprint))
+        shared = task_store.shared_mask()
+        if shared is None:
+            where = task_store.store.where(mask_prefix(SHARED_MASK))
+            raise UserError(f"{where} is missing: run `raytvb finetune` again")
+        mask, key, scored = load_mask(task_store.store, shared.key), shared.key, shared.scored
+    path = os.path.relpath(key, task_store.prefix)
+    info = vector_info(fingerprint, mask_path=path, mask=mask.fingerprint)
+    return _Trainable(mask, info, scored)
 
 
 def _trained(
@@ -133,7 +192,6 @@ def _trained(
     Raises KeyboardInterrupt, after it has saved a checkpoint, if the process is interrupted.
     """
     experiment, task = task_store.experiment, task_store.task
-    epochs = task.epochs or experiment.finetune.epochs
     classifier = pretrained.classifier()
     try:
         with noted_interruption() as interrupted:
@@ -141,9 +199,9 @@ def _trained(
                 classifier,
                 split,
                 trainable.tensors(classifier),
-                experiment.finetune.model_copy(update={"epochs": epochs}),
+                experiment.finetune_of(task),
                 pretrained.preprocess,
-                seed=task_seed(experiment.seed, task.name),
+                seed=task_seed(experiment.seed_of(task), task.name),
                 device=device(),
                 start=checkpoints.load(),
                 save=checkpoints.save,
@@ -162,7 +220,9 @@ def _trained(
         ) from None
 
 
-def _metrics(tuned: Finetuned, split: Split) -> VectorMetrics:
+def _metrics(
+    tuned: Finetuned, split: Split, overlap: float | None, history: tuple[Made, ...]
+) -> VectorMetrics:
     return VectorMetrics(
         steps=tuned.steps,
         final_loss=tuned.final_loss,
@@ -171,6 +231,8 @@ def _metrics(tuned: Finetuned, split: Split) -> VectorMetrics:
         skipped=split.skipped,
         classes_without_images=len(split.classes) - len(split.labels.unique()),
         norm=norm(tuned.values),
+        mask_overlap=overlap,
+        history=history,
     )
 
 

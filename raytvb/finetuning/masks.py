@@ -8,7 +8,7 @@ function of arrays: `score_task`, `add_scores`, `select_round`, `commit_shared_m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from raytvb.data.load_split import load_split
 from raytvb.data.preprocess import Preprocess
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import find_of_these_tasks, mask_identity
-from raytvb.experiment.layout import MASK, OVERLAP, SHARED_MASK, mask_key, mask_prefix
+from raytvb.experiment.identities import mask_identity, own_mask_settings
+from raytvb.experiment.layout import MASK, OVERLAP, SHARED_MASK, mask_prefix
 from raytvb.experiment.metrics import MaskMetrics, OverlapMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.stored_vectors import StoredVector, vectors_of
 from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.finite import listed
 from raytvb.maths.fisher import fisher_scores
@@ -42,30 +43,52 @@ from raytvb.models.pretrained_task import PretrainedTask
 from raytvb.models.worker_process import device, threads, worker_setup
 from raytvb.storage import records
 from raytvb.storage.masks import Mask, MaskFile, mask_intersections
+from raytvb.storage.replacing import commit_over, new_tag, tagged
 from raytvb.storage.store import Store
 
 # Masks in the store -------------------------------------------------------------------------------
 
 
-def load_mask(store: Store, mask_id: str) -> Mask:
-    """The whole stored mask. Raises VectorError if its file is damaged."""
-    return MaskFile(store, mask_key(mask_id)).load()
+def load_mask(store: Store, key: str) -> Mask:
+    """The whole mask in a file. Raises VectorError if the file is damaged."""
+    return MaskFile(store, key).load()
 
 
-def write_mask(
-    store: Store, experiment: Experiment, mask_id: str, tasks: Sequence[TaskConfig], mask: Mask
-) -> MaskMetrics:
-    """Commit a mask that was made from the scores of the given tasks."""
-    metrics = MaskMetrics(kept=mask.kept, total=len(mask.bits))
+def _write_own_mask(task_store: TaskStore, mask: Mask) -> str:
+    """Commit a task's own mask, and return the key of its file.
+
+    The record still lists the files of a mask before it, as long as the task's vector needs it.
+    """
+    store, prefix = task_store.store, task_store.own_mask_prefix
+    before, data = records.find(store, prefix), mask.to_bytes()
+    name = tagged(MASK, new_tag(store, prefix, data))
     records.commit(
         store,
-        mask_prefix(mask_id),
-        identity=mask_identity(experiment, tasks),
-        metrics=metrics,
-        files={MASK: mask.to_bytes()},
+        prefix,
+        identity=task_store.mask_identity,
+        metrics=MaskMetrics(kept=mask.kept, total=len(mask.bits), file=name),
+        written=None if before is None else before.files,
+        files={name: data},
         parents={"mask": mask.fingerprint},
     )
-    return metrics
+    return records.file_key(prefix, name)
+
+
+def drop_old_masks(task_store: TaskStore) -> None:
+    """Delete the masks that a task had before its present one, after its vector was committed."""
+    store, prefix = task_store.store, task_store.own_mask_prefix
+    record = records.find(store, prefix) if task_store.experiment.own_masks else None
+    if record is None or len(record.files) < 2:
+        return
+    metrics = record.metrics_as(MaskMetrics, store.where(prefix))
+    commit_over(
+        store,
+        prefix,
+        identity=record.identity,
+        metrics=metrics,
+        written={metrics.file: record.file(metrics.file, store.where(prefix))},
+        parents=record.parents,
+    )
 
 
 def record_overlap(experiment: Experiment) -> None:
@@ -76,21 +99,40 @@ def record_overlap(experiment: Experiment) -> None:
     """
     worker_setup()
     store = Store(experiment.store)
-    identity = mask_identity(experiment, experiment.tasks)
-    if find_of_these_tasks(store, OVERLAP, identity, experiment.missing) is not None:
+    vectors = vectors_of(experiment, experiment.task_names)
+    if has_overlap(experiment, vectors):
         return
-    masks = [MaskFile(store, mask_key(task)) for task in experiment.task_names]
+    masks = []
+    for task in experiment.task_names:
+        file = vectors[task].open()
+        masks.append(MaskFile(file.store, file.mask_key))
     intersections = mask_intersections(masks)
     pairs = jaccard(intersections)[tuple(torch.triu_indices(len(masks), len(masks), 1))]
     records.commit(
         store,
         OVERLAP,
-        identity=identity,
+        identity=mask_identity(experiment, experiment.tasks),
+        parents=_mask_parents(vectors),
         metrics=OverlapMetrics(
             mean=float(pairs.mean()), min=float(pairs.min()), max=float(pairs.max())
         ),
         files={"overlap.safetensors": save({"intersections": intersections})},
     )
+
+
+def has_overlap(experiment: Experiment, vectors: Mapping[str, StoredVector]) -> bool:
+    """Whether the store has the overlap of the masks that these vectors were trained on."""
+    record = records.find(Store(experiment.store), OVERLAP)
+    if record is None:
+        return False
+    if record.parents:
+        return record.parents == _mask_parents(vectors)
+    identity = mask_identity(experiment, experiment.tasks)  # of an earlier format
+    return own_mask_settings(record.identity) == own_mask_settings(identity)
+
+
+def _mask_parents(vectors: Mapping[str, StoredVector]) -> dict[str, str]:
+    return {mask_prefix(task): str(vector.mask) for task, vector in vectors.items()}
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -200,27 +242,45 @@ def select_round(
 # Whole masks --------------------------------------------------------------------------------------
 
 
-def commit_shared_mask(experiment: Experiment, fingerprint: str, kept: np.ndarray) -> MaskMetrics:
+def commit_shared_mask(
+    experiment: Experiment, fingerprint: str, kept: np.ndarray, mask_id: str = SHARED_MASK
+) -> MaskMetrics:
     """Store the shared mask of the kept entries (D,) bool, scored on the experiment's tasks."""
-    encoder = load_base(experiment.store, fingerprint)
-    store = Store(experiment.store)
-    return write_mask(store, experiment, SHARED_MASK, experiment.tasks, _mask_of(encoder, kept))
+    mask = _mask_of(load_base(experiment.store, fingerprint), kept)
+    metrics = MaskMetrics(kept=mask.kept, total=len(mask.bits))
+    records.commit(
+        Store(experiment.store),
+        mask_prefix(mask_id),
+        identity=mask_identity(experiment, experiment.tasks),
+        metrics=metrics,
+        files={MASK: mask.to_bytes()},
+        parents={"mask": mask.fingerprint},
+    )
+    return metrics
 
 
 def _mask_of(encoder: Encoder, kept: np.ndarray) -> Mask:
     return Mask.of(unflatten(torch.from_numpy(kept.copy()), encoder.visual_state()))
 
 
-def own_mask(task_store: TaskStore, pretrained: PretrainedTask) -> Mask:
-    """A task's own mask. It is read from the store, or made in rounds and committed."""
-    store, experiment, task = task_store.store, task_store.experiment, task_store.task
-    if records.find(store, task_store.own_mask_prefix, task_store.mask_identity) is not None:
-        return load_mask(store, task.name)
-    kept: np.ndarray | None = None
+def own_mask(task_store: TaskStore, pretrained: PretrainedTask) -> tuple[Mask, str]:
+    """A task's own mask and the key of its file. If the store has none, it is made and committed."""
+    store, prefix = task_store.store, task_store.own_mask_prefix
+    record = records.find(store, prefix)
+    wanted = own_mask_settings(task_store.mask_identity)
+    if record is not None and own_mask_settings(record.identity) == wanted:
+        metrics = record.metrics_as(MaskMetrics, store.where(prefix))
+        key = records.file_key(prefix, metrics.file)
+        return load_mask(store, key), key
+    mask = made_mask(task_store, pretrained)
+    return mask, _write_own_mask(task_store, mask)
+
+
+def made_mask(task_store: TaskStore, pretrained: PretrainedTask) -> Mask:
+    """The mask of the task's own scores, made in rounds. Nothing is stored."""
+    experiment, kept = task_store.experiment, None
     for round_ in range(1, experiment.talos.stages + 1):
         scores = _scores(task_store, pretrained, round_, kept)
         kept = select_round(experiment, scores, kept, round_)
     assert kept is not None
-    mask = _mask_of(pretrained.encoder, kept)
-    write_mask(store, experiment, task.name, [task], mask)
-    return mask
+    return _mask_of(pretrained.encoder, kept)

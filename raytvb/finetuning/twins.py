@@ -15,78 +15,76 @@ from torch import Tensor
 
 from raytvb.errors import UserError, VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import VECTOR
 from raytvb.experiment.metrics import TwinMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.shared_masks import copy_mask
+from raytvb.experiment.stored_vectors import StoredVector
 from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.seeds import task_seed
 from raytvb.maths.thresholds import global_thresholds
 from raytvb.maths.trimming import PREPARE
 from raytvb.models.worker_process import worker_setup
-from raytvb.storage import records
 from raytvb.storage.mirror import Mirror
-from raytvb.storage.records import FileInfo, Record
-from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
+from raytvb.storage.replacing import commit_over, new_tag, tagged
+from raytvb.storage.vectors import VECTOR, VectorFile, vector_bytes, vector_info
 
 
 def make_twin(experiment: Experiment, task: TaskConfig) -> None:
     """Commit the twin of a committed vector, if bases are made of twins and the twin is missing.
 
-    Raises UserError if the vector has not been committed, or if the twin was made with other
-    settings. Raises VectorError if the vector's bytes differ from those recorded.
+    A twin of another version of the vector, or by another method, is replaced. Raises UserError if
+    the vector has not been committed. Raises VectorError if the vector's bytes differ from those
+    recorded.
     """
     worker_setup()
     task_store = TaskStore(experiment, task)
     if not task_store.has_twin:
         return
-    record = task_store.record()
-    if record is None:
-        where = task_store.store.where(task_store.vector_key)
+    vector = task_store.vector()
+    if vector is None:
+        where = task_store.store.where(task_store.prefix)
         raise UserError(f"{where} is missing: run `raytvb finetune` first")
-    write_twin(task_store, record)
+    write_twin(task_store, vector)
 
 
-def write_twin(task_store: TaskStore, record: Record) -> None:
-    """As `make_twin`, for a vector with this record."""
-    if not task_store.has_twin:
+def write_twin(task_store: TaskStore, stored: StoredVector) -> None:
+    """As `make_twin`, for this vector of the task."""
+    if not task_store.has_twin or task_store.twin_of(stored) is not None:
         return
-    if task_store.twin_of(record) is not None:
-        task_store.check_twin()
-        return
-    store = task_store.store
-    file = record.file(VECTOR, store.where(task_store.prefix))
-    # A new mirror, since the process's mirror may hold an older version of the vector. The copies
-    # live as long as the mirror.
-    copies = Mirror(store)
-    vector = copies.vector(task_store.vector_key)  # compared with its record while it is read
+    # A new mirror: its copies live only as long as the mirror.
+    copies = Mirror(stored.store)
+    vector = copies.vector(stored.key, stored.file)  # compared with its record while it is read
     experiment = task_store.experiment
     seed = task_seed(experiment.seed, f"{task_store.task.name}/prepare")
-    _commit_twin(task_store, file, vector, twin_values(vector, experiment.basis.prepare, seed))
+    values = twin_values(vector, experiment.basis.prepare, seed)
+    _commit_twin(task_store, stored, vector, values)
 
 
 def _commit_twin(
-    task_store: TaskStore, file: FileInfo, vector: VectorFile, values: dict[str, Tensor]
+    task_store: TaskStore, stored: StoredVector, vector: VectorFile, values: dict[str, Tensor]
 ) -> None:
-    """Write the twin of the vector in `file`, and its record."""
+    """Write the twin of a stored vector, and its record."""
     store, prefix = task_store.store, task_store.basis_vector_prefix
-    parents, info = {"vector": file.sha256}, vector_info(vector.info.base)
+    parents, info = {"vector": stored.checksum}, vector_info(vector.info.base)
     if vector.mask is not None:
         parents["mask"] = vector.mask.fingerprint
+        copy_mask(stored.store, store, vector.mask_key)
         path = os.path.relpath(vector.mask_key, prefix)
         info = vector_info(vector.info.base, mask_path=path, mask=vector.mask.fingerprint)
     bad = not_finite(values)
     if bad:
         raise VectorError(
             f"{store.where(prefix)} would have NaN or infinite values in {listed(bad)}",
-            "use another method for basis.prepare, in another store",
+            "use another method for basis.prepare",
         )
-    # The folder may hold the twin of another version of the vector. Its record no longer counts.
-    records.commit(
+    data = vector_bytes(values, info)
+    # The folder may hold the twin of another version of the vector, which stays until then.
+    commit_over(
         store,
         prefix,
         identity=task_store.twin_identity,
-        files={VECTOR: vector_bytes(values, info)},
+        files={tagged(VECTOR, new_tag(store, prefix, data)): data},
         parents=parents,
         metrics=TwinMetrics(
             norm=norm(values), nonzero=sum(int(v.count_nonzero()) for v in values.values())

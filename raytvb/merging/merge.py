@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from raytvb.errors import UserError, VectorError
-from raytvb.experiment.layout import BASE, SEARCH
+from raytvb.experiment.layout import BASE, SEARCH, basis_prefix
 from raytvb.experiment.places import output_folder
 from raytvb.maths.finite import listed, not_finite
 from raytvb.maths.flat_parameters import FlatParameters
@@ -33,9 +33,14 @@ from raytvb.search.candidates import ADDITION, FULL
 from raytvb.search.merged_vectors import method_direction
 from raytvb.search.results import Choice
 from raytvb.storage import records
+from raytvb.storage.damage import DamagedError
 from raytvb.storage.records import Record
 from raytvb.storage.store import Store
+from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.vector_set import Coordinates, VectorSet
+
+ATTEMPTS = 4
+"""How often a merge begins anew because a run has replaced what it reads."""
 
 
 def merged_state(
@@ -146,6 +151,8 @@ class Merged:
     """Whether decoded vectors were stretched to the lengths of the task vectors."""
     searched: bool
     """Whether the store has a finished search, which may have chosen a basis."""
+    covers: tuple[str, ...] | None
+    """The tasks that the basis was made of; None for the task vectors themselves."""
 
 
 def merge(
@@ -180,12 +187,44 @@ def merge(
     source = basis or chosen or FULL.name
     if isinstance(addends, Tasks):
         addends = _with_lengths(addends, coefficient)
-    mixed = mixture(store, source, addends)
-    alpha = mixed.setting.coefficient if coefficient is None else coefficient
     base = _base(store)
     state = load_base(store.url, base.parent("fingerprint", store.where(BASE))).model.state_dict()
-    write_folder(store, base, _apply(state, mixed, addends, alpha), out)
-    return Merged(mixed.source, alpha, mixed.setting.own_lengths, choice is not None)
+    mixed, merged = _of_one_version(store, source, addends, coefficient, state)
+    write_folder(store, base, merged, out)
+    alpha = mixed.setting.coefficient if coefficient is None else coefficient
+    covers, searched = mixed.covers, choice is not None
+    return Merged(mixed.source, alpha, mixed.setting.own_lengths, searched, covers)
+
+
+def _of_one_version(
+    store: Store,
+    source: str,
+    addends: Addends,
+    coefficient: float | None,
+    state: Mapping[str, Tensor],
+) -> tuple[Mixture, dict[str, Tensor]]:
+    """The mixture, and the state dict with it added.
+
+    All is read as one record of the source says. If a run replaces the source meanwhile, its old
+    files are deleted, and the new version is read from the beginning.
+    """
+    for attempt in range(ATTEMPTS):
+        before = _version(store, source)
+        try:
+            mixed = mixture(store, source, addends, coefficient)
+            alpha = mixed.setting.coefficient if coefficient is None else coefficient
+            return mixed, _apply(state, mixed, addends, alpha)
+        except (DamagedError, StoreKeyError):
+            if attempt == ATTEMPTS - 1 or _version(store, source) == before:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _version(store: Store, source: str) -> object:
+    """What tells one version of a source from another."""
+    prefix = "vectors" if source == FULL.name else basis_prefix(source)
+    keys = records.record_keys(store, prefix)
+    return keys, store.read_many(keys)
 
 
 def _check_weights(addends: Addends, coefficient: float | None) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from raytvb.errors import UserError
 from raytvb.evaluation.evaluation import Evaluation
 from raytvb.evaluation.plan import evaluations
-from raytvb.evaluation.rows import has_rows
 from raytvb.evaluation.store_names import unseen_name
 from raytvb.experiment.missing import EVALUATE
+from raytvb.experiment.present_versions import PresentVersions, present_versions
 from raytvb.orchestration.evaluation_service import evaluate_group, evaluation_groups
 from raytvb.orchestration.failures import Failure, raise_failed
 from raytvb.orchestration.ray_tasks import collect, ray_task
@@ -28,13 +28,14 @@ def evaluate(context: RunContext) -> bool:
 
     Raises UserError if the search has not ended, or if evaluations failed.
     """
-    todo = _missing_evaluations(context)
+    present = present_versions(context.experiment)
+    todo = _missing_evaluations(context, present)
     if not todo:
         return False
     splits = set[str]()
     for evaluation in todo:
         splits.update(evaluation.splits)
-    service = context.service(sorted(splits))
+    service = context.service(sorted(splits), present)
     evaluate_in_worker = ray_task(evaluate_group, context.experiment)
     pending, failed = dict[Any, str](), dict[str, Failure]()
     for group in evaluation_groups(context.experiment, todo):
@@ -61,14 +62,14 @@ def _leave_out_unseen(context: RunContext, failed: dict[str, Failure]) -> None:
             context.failures.add(EVALUATE, {task.name: failure})
 
 
-def _missing_evaluations(context: RunContext) -> Sequence[Evaluation]:
-    """The evaluations without rows in the store."""
+def _missing_evaluations(context: RunContext, present: PresentVersions) -> Sequence[Evaluation]:
+    """The evaluations without rows in the store, or with rows of other versions."""
     store, experiment = context.store, context.experiment
-    candidates = all_candidates(store, experiment)
-    choice = find_choice(store, experiment, candidates)
+    candidates = all_candidates(store, experiment, present)
+    choice = find_choice(store, experiment, candidates, present)
     outcomes, unsearched = dict[str, Outcome](), []
     for candidate in candidates:
-        outcome = find_result(store, experiment, candidate)
+        outcome = find_result(store, experiment, candidate, present)
         if outcome is None:
             unsearched.append(candidate.name)
         else:
@@ -78,4 +79,4 @@ def _missing_evaluations(context: RunContext) -> Sequence[Evaluation]:
         more = " …" if len(unsearched) > NAMED else ""
         raise UserError(f"{names}{more} not searched yet: run `raytvb search` first")
     planned = evaluations(experiment, candidates, outcomes, choice, context.precision())
-    return [e for e in planned if not has_rows(store, e.name, e.identity)]
+    return [e for e in planned if not e.is_done(store, present)]

@@ -13,9 +13,9 @@ from raytvb.errors import UserError
 from raytvb.evaluation.evaluation import Context, Evaluation
 from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.evaluation.precision import compare_precisions
-from raytvb.evaluation.rows import has_rows
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.metrics import PrecisionMetrics
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.worker_process import worker_setup
 from raytvb.orchestration.connect import slots
@@ -50,6 +50,8 @@ class Service:
     splits: Mapping[str, Refs]
     """References to the images, by split."""
     precision: str
+    present: PresentVersions
+    """The versions that are measured."""
 
     def evaluator(self, split: str) -> Evaluator:
         """The worker's evaluator of a split."""
@@ -58,7 +60,7 @@ class Service:
     @property
     def context(self) -> Context:
         """The context that evaluations run in."""
-        return Context(self.experiment, self.fingerprint, self.evaluator)
+        return Context(self.experiment, self.fingerprint, self.evaluator, self.present)
 
 
 def compare_precisions_on_refs(
@@ -76,7 +78,7 @@ def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, s
     for evaluation in group:
         try:
             # If Ray repeats this task, the store already has the first evaluations of the group.
-            if not has_rows(context.store, evaluation.name, evaluation.identity):
+            if not evaluation.is_done(context.store, context.present):
                 evaluation.run(context)
         except (UserError, ValueError) as error:
             failed[evaluation.name] = str(error)

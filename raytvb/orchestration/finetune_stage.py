@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import find_of_these_tasks, mask_identity
-from raytvb.experiment.layout import OVERLAP, vector_prefix
+from raytvb.experiment.identities import twin_settings
+from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.metrics import VectorMetrics
 from raytvb.experiment.missing import BASIS, DATA, FINETUNE, MASK, PREPARED
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.stored_vectors import basis_vectors_of, vectors_of
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.finetune_task import finetune_task
-from raytvb.finetuning.masks import record_overlap
+from raytvb.finetuning.masks import has_overlap, record_overlap
 from raytvb.finetuning.twins import make_twin
 from raytvb.orchestration.data_check import check_tasks
 from raytvb.orchestration.failures import Failure, stage_error
@@ -26,9 +27,13 @@ from raytvb.orchestration.progress import Stage
 from raytvb.orchestration.ray_tasks import collect, ray_task, result_of
 from raytvb.orchestration.restored_parts import restore_parts
 from raytvb.orchestration.run_context import RunContext
-from raytvb.orchestration.shared_mask import make_shared_mask
+from raytvb.orchestration.shared_mask import adopt_mask, make_shared_mask
 from raytvb.orchestration.stream import Stream
 from raytvb.storage.records import Record
+
+LOW_OVERLAP = 0.3
+"""If the shared mask has a smaller share of a new task's own entries, a warning says so. By chance,
+it has as many as its density, 0.1."""
 
 
 def finetune(context: RunContext, *, stream: bool) -> bool:
@@ -38,12 +43,13 @@ def finetune(context: RunContext, *, stream: bool) -> bool:
     that fail are kept in `context.failures`. Raises UserError that names them if no task has a
     vector at the end.
     """
-    experiment, committed = context.whole, context.vector_records()
+    experiment = context.whole
+    adopt_mask(context)
+    committed = {} if context.renews_mask else context.vector_records()
     missing = [task for task in experiment.tasks if task.name not in committed]
     fingerprint = context.fingerprint  # puts the model into the store before a task needs it
     ready = check_tasks(context, missing)
-    is_shared = experiment.talos.mask == "shared" and experiment.talos.density < 1.0
-    if is_shared and (ready or committed):  # a vector cannot be read without its mask
+    if experiment.shares_mask and (ready or committed):  # a vector cannot be read without its mask
         ready = make_shared_mask(context, ready, committed)
     restore_parts(context, committed)
     if stream:
@@ -105,8 +111,10 @@ def with_twins(context: RunContext, tasks: Sequence[TaskConfig]) -> list[TaskCon
     if experiment.basis.prepare == "none":
         return list(tasks)
     make, pending = ray_task(make_twin, experiment, gpu=False), dict[Any, str]()
+    there = basis_vectors_of(experiment, [task.name for task in tasks])
     for task in tasks:
-        if TaskStore(experiment, task).basis_vector() is None:
+        twin, wanted = there.get(task.name), TaskStore(experiment, task).twin_identity
+        if twin is None or twin_settings(twin.record.identity) != twin_settings(wanted):
             pending[make.remote(experiment, task)] = task.name
     with context.reporter.stage("prepared", len(pending)) as stage:
         failed = collect(experiment, pending, lambda name, _: stage.advance(name))
@@ -142,6 +150,15 @@ def _finetune_missing(
 def _warnings(metrics: VectorMetrics, experiment: Experiment) -> list[str]:
     """What a user should know about a fine-tune that succeeded."""
     warnings = []
+    overlap = metrics.mask_overlap
+    if overlap is not None:
+        note = f"the shared mask has {100 * overlap:.0f} % of its own entries of lowest sensitivity"
+        if overlap < LOW_OVERLAP:
+            note = (
+                f"warning: {note}, below {100 * LOW_OVERLAP:g} %: the mask may not suit this task "
+                f"(`raytvb run --renew mask` makes it anew for all tasks)"
+            )
+        warnings.append(note)
     if metrics.skipped and experiment.data.leaks == "ignore":  # else the check of the data said so
         warnings.append(f"{metrics.skipped} images cannot be read and are left out")
     warmup = experiment.finetune.warmup
@@ -156,7 +173,6 @@ def _record_overlap(context: RunContext) -> None:
     experiment = context.experiment
     if not experiment.own_masks or len(experiment.tasks) < 2:
         return
-    identity = mask_identity(experiment, experiment.tasks)
-    if find_of_these_tasks(context.store, OVERLAP, identity, experiment.missing) is None:
+    if not has_overlap(experiment, vectors_of(experiment, experiment.task_names)):
         call = ray_task(record_overlap, experiment, gpu=False).remote(experiment)
         result_of(experiment, call, "mask overlap", "masks")

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 
 from raytvb.data.image_source import SPLITS
 from raytvb.errors import UserError
+from raytvb.experiment.changes import Changes, changes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import freeze
 from raytvb.experiment.missing import EVALUATE, LATER, raise_missing
-from raytvb.experiment.places import check_usable
+from raytvb.experiment.places import check_new_store, check_usable
+from raytvb.experiment.present_experiments import check_model, record_experiment
 from raytvb.orchestration.basis_stage import build_bases, no_vectors
 from raytvb.orchestration.connect import connect, preflight
 from raytvb.orchestration.evaluate_stage import evaluate
@@ -41,14 +42,15 @@ STAGES = ("finetune", "basis", "search", "evaluate", "report")
 class Pipeline:
     """One experiment on one connected Ray cluster."""
 
-    def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
+    def __init__(self, experiment: Experiment, reporter: Reporter, changes: Changes) -> None:
         """Checks the store and the cluster before any work.
 
-        Raises StoreError or UserError if one of them cannot be used.
+        changes: what the user was told that the run does. Raises StoreError or UserError if the
+        store or the cluster cannot be used.
         """
-        self._context = RunContext(experiment, reporter)
+        self._context = RunContext(experiment, reporter, renews_mask=changes.renews)
         check_usable(self.store)
-        freeze(self.store, self._context.experiment)
+        record_experiment(self.store, self._context.experiment, grows=changes.grows)
         preflight(self._context.experiment, reporter.say)
 
     @property
@@ -139,13 +141,43 @@ class Pipeline:
 
 
 def run(
-    experiment: Experiment, stages: Sequence[str] = STAGES, *, reporter: Reporter | None = None
+    experiment: Experiment,
+    stages: Sequence[str] = STAGES,
+    *,
+    reporter: Reporter | None = None,
+    replace: bool = False,
+    renew_mask: bool = False,
 ) -> None:
     """Run stages of an experiment. What is in the store already is not made again.
 
+    replace: whether vectors may be replaced that were made with other settings, and whether a task
+    may be new that looks like a renamed one. renew_mask: make the shared mask anew, and with it all
+    vectors and bases.
+
     Uses the Ray that this process is connected to. Otherwise joins the cluster that RAY_ADDRESS
     names, or starts a Ray on this machine. Raises PartialRunError at the end if tasks failed: its
-    `failed` lists them, and everything else is done. Raises UserError if a stage fails.
+    `failed` lists them, and everything else is done. Raises UserError if a stage fails, and for a
+    run that needs `replace`.
     """
+    changes = planned_changes(experiment, stages, renew_mask=renew_mask)
+    question = changes.question()
+    if question and not replace:
+        raise UserError(f"{question}\nSay `replace=True` to go on.")
     connect(retries=experiment.resources.max_retries)
-    Pipeline(experiment, reporter or Reporter()).run(stages)
+    Pipeline(experiment, reporter or Reporter(), changes).run(stages)
+
+
+def planned_changes(
+    experiment: Experiment, stages: Sequence[str] = STAGES, *, renew_mask: bool = False
+) -> Changes:
+    """What a run would make, keep and make again. Nothing is written.
+
+    Raises StoreError or UserError for a store that cannot be used, or that is of another model.
+    """
+    experiment.resources.apply_to_storage()
+    store = Store(experiment.store)
+    store.check_reachable()
+    check_new_store(store)
+    check_model(store, experiment)
+    changes = changes_of(experiment, renew_mask=renew_mask)
+    return changes if "finetune" in stages else changes.without_vectors()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from raytvb.experiment.basis_specs import basis_specs
+from raytvb.experiment.changes import Changes, changes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import check_frozen
-from raytvb.experiment.identities import basis_identity
-from raytvb.experiment.layout import basis_prefix, vector_prefix
 from raytvb.experiment.missing import missing_parts
 from raytvb.experiment.places import check_new_store
+from raytvb.experiment.present_experiments import check_model
 from raytvb.maths.mask_selection import kept_count
 from raytvb.models.open_clip_models import count_parameters
 from raytvb.models.open_clip_package import quiet_open_clip
 from raytvb.models.pretrained_files import activation_warnings
 from raytvb.report.formatting import format_bytes
-from raytvb.storage import records
 from raytvb.storage.store import Store
 
 FLOAT_BYTES = 4
@@ -30,7 +28,8 @@ def describe(experiment: Experiment) -> str:
     store = Store(experiment.store)
     store.check_reachable()
     check_new_store(store)
-    check_frozen(store, experiment)
+    check_model(store, experiment)
+    changes = changes_of(experiment)
     quiet_open_clip()
     parameters = count_parameters(experiment.model)
     kept = kept_count(parameters, experiment.talos.density)
@@ -38,8 +37,9 @@ def describe(experiment: Experiment) -> str:
         f"model     {experiment.model.name}: {parameters:,} parameters in the image tower, "
         f"{kept:,} trained per task",
         *(f"warning   {line}" for line in activation_warnings(experiment.model)),
-        _vectors_line(experiment, store, parameters, kept),
-        _bases_line(experiment, store, parameters, kept),
+        _vectors_line(experiment, changes, parameters, kept),
+        _bases_line(experiment, changes, parameters, kept),
+        *_changes_lines(changes),
         *_missing_lines(experiment, store),
         _resources_line(experiment),
         _store_line(store),
@@ -56,10 +56,19 @@ def _missing_lines(experiment: Experiment, store: Store) -> list[str]:
     return lines
 
 
-def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
-    tasks, done = len(experiment.tasks), 0
-    for task in experiment.task_names:
-        done += records.find(store, vector_prefix(task)) is not None
+def _changes_lines(changes: Changes) -> list[str]:
+    """What a run would keep, make, and make again, and what it would ask."""
+    if not changes.kept and not changes.again:
+        return []  # all is new
+    lines = [f"run       {line}" for line in changes.lines()]
+    question = changes.question()
+    if question:
+        lines += [f"asks      {line}" for line in question.splitlines()]
+    return lines
+
+
+def _vectors_line(experiment: Experiment, changes: Changes, parameters: int, kept: int) -> str:
+    tasks, done = len(experiment.tasks), len(changes.kept)
     masks = 0
     if experiment.talos.density < 1.0:
         masks = 1 if experiment.talos.mask == "shared" else tasks
@@ -70,12 +79,10 @@ def _vectors_line(experiment: Experiment, store: Store, parameters: int, kept: i
     )
 
 
-def _bases_line(experiment: Experiment, store: Store, parameters: int, kept: int) -> str:
-    specs, done, vectors = basis_specs(experiment), 0, 0
-    for spec in specs:
-        record = records.find(store, basis_prefix(spec.name))
-        done += record is not None and record.is_of(basis_identity(experiment, spec))
-        vectors += spec.size
+def _bases_line(experiment: Experiment, changes: Changes, parameters: int, kept: int) -> str:
+    specs = basis_specs(experiment)
+    done = 0 if changes.grows else sum(changes.bases.values())
+    vectors = sum(spec.size for spec in specs)
     names = ", ".join(spec.name for spec in specs)
     # If every vector has a mask of its own, the only coordinates that all share are the dense ones.
     dense = experiment.own_masks and len(experiment.tasks) > 1

@@ -11,7 +11,7 @@ from raytvb.data.image_source import SPLITS
 from raytvb.errors import FailedPart, PartialRunError, UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.missing import DATA, missing_parts, without
-from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.sections.tasks import TRAINING, TaskConfig
 from raytvb.models.pretrained_task import checked_census
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.retries import patience, set_patience
@@ -109,7 +109,7 @@ def _census(
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     if task.data is None:
         return checked_census(experiment, task, splits, threads)
-    key = task.model_copy(update={"name": "-".join(splits), "epochs": None}), decode
+    key = task.model_copy(update=dict.fromkeys(TRAINING) | {"name": "-".join(splits)}), decode
     if key not in known:
         known[key] = checked_census(experiment, task, splits, threads, decode=decode)
     return known[key]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import HEAD, head_prefix, mask_prefix
+from raytvb.experiment.layout import HEAD, head_prefix, mask_prefix, vector_prefix
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.masks import own_mask
@@ -32,7 +32,7 @@ def restore_parts(context: RunContext, committed: Mapping[str, Record]) -> None:
     restore, pending = ray_task(_restore, experiment), dict[Any, str]()
     for task in experiment.tasks:
         record = committed.get(task.name)
-        if record is not None and not _is_whole(experiment, task, record, keys):
+        if record is not None and not _is_whole(context, task, record, keys):
             pending[restore.remote(experiment, context.fingerprint, task)] = task.name
     with context.reporter.stage("restored", len(pending)) as stage:
         failed = collect(experiment, pending, lambda name, _: stage.advance(name))
@@ -40,16 +40,18 @@ def restore_parts(context: RunContext, committed: Mapping[str, Record]) -> None:
         context.reporter.say(f"{name}: its head or mask cannot be made again: {failure.reason}")
 
 
-def _is_whole(experiment: Experiment, task: TaskConfig, vector: Record, keys: set[str]) -> bool:
-    """Whether the store has the head and the own mask of a vector."""
+def _is_whole(context: RunContext, task: TaskConfig, vector: Record, keys: set[str]) -> bool:
+    """Whether the store has the head of a vector, and its own mask if the vector lies there."""
     has_head = HEAD in vector.files or record_key(head_prefix(task.name)) in keys
-    own = TaskStore(experiment, task).mask_id == task.name
-    return has_head and (not own or record_key(mask_prefix(task.name)) in keys)
+    needs_mask = context.whole.own_masks and context.store.exists(
+        record_key(vector_prefix(task.name))
+    )
+    return has_head and (not needs_mask or record_key(mask_prefix(task.name)) in keys)
 
 
 def _restore(experiment: Experiment, fingerprint: str, task: TaskConfig) -> None:
     worker_setup()
     task_store = TaskStore(experiment, task)
     pretrained = PretrainedTask.load(task_store, fingerprint)  # makes the head
-    if task_store.mask_id == task.name:
+    if experiment.own_masks and task_store.own_vector():
         own_mask(task_store, pretrained)

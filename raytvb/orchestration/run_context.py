@@ -16,8 +16,10 @@ from raytvb.experiment.identities import base_identity
 from raytvb.experiment.layout import BASE, PRECISION
 from raytvb.experiment.metrics import BaseMetrics, PrecisionMetrics
 from raytvb.experiment.missing import IMAGES, built_from, missing_parts, without
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.experiment.sections.tasks import TaskConfig
-from raytvb.experiment.task_store import TaskStore
+from raytvb.experiment.shared_masks import find_shared_mask
+from raytvb.experiment.vector_states import vector_states
 from raytvb.models.pretrained_files import activation_warnings
 from raytvb.models.pretrained_model import store_base
 from raytvb.orchestration.evaluation_service import Refs, Service, compare_precisions_on_refs
@@ -42,11 +44,17 @@ class RunContext:
     It holds keys, small records and references to objects in Ray's store, but never a vector.
     """
 
-    def __init__(self, experiment: Experiment, reporter: Reporter) -> None:
+    def __init__(
+        self, experiment: Experiment, reporter: Reporter, *, renews_mask: bool = False
+    ) -> None:
+        """renews_mask: whether the stage `finetune` makes the shared mask anew."""
         experiment.resources.apply_to_storage()
         self.store, self.reporter = Store(experiment.store), reporter
         # Workers have other working folders, where a relative path would mean another place.
-        self.whole = experiment.model_copy(update={"store": self.store.url})
+        places = {"store": self.store.url}
+        if experiment.vectors is not None:
+            places["vectors"] = Store(experiment.vectors).url
+        self.whole = experiment.model_copy(update=places)
         """The experiment with all of its tasks."""
         self.experiment = self.whole
         """The experiment without the tasks that `leave_out_missing` has left out."""
@@ -56,6 +64,7 @@ class RunContext:
         """Those of them that the search and the evaluations read."""
         self.stream: Stream | None = None
         """Sends committed vectors to the basis actor; set while fine-tuning feeds it."""
+        self.renews_mask = renews_mask
         self._refs: dict[tuple[str, str], Any] = {}
 
     @cached_property
@@ -106,15 +115,15 @@ class RunContext:
         return record
 
     def vector_records(self) -> dict[str, Record]:
-        """The records of the committed vectors of the whole experiment, by task.
+        """The records of the vectors of the whole experiment that are as it asks for, by task.
 
-        Raises UserError if a vector was made with other settings.
+        Raises UserError if the shared mask, or a vector of another store, has other settings.
         """
+        mask = find_shared_mask(self.store, self.whole) if self.whole.shares_mask else None
         committed = {}
-        for task in self.whole.tasks:
-            record = TaskStore(self.whole, task).record()
-            if record is not None:
-                committed[task.name] = record
+        for name, state in vector_states(self.whole, mask).items():
+            if state.vector is not None and state.is_current:
+                committed[name] = state.vector.record
         return committed
 
     def split_refs(self, split: str) -> Refs:
@@ -189,9 +198,9 @@ class RunContext:
             )
         return record
 
-    def service(self, splits: Sequence[str]) -> Service:
+    def service(self, splits: Sequence[str], present: PresentVersions) -> Service:
         """What evaluations in workers need: model, images and precision."""
         refs = {}
         for split in splits:
             refs[split] = self.split_refs(split)
-        return Service(self.experiment, self.fingerprint, refs, self.precision())
+        return Service(self.experiment, self.fingerprint, refs, self.precision(), present)

@@ -4,6 +4,7 @@ images.
 
 from __future__ import annotations
 
+from raytvb.experiment.present_versions import present_versions
 from raytvb.orchestration.run_context import RunContext
 from raytvb.orchestration.tune import run_search
 from raytvb.search.candidates import all_candidates, candidate_bytes
@@ -17,15 +18,16 @@ def search(context: RunContext) -> bool:
     Returns whether anything was new.
     """
     store, experiment = context.store, context.experiment
-    candidates = all_candidates(store, experiment)
-    measured = is_measured(store, experiment, candidates)
+    present = present_versions(experiment)
+    candidates = all_candidates(store, experiment, present)
+    measured = is_measured(store, experiment, candidates, present)
     if not measured:
         for split in context.measured_splits:
             context.split_refs(split)  # tells now, and not after the search, what is missing
-        run_search(context.service(["val"]), candidates, context.reporter.stage)
+        run_search(context.service(["val"], present), candidates, context.reporter.stage)
     sizes = candidate_bytes(store, experiment, candidates)
-    decision = decide(store, experiment, candidates, sizes)
-    new = commit_decision(store, experiment, candidates, decision)
+    decision = decide(store, experiment, candidates, sizes, present)
+    new = commit_decision(store, experiment, candidates, decision, present)
     if new:
         context.reporter.say(_description(decision.choice))
     return new or not measured

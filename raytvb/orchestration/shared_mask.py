@@ -10,17 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytvb.errors import UserError
+from raytvb.errors import UserError, listed
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import find_shared_mask
-from raytvb.experiment.layout import SHARED_MASK, mask_prefix, vector_prefix
+from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.missing import MASK
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.shared_masks import (
+    SharedMask,
+    copy_mask,
+    find_shared_mask,
+    last_shared_mask,
+    next_mask_id,
+)
 from raytvb.finetuning.masks import add_scores, commit_shared_mask, score_task, select_round
 from raytvb.orchestration.failures import Failure, stage_error
 from raytvb.orchestration.ray_tasks import collect, ray_array_task, ray_task, result_of
 from raytvb.orchestration.run_context import RunContext
 from raytvb.storage.records import Record
+from raytvb.storage.store import Store
+
+NAMED = 8
+"""A message names at most this many vectors."""
 
 
 def make_shared_mask(
@@ -35,7 +45,7 @@ def make_shared_mask(
     ready: the tasks without a vector whose data are there. committed: records of the vectors, by
     task. Raises UserError if one of these was trained on another mask.
     """
-    mask = find_shared_mask(context.store, context.whole)
+    mask = None if context.renews_mask else find_shared_mask(context.store, context.whole)
     if mask is None:
         names = {*committed, *(task.name for task in ready)}
         scored = _make_of_any(context, names, committed)
@@ -79,7 +89,8 @@ def _make(context: RunContext, experiment: Experiment) -> dict[str, Failure]:
             result_of(experiment, status, "mask", f"round {number}")
             stage.advance(f"round {number} of {stages}")
         commit = ray_task(commit_shared_mask, experiment, gpu=False)
-        call = commit.remote(experiment, context.fingerprint, kept)
+        mask_id = next_mask_id(context.store)
+        call = commit.remote(experiment, context.fingerprint, kept, mask_id)
         result_of(experiment, call, "mask", "writing")
     return {}
 
@@ -100,18 +111,28 @@ def _scores(
     return scores, collect(experiment, pending)
 
 
-def _check_trained_on(context: RunContext, mask: Record, committed: Mapping[str, Record]) -> None:
-    """Raise UserError if a vector was trained on another mask than the present one."""
-    where = context.store.where(mask_prefix(SHARED_MASK))
-    fingerprint = mask.parent("mask", where)
+def adopt_mask(context: RunContext) -> None:
+    """Copy the shared mask of the store that vectors are taken from, unless there is one here."""
+    experiment = context.whole
+    if experiment.vectors is None or not experiment.shares_mask:
+        return
+    mask = None if last_shared_mask(context.store) else find_shared_mask(context.store, experiment)
+    if mask is not None:
+        copy_mask(Store(experiment.vectors), context.store, mask.key)
+
+
+def _check_trained_on(
+    context: RunContext, mask: SharedMask, committed: Mapping[str, Record]
+) -> None:
+    """Raise UserError if a vector was trained on another mask than one that was made again."""
     others = []
     for task, record in committed.items():
-        if record.parents.get("mask") != fingerprint:
+        if record.parents.get("mask") != mask.fingerprint:
             others.append(context.store.where(vector_prefix(task)))
     if others:
         raise UserError(
-            f"{', '.join(others)}: trained on another mask than {where}. Bring that mask back, or "
-            f"delete these folders to train the tasks on the present mask"
+            f"{listed(others, NAMED)}: trained on another mask than {mask.where}. Bring that mask "
+            f"back, or run this again to train the tasks on the present mask"
         )
 
 

@@ -134,10 +134,11 @@ def run_search(service: Service, candidates: Sequence[Candidate], stage_of: Stag
     Raises UserError that names the candidates that failed, and the reasons.
     """
     store = Store(service.experiment.store)
-    missing = halving_state(store, service.experiment, candidates).missing
+    present = service.present
+    missing = halving_state(store, service.experiment, candidates, present).missing
     while missing:
         failed = _run_pass(service, candidates, missing, stage_of)
-        still_missing = halving_state(store, service.experiment, candidates).missing
+        still_missing = halving_state(store, service.experiment, candidates, present).missing
         if failed or still_missing == missing:
             raise UserError(_failure_message(failed, list(still_missing), len(candidates)))
         missing = still_missing
@@ -158,7 +159,9 @@ def _run_pass(
     experiment, store = service.experiment, Store(service.experiment.store)
     rounds = len(experiment.search.shares)
     remaining = [candidate for candidate in candidates if candidate.name in missing]
-    is_first = any(not known_rounds(store, experiment, candidate) for candidate in remaining)
+    is_first = any(
+        not known_rounds(store, experiment, candidate, service.present) for candidate in remaining
+    )
     if is_first:
         name, limits = "search", [rounds] * len(remaining)
         may_end_early = rounds > 1 and experiment.search.keep < 1.0

@@ -16,7 +16,7 @@ from raytvb.orchestration.evaluation_service import Service
 from raytvb.search.additions import InvalidCandidateError
 from raytvb.search.candidates import Candidate
 from raytvb.search.choice import comparable
-from raytvb.search.identities import search_identity
+from raytvb.search.identities import search_identity, search_parents
 from raytvb.search.results import Invalid, Measured, RoundResult
 from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
@@ -52,12 +52,18 @@ class Rounds:
         self._service = service
         self._candidate = candidate
         self._store = Store(service.experiment.store)
-        self.results = known_rounds(self._store, service.experiment, candidate)
+        self.results = self._known()
+
+    def _known(self) -> list[RoundResult]:
+        service = self._service
+        return known_rounds(self._store, service.experiment, self._candidate, service.present)
 
     @cached_property
     def _search(self) -> CandidateSearch:
         evaluator = self._service.evaluator("val")
-        return CandidateSearch(self._service.experiment, self._candidate, evaluator)
+        return CandidateSearch(
+            self._service.experiment, self._candidate, evaluator, self._service.present
+        )
 
     def measure_next(self) -> RoundResult:
         """Measure the first round that is not in the store."""
@@ -75,9 +81,10 @@ class Rounds:
             self._store,
             round_prefix(self._candidate, len(self.results) + 1),
             identity=search_identity(self._service.experiment, self._candidate),
+            parents=search_parents(self._service.present, self._candidate),
             metrics=result,
         )
-        self.results = known_rounds(self._store, self._service.experiment, self._candidate)
+        self.results = self._known()
 
 
 def run_trial(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from raytvb.errors import UserError
 from raytvb.evaluation.plan import chosen_basis, evaluations, is_tested
-from raytvb.evaluation.rows import evaluation_names
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
+from raytvb.experiment.present_versions import present_versions
 from raytvb.search.candidates import Candidate, all_candidates
 from raytvb.search.results import Choice, MeasuredOutcome, Outcome
 from raytvb.search.rounds import find_choice, find_result
@@ -40,20 +40,21 @@ def finished_search(store: Store, experiment: Experiment, precision: str) -> Fin
     precision: number format that its evaluations ran in. Raises UserError if something has not been
     searched or evaluated, and StoreError for a record that cannot be read.
     """
-    candidates = all_candidates(store, experiment)
-    choice, outcomes = find_choice(store, experiment, candidates), dict[str, Outcome]()
+    present = present_versions(experiment)
+    candidates = all_candidates(store, experiment, present)
+    choice, outcomes = find_choice(store, experiment, candidates, present), dict[str, Outcome]()
     for candidate in candidates:
-        outcome = find_result(store, experiment, candidate)
+        outcome = find_result(store, experiment, candidate, present)
         if outcome is None:
             raise _missing(candidate.name, "searched")
         outcomes[candidate.name] = outcome
     if choice is None:
         raise UserError(f"the search in {store.url} has not ended: run `raytvb run` first")
-    planned = {e.name for e in evaluations(experiment, candidates, outcomes, choice, precision)}
-    evaluated = evaluation_names(store, experiment.task_names if experiment.missing else ())
-    for name in sorted(planned):
-        if name not in evaluated:
-            raise _missing(name, "evaluated")
+    planned = set()
+    for evaluation in evaluations(experiment, candidates, outcomes, choice, precision):
+        planned.add(evaluation.name)
+        if not evaluation.is_done(store, present):
+            raise _missing(evaluation.name, "evaluated")
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
     chosen = chosen_basis(tested, choice)
     if chosen is None and choice.name is not None:

@@ -18,7 +18,7 @@ from importlib.resources import files
 
 import jinja2
 
-from raytvb.evaluation.rows import ROWS
+from raytvb.evaluation.rows import rows_file
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import EVALS, PAGE, REPORT, SUMMARY
 from raytvb.maths.counts import mean
@@ -59,7 +59,7 @@ def _parents(store: Store) -> dict[str, str]:
     """Checksums of the results that the report shows, by their folders."""
     parents: dict[str, str] = {}
     for prefix, record in records.find_all(store, EVALS).items():
-        parents[prefix] = record.file(ROWS, store.where(prefix)).sha256
+        parents[prefix] = rows_file(record, store.where(prefix)).sha256
     return parents
 
 

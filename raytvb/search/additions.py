@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.maths.counts import Count
 from raytvb.models.evaluator import Evaluator
 from raytvb.search.candidates import Candidate
@@ -38,15 +39,21 @@ class _HeldDirections:
 class Additions:
     """The additions of one candidate, measured with one evaluator."""
 
-    def __init__(self, experiment: Experiment, candidate: Candidate, evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        candidate: Candidate,
+        evaluator: Evaluator,
+        present: PresentVersions,
+    ) -> None:
         self.names = experiment.task_names
         self.candidate = candidate
         self._evaluator = evaluator
         self._seed = experiment.seed
-        self._vectors, self._table = candidate.open(experiment)
+        self._vectors, self._table = candidate.open(experiment, present)
         self._ratios = torch.ones(self._table.shape[1])
         if candidate.has_lengths:
-            self._ratios = candidate.ratios(experiment)
+            self._ratios = candidate.ratios(experiment, present)
         self._held: _HeldDirections | None = None
         self._pretrained: dict[tuple[str, float, float], Count] = {}
 

@@ -34,25 +34,19 @@ from torch import Tensor
 from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import basis_identity, find_of_these_tasks
-from raytvb.experiment.layout import basis_prefix, vector_key
+from raytvb.experiment.layout import basis_prefix, vector_prefix
 from raytvb.experiment.metrics import BasisMetrics
-from raytvb.experiment.stored import (
-    basis_vector_set,
-    load_coefficients,
-    load_gram,
-    stored_basis,
-    vector_set,
-)
+from raytvb.experiment.present_versions import PresentVersions
+from raytvb.experiment.stored import load_gram
+from raytvb.experiment.stored_vectors import vector_set, vectors_of
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.merge_registry import MERGE_METHODS
-from raytvb.maths.mixes import length_ratios
 from raytvb.search.merged_vectors import method_direction
 from raytvb.storage import records
-from raytvb.storage.gram_state import GramState
 from raytvb.storage.store import Store
 from raytvb.storage.store_errors import StoreKeyError
 from raytvb.storage.vector_set import Coordinates
+from raytvb.storage.vectors import VECTOR
 
 Kind = Literal["zero-shot", "full", "decoded", "basis-sum", "random-own", "random-lstsq"]
 """What stands for a task: nothing (`zero-shot`), its vector (`full`), or what a basis or a random
@@ -157,29 +151,32 @@ class Candidate:
         """The candidate of the same basis method and size, fitted to all vectors at once."""
         return Candidate.decoded(BasisSpec(self.method, self.size))
 
-    def open(self, experiment: Experiment) -> tuple[Coordinates, Tensor]:
-        """Its F stored vectors and the coefficient table (F, T), float64."""
-        url, tasks = experiment.store, experiment.task_names
-        if self.kind == "decoded":
-            return stored_basis(url, self.basis), load_coefficients(Store(url), self.basis)[1]
-        if self.kind == "basis-sum":
-            basis = stored_basis(url, self.basis)
+    def open(self, experiment: Experiment, present: PresentVersions) -> tuple[Coordinates, Tensor]:
+        """Its F stored vectors and the coefficient table (F, T), float64.
+
+        Raises UserError if they are no longer the present versions.
+        """
+        tasks = experiment.task_names
+        if self.uses_stored_basis:
+            version = present.basis(Store(experiment.store), self.basis)
+            basis = version.vectors()
+            if self.kind == "decoded":
+                return basis, version.coefficients()[1]
             # A basis sum always adds all T tasks. Weights of 1/T count every basis vector once.
             shape = (basis.size, len(tasks))
             return basis, torch.full(shape, 1.0 / len(tasks), dtype=torch.float64)
+        twins = self.table is not None
+        vectors = vector_set(present.stored_vectors(experiment, twins=twins))
         if self.table is not None:
-            return basis_vector_set(experiment), torch.tensor(self.table, dtype=torch.float64)
-        return vector_set(url, tasks), torch.eye(len(tasks), dtype=torch.float64)
+            return vectors, torch.tensor(self.table, dtype=torch.float64)
+        return vectors, torch.eye(len(tasks), dtype=torch.float64)
 
-    def ratios(self, experiment: Experiment) -> Tensor:
+    def ratios(self, experiment: Experiment, present: PresentVersions) -> Tensor:
         """The length of each task vector divided by that of its decoded vector: (T,) float64.
 
         See `maths.mixes.length_ratios`.
         """
-        store = Store(experiment.store)
-        B, W = load_coefficients(store, self.basis)
-        gram = GramState.read(store).ordered(experiment.task_names)
-        return length_ratios(gram, B @ W)
+        return present.basis(Store(experiment.store), self.basis).ratios()
 
     def directions(
         self, vectors: Coordinates, table: Tensor, subsets: Sequence[Sequence[int]], seed: int
@@ -295,14 +292,15 @@ def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, table.tolist()))
 
 
-def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
-    """All candidates of the search. Raises UserError that names the bases that are missing."""
+def all_candidates(
+    store: Store, experiment: Experiment, present: PresentVersions
+) -> list[Candidate]:
+    """All candidates of the search.
+
+    Raises UserError that names the bases that are missing, or were made of other vectors.
+    """
     gram = load_gram(store, experiment)
-    missing: list[str] = []
-    for spec in basis_specs(experiment):
-        identity, others = basis_identity(experiment, spec), experiment.missing
-        if find_of_these_tasks(store, basis_prefix(spec.name), identity, others) is None:
-            missing.append(spec.name)
+    missing = [spec.name for spec in basis_specs(experiment) if spec.name not in present.bases]
     if gram is None or missing:
         names = ", ".join(missing) or "no Gram matrix"
         raise UserError(f"bases are missing ({names}): run `raytvb basis` first")
@@ -317,15 +315,12 @@ def all_candidates(store: Store, experiment: Experiment) -> list[Candidate]:
 
 
 def _vector_bytes(store: Store, experiment: Experiment) -> int:
-    """Bytes of all task vectors, from one listing. Raises StoreKeyError if one is missing."""
-    sizes = store.sizes("vectors")
-    total = 0
+    """Bytes of all task vectors. Raises StoreKeyError if one is missing."""
+    vectors = vectors_of(experiment, experiment.task_names)
     for task in experiment.task_names:
-        key = vector_key(task)
-        if key not in sizes:
-            raise StoreKeyError(f"no such key: {store.where(key)}")
-        total += sizes[key]
-    return total
+        if task not in vectors:
+            raise StoreKeyError(f"no such key: {store.where(vector_prefix(task))}/{VECTOR}")
+    return sum(vector.file.size for vector in vectors.values())
 
 
 def candidate_bytes(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH, search_prefix
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.maths.halving import Option, choose, halve, pareto_front
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate
-from raytvb.search.identities import choice_identity, search_identity
+from raytvb.search.identities import choice_identity, search_identity, search_parents
 from raytvb.search.result_tables import results_table, tried_table
 from raytvb.search.results import (
     Choice,
@@ -71,13 +72,16 @@ def comparable(result: RoundResult) -> float:
 
 
 def halving_state(
-    store: Store, experiment: Experiment, candidates: Sequence[Candidate]
+    store: Store,
+    experiment: Experiment,
+    candidates: Sequence[Candidate],
+    present: PresentVersions,
 ) -> HalvingState:
     """Successive halving over the rounds in the store."""
     rounds: dict[str, list[RoundResult]] = {}
     values: dict[str, list[float]] = {}
     for candidate in candidates:
-        results = known_rounds(store, experiment, candidate)
+        results = known_rounds(store, experiment, candidate, present)
         rounds[candidate.name] = results
         values[candidate.name] = [comparable(result) for result in results]
     groups = {candidate.name: candidate.group for candidate in candidates}
@@ -86,9 +90,14 @@ def halving_state(
     return HalvingState(rounds, limits, missing)
 
 
-def is_measured(store: Store, experiment: Experiment, candidates: Sequence[Candidate]) -> bool:
+def is_measured(
+    store: Store,
+    experiment: Experiment,
+    candidates: Sequence[Candidate],
+    present: PresentVersions,
+) -> bool:
     """Whether nothing is left to measure on validation images."""
-    return not halving_state(store, experiment, candidates).missing
+    return not halving_state(store, experiment, candidates, present).missing
 
 
 def decide(
@@ -96,13 +105,14 @@ def decide(
     experiment: Experiment,
     candidates: Sequence[Candidate],
     stored_bytes: Mapping[str, int],
+    present: PresentVersions,
 ) -> Decision:
     """The conclusions from a search whose rounds are all measured.
 
     stored_bytes: by the candidate's name. Raises UserError that names the candidates with missing
     rounds.
     """
-    state = halving_state(store, experiment, candidates)
+    state = halving_state(store, experiment, candidates, present)
     if state.missing:
         names = ", ".join(sorted(state.missing))
         raise UserError(f"{names}: not searched yet: run `raytvb search` first")
@@ -222,26 +232,32 @@ def _why_none(zero_shot: float, bases: Sequence[Option]) -> str:
 
 
 def commit_decision(
-    store: Store, experiment: Experiment, candidates: Sequence[Candidate], decision: Decision
+    store: Store,
+    experiment: Experiment,
+    candidates: Sequence[Candidate],
+    decision: Decision,
+    present: PresentVersions,
 ) -> bool:
     """Write the new outcomes, then the choice with its tables. Returns whether that is new."""
     for candidate in candidates:
         outcome = decision.outcomes[candidate.name]
-        if find_result(store, experiment, candidate) != outcome:
+        if find_result(store, experiment, candidate, present) != outcome:
             records.commit(
                 store,
                 search_prefix(candidate.name),
                 identity=search_identity(experiment, candidate),
+                parents=search_parents(present, candidate),
                 metrics=outcome,
             )
-    if find_choice(store, experiment, candidates) == decision.choice:
+    if find_choice(store, experiment, candidates, present) == decision.choice:
         return False
     results = results_table(candidates, decision.outcomes)
-    tried = tried_table(store, experiment, candidates, decision.outcomes)
+    tried = tried_table(store, experiment, candidates, decision.outcomes, present)
     records.commit(
         store,
         SEARCH,
         identity=choice_identity(experiment, candidates),
+        parents=present.of_vectors(),
         metrics=decision.choice,
         files={
             "results.parquet": parquet_bytes(results),

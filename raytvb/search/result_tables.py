@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.maths.counts import Count, wilson
 from raytvb.search.candidates import Candidate
 from raytvb.search.results import Measured, MeasuredOutcome, Outcome
@@ -69,6 +70,7 @@ def tried_table(
     experiment: Experiment,
     candidates: Sequence[Candidate],
     outcomes: Mapping[str, Outcome],
+    present: PresentVersions,
 ) -> list[JsonObject]:
     """`tried.parquet`: a row for each setting that a round measured, for each number of tasks.
 
@@ -77,7 +79,7 @@ def tried_table(
     table: list[JsonObject] = []
     for candidate in candidates:
         counted = len(outcomes[candidate.name].objectives)
-        rounds = known_rounds(store, experiment, candidate)[:counted]
+        rounds = known_rounds(store, experiment, candidate, present)[:counted]
         for number, result in enumerate(rounds, 1):
             if isinstance(result, Measured):
                 table += _tried_in_round(candidate, number, result)

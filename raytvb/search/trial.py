@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.maths.counts import mean
 from raytvb.maths.line_search import tune_vector
 from raytvb.maths.subsets import task_subsets
@@ -39,12 +40,13 @@ class CandidateSearch:
         experiment: Experiment,
         candidate: Candidate,
         evaluator: Evaluator,
+        present: PresentVersions,
         sizes: Collection[int] | None = None,
     ) -> None:
         """evaluator: of the validation split. sizes: the size classes to search; default: all."""
         self._experiment = experiment
         self._candidate = candidate
-        self._additions = Additions(experiment, candidate, evaluator)
+        self._additions = Additions(experiment, candidate, evaluator, present)
         self._classes: dict[int, SizeClass] = {}
         subsets = candidate.subsets(task_subsets(len(experiment.tasks), experiment.seed))
         for size, subsets_of_size in subsets.items():

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FORMAT = 2
+FORMAT = 3
 """The format that this version writes, and the highest that it reads.
 
 1: the first format. 2: every record has a checksum of itself, every file of a store has a record,
-and the zero-shot heads are in folders of their own.
+and the zero-shot heads are in folders of their own. 3: a store grows. What is made again has other
+file names (see `replacing`), vectors and masks too; results name what they were measured on among
+their parents; and masks that all tasks share are numbered.
 """
 
 

@@ -198,6 +198,10 @@ def _tensor(data: bytes, name: str, where: str) -> Tensor:
     return tensor
 
 
+class TakenOverError(UserError):
+    """Another writer has been made since. What it has written must be read first."""
+
+
 class GramWriter:
     """The right to write the Gram matrix of a store, until another writer is made."""
 
@@ -210,10 +214,10 @@ class GramWriter:
         store.write(OWNER, sealed(owner.to_json()))
 
     def check(self) -> None:
-        """Raise UserError if another writer has been made since."""
+        """Raise TakenOverError if another writer has been made since."""
         owner = _owner(self._store)
         if owner is None or owner.token != self._token:
-            raise UserError(
+            raise TakenOverError(
                 f"another run works on {self._store.url} and has taken over its Gram matrix: let "
                 f"it finish, or stop it and run this again"
             )
@@ -228,7 +232,7 @@ class GramWriter:
         """Extend the state by vectors. Their rows are stored, and a snapshot if it is due.
 
         known: tasks and checksums of the new vectors. rows: (new, T + new) float64, their inner
-        products with all vectors. Raises UserError as `check`.
+        products with all vectors. Raises TakenOverError as `check`.
         """
         self.check()
         info = RowsInfo(chain=state.chain, vectors=tuple(known), history=tuple(history))
@@ -241,7 +245,7 @@ class GramWriter:
             self.save(state)
 
     def save(self, state: GramState) -> None:
-        """Store a snapshot, and delete what it replaces. Raises UserError as `check`."""
+        """Store a snapshot, and delete what it replaces. Raises TakenOverError as `check`."""
         self.check()
         count = len(state.tasks)
         before = self._store.keys(PREFIX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -44,6 +44,13 @@ class Mirror:
             return
         self._fetch_recorded(file, file.info)
 
+    def _fetch_version(self, key: str, info: FileInfo) -> None:
+        """Make one version of a file readable. A copy of another version is replaced."""
+        if self._folder is None:
+            return
+        if not self.local.exists(key) or recorded(self.local, key) != info:
+            self._fetch_recorded(CheckedFile(self._store, key, info), info)
+
     def _fetch_recorded(self, file: CheckedFile, info: FileInfo) -> None:
         """Copy a file, under another name until it has been compared, and its record."""
         record, unchecked = record_key(prefix_of(file.key)), f"{file.key}.unchecked"
@@ -71,29 +78,41 @@ class Mirror:
         if self._folder is None:
             CheckedFile.find(self._store, key).check()
 
-    def basis(self, prefix: str) -> StoredBasis:
-        """Open a basis. All its files and its mask are fetched. Raises as `StoredBasis`."""
-        remote = StoredBasis(self._store, prefix)
+    def basis(self, prefix: str, files: Mapping[str, FileInfo] | None = None) -> StoredBasis:
+        """Open a basis. All its files and its mask are fetched. Raises as `StoredBasis`.
+
+        files: those that its record lists, for a caller that has read the record. DamagedError:
+        another version of the basis has taken its place since.
+        """
+        remote = StoredBasis(self._store, prefix, files)
         if self._folder is None:
             return remote
         for key in (remote.index_key, *remote.files):
-            self.fetch(key)
+            info = None if files is None else files.get(key.rpartition("/")[2])
+            if info is None:
+                self.fetch(key)
+            else:
+                self._fetch_version(key, info)
         if remote.layout.mask_key is not None:
             self.fetch(remote.layout.mask_key)
-        return StoredBasis(self.local, prefix)
+        return StoredBasis(self.local, prefix, files)
 
-    def vector(self, key: str) -> VectorFile:
+    def vector(self, key: str, info: FileInfo | None = None) -> VectorFile:
         """Open a vector file. The whole file and its mask are fetched. Raises as `VectorFile`.
 
-        To read only headers and masks, open the file in the store itself (`VectorSet.open`).
+        info: the version that is wanted, for a caller that has read the vector's record. To read
+        only headers and masks, open the file in the store itself (`VectorSet.open`).
         """
-        self.fetch(key)
+        if info is None:
+            self.fetch(key)
+        else:
+            self._fetch_version(key, info)
         with self._naming(key):
             mask_key = mask_key_of(self.local, key)
         if mask_key is not None:
             self.fetch(mask_key)
         with self._naming(key):
-            return VectorFile(self.local, key)
+            return VectorFile(self.local, key, info=info)
 
     @contextmanager
     def _naming(self, key: str) -> Iterator[None]:

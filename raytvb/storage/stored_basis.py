@@ -36,17 +36,23 @@ from raytvb.storage.vectors import mask_key_below
 class StoredBasis:
     """A basis in a store, read file by file."""
 
-    def __init__(self, store: Store | str | PathLike[str], prefix: str) -> None:
+    def __init__(
+        self,
+        store: Store | str | PathLike[str],
+        prefix: str,
+        recorded: Mapping[str, FileInfo] | None = None,
+    ) -> None:
         """Reads the index (and the mask's header).
 
-        store: the store or its URL. prefix: the folder of the basis in the store. Raises
+        store: the store or its URL. prefix: the folder of the basis in the store. recorded: the
+        files that its record lists, for a caller that has read the record. Raises
         VectorError for a folder without a basis index, a basis of a newer raytvb, and a mask that
         does not match the basis; StoreKeyError if the index is missing; DamagedError for files that
         are not as the record of the basis says.
         """
         store = store if isinstance(store, Store) else Store(fspath(store))
         self.store, self.prefix = store, prefix
-        self._recorded = recorded_files(store, prefix)
+        self._recorded = recorded_files(store, prefix) if recorded is None else recorded
         """The files as recorded; None for a folder that was copied without its record."""
         self.index_key = f"{prefix}/{_index_name(self._recorded)}"
         """Key of the index."""

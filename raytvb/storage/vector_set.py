@@ -97,7 +97,7 @@ class VectorSet:
         def open_one(key: str) -> VectorFile:
             return VectorFile(store, key, masks)
 
-        with ThreadPoolExecutor(_readers(store)) as pool:
+        with ThreadPoolExecutor(readers(store)) as pool:
             return cls(list(pool.map(open_one, keys)))
 
     def subset(self, indices: Sequence[int]) -> VectorSet:
@@ -156,7 +156,7 @@ class VectorSet:
                 pool.submit(self.read_into, i, starts[number], rows[i]) for i in range(count)
             ]
 
-        with ThreadPoolExecutor(_readers(self.files[0].store)) as pool:
+        with ThreadPoolExecutor(readers(self.files[0].store)) as pool:
             try:
                 ahead = read(0) if starts else None
                 for number, start in enumerate(starts):
@@ -181,7 +181,8 @@ class VectorSet:
             yield from combinations(chosen.blocks, self.count, part[used] if used else part)
 
 
-def _readers(store: Store) -> int:
+def readers(store: Store) -> int:
+    """How many vector files of a store are read at a time."""
     return _LOCAL_READERS if store.is_local else _REMOTE_READERS
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Literal
 
@@ -29,9 +29,25 @@ from raytvb.storage.contract import Contract, JsonObject
 from raytvb.storage.format_version import FORMAT
 from raytvb.storage.header import Header
 from raytvb.storage.masks import MaskFile, OpenMasks
+from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+VECTOR = "vector.safetensors"
+"""Name of a vector file in its folder. A vector that was made again has a tag in its name."""
+
+
+def vector_file(files: Iterable[str]) -> str:
+    """The name of the vector file among those that the record of a vector lists.
+
+    VECTOR if there is none, which no record lists then.
+    """
+    stem, _, ending = VECTOR.partition(".")
+    for name in files:
+        if name.startswith(stem) and name.endswith(ending):
+            return name
+    return VECTOR
 
 
 class VectorInfo(Contract):
@@ -111,15 +127,23 @@ class VectorFile:
     If the vector's folder has a record, the bytes of every value that is read are compared with it.
     """
 
-    def __init__(self, store: Store, key: str, masks: OpenMasks | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        masks: OpenMasks | None = None,
+        info: FileInfo | None = None,
+    ) -> None:
         """masks: the masks that other vectors have opened, so that a shared mask is read once.
+        info: the version that is wanted, for a caller that has read the vector's record.
 
         Raises VectorError for a file that is truncated, of mixed dtype, not a vector file, or of a
         newer raytvb, and for a mask that does not match. Raises StoreKeyError for a missing file.
         """
         self.store, self.key = store, key
-        header = Header.read(CheckedFile.find(store, key))
-        self._header, self._file = header, header.file
+        file = CheckedFile.find(store, key) if info is None else CheckedFile(store, key, info)
+        header = Header.read(file)
+        self._header, self._file = header, file
         self.info = header.info_as(VectorInfo, "vector file")
         self.data_start, self.file_size = header.start, header.size
         self.dtype = self._one_dtype(header)

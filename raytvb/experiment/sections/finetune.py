@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from raytvb.experiment.fields import Count, Epochs, Frozen, Rate, Real
+from raytvb.experiment.fields import (
+    Count,
+    Epochs,
+    Frozen,
+    Precision,
+    Rate,
+    Real,
+    Smoothing,
+    WeightDecay,
+)
 
 
 class FinetuneConfig(Frozen):
@@ -21,7 +28,7 @@ class FinetuneConfig(Frozen):
             "the same."
         ),
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "fp32",
         description=(
             "Number format of training. bf16: forward and backward pass in bfloat16 where that is "
@@ -32,8 +39,8 @@ class FinetuneConfig(Frozen):
         None,
         description="Learning rate. Default: 1e-5; for the embedded model, a value tuned for it.",
     )
-    weight_decay: Real = Field(
-        0.1, ge=0.0, le=1000.0, description="Decoupled weight decay, on the trained entries only."
+    weight_decay: WeightDecay = Field(
+        0.1, description="Decoupled weight decay, on the trained entries only."
     )
     warmup: Real = Field(
         0.1,
@@ -42,7 +49,7 @@ class FinetuneConfig(Frozen):
         description="Warm-up: below 1 a share of all steps, from 1 on a number of steps.",
     )
     clip: Real = Field(1.0, gt=0.0, le=1e30, description="Norm that gradients are clipped to.")
-    label_smoothing: Real = Field(0.0, ge=0.0, lt=1.0, description="For the cross entropy.")
+    label_smoothing: Smoothing = Field(0.0, description="For the cross entropy.")
 
     @model_validator(mode="after")
     def _whole_parts(self) -> FinetuneConfig:

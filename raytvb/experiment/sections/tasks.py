@@ -7,19 +7,31 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from raytvb.errors import shortened
 from raytvb.experiment.fields import (
     DEFAULT_TEMPLATES,
     LONGEST_NAME,
+    Count,
     Epochs,
     Frozen,
     Name,
     Place,
+    Precision,
+    Rate,
     Real,
     Seed,
+    Smoothing,
+    WeightDecay,
     Whole,
     Words,
     exponent_number,
@@ -27,11 +39,27 @@ from raytvb.experiment.fields import (
 )
 from raytvb.experiment.presets import PRESETS, preset_tasks
 from raytvb.storage.addresses import check_shared, parse_url
+from raytvb.storage.contract import JsonObject
 from raytvb.storage.store_errors import StoreError
 from raytvb.suite.task_names import CONTROL, SHOWCASE, TEMPLATES, task_names
 
 TORCHVISION = "torchvision:"
 """How `data` begins for a torchvision data set."""
+
+TRAINING = (
+    "epochs",
+    "lr",
+    "batch_size",
+    "weight_decay",
+    "label_smoothing",
+    "seed",
+    "accumulate",
+    "precision",
+)
+"""The fields of a task that say how it is trained. None stands for the experiment's value."""
+
+_LEFT_OUT = tuple(name for name in TRAINING if name != "epochs")
+"""Fields that a dump has only if they are given, as older stores do not know them."""
 
 UNKNOWN_TASK = "unknown_task"
 """Type of the error about a name of the embedded suite that it does not have."""
@@ -171,6 +199,29 @@ class TaskConfig(Frozen):
     epochs: Epochs | None = Field(
         None, description="Epochs of fine-tuning. Default: finetune.epochs."
     )
+    lr: Rate | None = Field(None, description="Learning rate. Default: finetune.lr.")
+    batch_size: Count | None = Field(
+        None, description="Images in each step. Default: finetune.batch_size."
+    )
+    weight_decay: WeightDecay | None = Field(
+        None, description="Decoupled weight decay. Default: finetune.weight_decay."
+    )
+    label_smoothing: Smoothing | None = Field(
+        None, description="For the cross entropy. Default: finetune.label_smoothing."
+    )
+    seed: Seed | None = Field(
+        None,
+        description=(
+            "Seed of the training. Default: the experiment's, from which masks and prepared twins "
+            "are always made."
+        ),
+    )
+    accumulate: Count | None = Field(
+        None, description="In how many parts a batch is computed. Default: finetune.accumulate."
+    )
+    precision: Precision | None = Field(
+        None, description="Number format of training. Default: finetune.precision."
+    )
     max_corrupt: Whole = Field(
         10,
         ge=0,
@@ -201,6 +252,22 @@ class TaskConfig(Frozen):
                     f"name, and no other braces"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """The dump without newer fields that are None, so that identities stay as in old stores."""
+        fields: dict[str, object] = dump(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in _LEFT_OUT}
+
+    def training(self) -> dict[str, float | int | str]:
+        """The training fields that the task gives itself, by name."""
+        given = {name: getattr(self, name) for name in TRAINING}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def described(self) -> JsonObject:
+        """The task without its training: which images, classes and prompts it has."""
+        description: JsonObject = self.model_dump(mode="json", exclude=set(TRAINING))
+        return description
 
     @property
     def prompts(self) -> tuple[str, ...]:
