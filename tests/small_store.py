@@ -12,7 +12,7 @@ from raytvb.bases.builder import BasisBuilder
 from raytvb.data.split_cache import cached_split
 from raytvb.evaluation.rows import PairRow, Row, write_pair_rows, write_rows
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import freeze
+from raytvb.experiment.present_experiments import record_experiment
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
@@ -48,7 +48,7 @@ def fill(url: str) -> Experiment:
     """Fill the store, and return its experiment."""
     whole, store = small_experiment(url), Store(url)
     experiment = finished_part(whole)
-    freeze(store, whole)
+    record_experiment(store, whole, grows=True)
     fingerprint = store_base(experiment).parents["fingerprint"]
     for task in experiment.tasks:
         finetune_task(experiment, fingerprint, task)

@@ -264,7 +264,7 @@ def _mask_of(encoder: Encoder, kept: np.ndarray) -> Mask:
 
 
 def own_mask(task_store: TaskStore, pretrained: PretrainedTask) -> tuple[Mask, str]:
-    """A task's own mask and the key of its file. If the store has none, it is made and committed."""
+    """A task's own mask and the key of its file. If there is none, it is made and committed."""
     store, prefix = task_store.store, task_store.own_mask_prefix
     record = records.find(store, prefix)
     wanted = own_mask_settings(task_store.mask_identity)
