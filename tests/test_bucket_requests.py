@@ -17,9 +17,10 @@ from vector_files import open_set, put_set
 from raytvb.errors import VectorError
 from raytvb.evaluation.evaluators import SplitArrays, make_evaluator
 from raytvb.experiment.inventory import verify_store
-from raytvb.experiment.layout import BASE, vector_key
+from raytvb.experiment.layout import BASE, vector_prefix
 from raytvb.experiment.parsing import load_experiment
-from raytvb.experiment.stored import common_mask, stored_bytes
+from raytvb.experiment.stored import stored_bytes
+from raytvb.experiment.stored_vectors import common_mask, vectors_of
 from raytvb.search.candidates import FULL, candidate_bytes
 from raytvb.storage import checked_file, records
 from raytvb.storage.basis_writer import write_combinations
@@ -29,7 +30,7 @@ from raytvb.storage.mirror import Mirror, mirror
 from raytvb.storage.records import FileInfo
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
-from raytvb.storage.vectors import VectorFile
+from raytvb.storage.vectors import VECTOR, VectorFile
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 LISTING = ("list_objects_v2", "")
@@ -91,6 +92,10 @@ def test_a_file_is_verified_in_pieces(
     requests.clear()
     assert verify_store(store).messages() == []
     assert [method for method, key in requests if key == "things/one/a"] == ["get_object"] * 3
+
+
+def vector_key(task: str) -> str:
+    return f"{vector_prefix(task)}/{VECTOR}"
 
 
 def record_of(key: str) -> str:
@@ -248,7 +253,7 @@ def test_an_evaluator_fetches_no_vector(finished: Store, unpacked: Path) -> None
     copied = mirror(finished.url).local.keys()
     assert "base/model.safetensors" in copied
     assert [key for key in copied if not key.startswith("base/")] == []
-    mask = common_mask(experiment)
+    mask = common_mask(list(vectors_of(experiment, experiment.task_names).values()))
     assert mask is not None
     evaluator.merge(torch.zeros(mask.kept), 1.0)  # directions have the mask's coordinates
 
@@ -258,8 +263,9 @@ def test_the_mask_in_common_is_read_from_one_header(
 ) -> None:
     experiment = load_experiment(unpacked / "shared.yaml", {"store": finished.url})
     keys = [vector_key(task) for task in experiment.task_names]
+    stored = list(vectors_of(experiment, experiment.task_names).values())
     requests.clear()
-    mask = common_mask(experiment)
+    mask = common_mask(stored)
     assert mask is not None
     vectors = [(method, key) for method, key in requests if key in keys]
     assert vectors == [("get_object", keys[0])]

@@ -114,7 +114,7 @@ def test_frozen_entries_stay_out_of_sparse_vectors(finished: tuple[Path, Store])
     _, store = finished
     from raytvb.finetuning.masks import load_mask
 
-    mask = load_mask(store, "shared")
+    mask = load_mask(store, "masks/shared/mask.safetensors")
     for task in TASKS:
         values = load_file(store.path(f"vectors/{task}/vector.safetensors"))
         assert {n: len(v) for n, v in values.items()} == {
@@ -210,18 +210,33 @@ def test_ls_and_verify(
     assert f"vectors/{TASKS[0]}/vector.safetensors" in capsys.readouterr().err
 
 
-def test_another_experiment_is_refused_with_the_fields_that_differ(
-    finished: tuple[Path, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"finetune": {"epochs": 2, "batch_size": 64}},
+            ("3 task vectors will be made again", "epochs: stored 1.0, asked for 2.0", "`--yes`"),
+        ),
+        ({"seed": 3}, ("seed: stored 0, asked for 3", "`raytvb run --renew mask`")),
+        (
+            {"model": {"name": "ViT-B-32"}},
+            ("belongs to another pretrained model", "asked for 'ViT-B-32'"),
+        ),
+    ],
+)
+def test_what_is_stored_is_not_replaced_without_a_word(
+    finished: tuple[Path, Store],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fields: dict[str, Any],
+    words: tuple[str, ...],
 ) -> None:
     _, store = finished
-    file = write_experiment(tmp_path, store.url, finetune={"epochs": 2, "batch_size": 64}, seed=3)
-    assert main(["run", str(file)]) == 1
+    before = vector_bytes(store.url)
+    assert main(["run", str(write_experiment(tmp_path, store.url, **fields))]) == 1
     message = capsys.readouterr().err
-    assert (
-        "finetune.epochs: stored 1.0, asked for 2.0" in message
-        and "seed: stored 0, asked for 3" in message
-    )
-    assert "talos" not in message
+    assert all(word in message for word in words), message
+    assert vector_bytes(store.url) == before
 
 
 @pytest.mark.slow
@@ -245,7 +260,7 @@ def test_own_masks_fractional_gpus_and_one_stage_at_a_time(
     masks = [store.read_json(f"masks/{t}/record.json")["parents"]["mask"] for t in TASKS[:2]]
     assert len(set(masks)) == 2
     summary = store.read_json("report/summary.json")
-    left, right = (load_mask(store, t).bits for t in TASKS[:2])
+    left, right = (load_mask(store, f"masks/{t}/mask.safetensors").bits for t in TASKS[:2])
     overlap = int((left & right).sum()) / int((left | right).sum())
     assert 0 < overlap < 1 and list(summary["mask_overlap"].values()) == pytest.approx(
         [overlap] * 3
@@ -315,8 +330,10 @@ def test_a_store_without_results_takes_the_experiment_with_its_mistake_mended(
     ]
     file = write_experiment(tmp_path, store.url, tasks=tasks, evaluate={"control": "none"})
     assert main(["finetune", str(file)]) == 0
-    assert main(["finetune", str(write_experiment(tmp_path, store.url))]) == 1
-    assert "tasks: x, y stored only" in capfd.readouterr().err
+    assert main(["finetune", str(write_experiment(tmp_path, store.url))]) == 0
+    message = capfd.readouterr().err
+    assert "2 stored vectors are not in this experiment, and stay: x, y" in message
+    assert "1 kept, 2 new" in message
 
 
 @pytest.mark.parametrize(

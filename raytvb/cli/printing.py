@@ -128,7 +128,15 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     try:
         click.confirm(question, abort=True, err=True)
-    except click.Abort:
-        if sys.stdin is not None and sys.stdin.isatty():
+    except (click.Abort, OSError, ValueError):  # the latter two: standard input is closed
+        if _is_terminal():
             raise
         raise UserError(f"nothing was done. Say `--yes` to agree to this:\n{question}") from None
+
+
+def _is_terminal() -> bool:
+    """Whether somebody may answer on standard input."""
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False

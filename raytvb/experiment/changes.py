@@ -131,7 +131,7 @@ class Changes:
         if self.again:
             tasks = "1 task vector" if len(self.again) == 1 else f"{len(self.again)} task vectors"
             reasons.append(
-                f"{tasks} will be made again, and the old ones are then deleted: "
+                f"{tasks} will be made again, in place of what is stored: "
                 f"{listed(self.again, NAMED)}"
             )
             if not self.renews:

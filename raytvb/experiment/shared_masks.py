@@ -8,6 +8,7 @@ bases were made on them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raytvb.errors import UserError
@@ -54,8 +55,17 @@ class SharedMask:
 
 def shared_mask_ids(store: Store) -> list[str]:
     """The ids of the shared masks that have a record, from the first to the last."""
+    return _ids(records.record_keys(store, "masks"))
+
+
+def last_id(keys: Iterable[str]) -> list[str]:
+    """The id of the shared mask in force, among the keys of a store; empty if there is none."""
+    return _ids(key for key in keys if key.endswith(f"/{records.RECORD}"))[-1:]
+
+
+def _ids(keys: Iterable[str]) -> list[str]:
     numbers: dict[int, str] = {}
-    for key in records.record_keys(store, "masks"):
+    for key in keys:
         match = _ID.fullmatch(prefix_of(key))
         if match:
             numbers[int(match[2] or 1)] = match[1]

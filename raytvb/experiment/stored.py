@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,12 @@ from raytvb.experiment.layout import (
     HEAD,
     basis_prefix,
     head_prefix,
+    mask_prefix,
     vector_prefix,
 )
 from raytvb.experiment.metrics import BasisMetrics
-from raytvb.experiment.stored_vectors import basis_vectors_of, vectors_of
+from raytvb.experiment.shared_masks import last_id
+from raytvb.experiment.stored_vectors import basis_vectors_of, library
 from raytvb.maths.mixes import length_ratios
 from raytvb.storage import records
 from raytvb.storage.basis_layout import tag_of
@@ -33,6 +35,7 @@ from raytvb.storage.replacing import tagged
 from raytvb.storage.store import Store
 from raytvb.storage.stored_basis import StoredBasis
 from raytvb.storage.tensor_file import tensor_of, tensors_of
+from raytvb.storage.vectors import vector_file
 
 
 @dataclass(frozen=True)
@@ -144,23 +147,46 @@ def stored_bytes(store: Store, experiment: Experiment, parameters: int) -> dict[
     Only what the experiment uses is counted.
     """
     sizes = store.sizes()
-    vectors = vectors_of(experiment, experiment.task_names).values()
-    masks = {vector.mask for vector in vectors if vector.mask is not None}
     return {
         "dense_fp32": 4 * len(experiment.tasks) * parameters,
-        "vectors": sum(vector.file.size for vector in vectors),
-        "masks": _bytes_of_masks(store, masks),
+        "vectors": sum(vector_sizes(experiment, sizes).values()),
+        "masks": _bytes_of_masks(sizes, experiment),
         "heads": _bytes_of_heads(sizes, experiment),
         "basis": _bytes_of_bases(sizes, experiment),
     }
 
 
-def _bytes_of_masks(store: Store, fingerprints: Collection[str]) -> int:
-    """Bytes of the masks in the store with these fingerprints."""
+def vector_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the vector files of the experiment's tasks, by task, as far as they are there.
+
+    sizes: of the files of the experiment's own store, by key.
+    """
+    found = _of_tasks(sizes, experiment.task_names)
+    rest = [task for task in experiment.task_names if task not in found]
+    other = library(experiment)
+    if other is not None and rest:
+        found |= _of_tasks(other.sizes("vectors"), rest)
+    return found
+
+
+def _of_tasks(sizes: Mapping[str, int], tasks: Sequence[str]) -> dict[str, int]:
+    folders = {vector_prefix(task): task for task in tasks}
+    found = {}
+    for key, size in sizes.items():
+        task, name = folders.get(records.prefix_of(key)), key.rpartition("/")[2]
+        if task is not None and vector_file([name]) == name:
+            found[task] = size
+    return found
+
+
+def _bytes_of_masks(sizes: Mapping[str, int], experiment: Experiment) -> int:
+    """Bytes of the masks that the experiment's vectors were trained on."""
+    ids = last_id(sizes) if experiment.shares_mask else experiment.task_names
+    folders = {mask_prefix(mask_id) for mask_id in ids}
     total = 0
-    for record in records.find_all(store, "masks").values():
-        if record.parents.get("mask") in fingerprints:
-            total += record.size
+    for key, size in sizes.items():
+        if key.endswith(".safetensors") and records.prefix_of(key) in folders:
+            total += size
     return total
 
 

@@ -37,8 +37,8 @@ from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import basis_prefix, vector_prefix
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.present_versions import PresentVersions
-from raytvb.experiment.stored import load_gram
-from raytvb.experiment.stored_vectors import vector_set, vectors_of
+from raytvb.experiment.stored import load_gram, vector_sizes
+from raytvb.experiment.stored_vectors import vector_set
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.merge_registry import MERGE_METHODS
 from raytvb.search.merged_vectors import method_direction
@@ -315,12 +315,12 @@ def all_candidates(
 
 
 def _vector_bytes(store: Store, experiment: Experiment) -> int:
-    """Bytes of all task vectors. Raises StoreKeyError if one is missing."""
-    vectors = vectors_of(experiment, experiment.task_names)
+    """Bytes of all task vectors, from one listing. Raises StoreKeyError if one is missing."""
+    sizes = vector_sizes(experiment, store.sizes("vectors"))
     for task in experiment.task_names:
-        if task not in vectors:
+        if task not in sizes:
             raise StoreKeyError(f"no such key: {store.where(vector_prefix(task))}/{VECTOR}")
-    return sum(vector.file.size for vector in vectors.values())
+    return sum(sizes.values())
 
 
 def candidate_bytes(
