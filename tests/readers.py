@@ -16,7 +16,7 @@ from raytvb.data.split_cache import cached_split
 from raytvb.errors import UserError, VectorError
 from raytvb.evaluation.rows import read_pair_rows, read_rows
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import stored_experiment
+from raytvb.experiment.present_experiments import stored_experiment
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.stored import load_coefficients
 from raytvb.experiment.task_store import TaskStore

@@ -12,8 +12,8 @@ from raytvb.bases.builder import BasisBuilder
 from raytvb.data.split_cache import cached_split
 from raytvb.evaluation.rows import PairRow, Row, write_pair_rows, write_rows
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.present_experiments import record_experiment
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.present_experiments import record_experiment
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.finetune_task import finetune_task

@@ -18,7 +18,7 @@ from raytvb.errors import UserError
 from raytvb.evaluation.evaluators import make_evaluator
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.experiment.stored import load_coefficients, stored_basis
+from raytvb.experiment.stored import existing_basis
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.masks import load_mask
 from raytvb.models.evaluator import Evaluator
@@ -78,7 +78,7 @@ def evaluators(store: Store) -> tuple[Experiment, dict[str, Evaluator]]:
     experiment = stored_experiment(store, "svd", [1, 2], "all")
     encoder = load_base(store.url, store.read_json("base/record.json")["parents"]["fingerprint"])
     heads = {t.name: load_head(TaskStore(experiment, t), encoder).weights for t in experiment.tasks}
-    mask = load_mask(store, "shared").tensors()
+    mask = load_mask(store, "masks/shared/mask.safetensors").tensors()
     tower: Any = encoder.model
     return experiment, {
         split: Evaluator(
@@ -145,8 +145,9 @@ def test_both_choose_the_best_that_they_looked_at(compared: dict[str, Any]) -> N
     experiment, by_split = evaluators(store)
 
     def accuracy(split: str, size: int, alpha: float) -> float:
-        W = load_coefficients(store, f"svd-m{size}")[1]
-        (direction,) = stored_basis(store.url, f"svd-m{size}").combinations(W.sum(1, keepdim=True))
+        basis = existing_basis(store, f"svd-m{size}")
+        W = basis.coefficients()[1]
+        (direction,) = basis.vectors().combinations(W.sum(1, keepdim=True))
         by_split[split].merge(direction, alpha)
         return sum(by_split[split].count(t).accuracy for t in experiment.task_names) / 3
 

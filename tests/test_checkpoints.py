@@ -7,20 +7,23 @@ import pytest
 import torch
 from vector_files import flip
 
-from raytvb.errors import UserError
 from raytvb.experiment.identities import twin_identity, vector_identity
 from raytvb.experiment.layout import (
-    basis_vector_key,
+    MASK,
+    basis_vector_prefix,
     checkpoint_prefix,
     head_prefix,
-    vector_key,
+    mask_prefix,
     vector_prefix,
 )
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.experiment.task_store import TaskStore, task_stores
+from raytvb.experiment.shared_masks import find_shared_mask
+from raytvb.experiment.stored_vectors import find_basis_vector
+from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.storage import records
+from raytvb.storage.records import Record
 from raytvb.suite.task_names import task_names
 
 
@@ -64,10 +67,64 @@ def test_a_checkpoint_that_is_not_whole_is_none(tmp_path: Path) -> None:
     assert folder.load() is None
 
 
-def test_a_checkpoint_of_other_settings_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"finetune": {"lr": 0.25}},
+        {"seed": 1},
+        {"tasks": [*task_names()[:1], {"name": task_names()[1], "epochs": 3}]},
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_none(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """The training begins anew, and its first checkpoint takes the place of the other one."""
     CheckpointFolder(task_store(tmp_path)).save(checkpoint(3))
-    with pytest.raises(UserError, match=r"finetune\.lr: stored .*, asked for 0\.25"):
-        CheckpointFolder(task_store(tmp_path, finetune={"lr": 0.25})).load()
+    other = CheckpointFolder(task_store(tmp_path, **fields))
+    assert other.load() is None and other.latest is None
+    assert same(CheckpointFolder(task_store(tmp_path)).load(), checkpoint(3))
+    other.save(checkpoint(1))
+    assert same(CheckpointFolder(task_store(tmp_path, **fields)).load(), checkpoint(1))
+    assert CheckpointFolder(task_store(tmp_path)).load() is None
+
+
+def test_a_checkpoint_does_not_depend_on_where_a_setting_is_given(tmp_path: Path) -> None:
+    tasks = [*task_names()[:1], {"name": task_names()[1], "lr": 0.25, "seed": 4}]
+    CheckpointFolder(task_store(tmp_path, tasks=tasks)).save(checkpoint(3))
+    mixed = [*task_names()[:1], {"name": task_names()[1], "seed": 4}]
+    for fields in (
+        {"finetune": {"lr": 0.25}, "seed": 4},
+        {"finetune": {"lr": 0.25}, "seed": 9, "tasks": mixed},
+    ):
+        assert same(CheckpointFolder(task_store(tmp_path, **fields)).load(), checkpoint(3))
+
+
+def commit_shared_mask(one: TaskStore, mask_id: str, fingerprint: str) -> None:
+    records.commit(
+        one.store,
+        mask_prefix(mask_id),
+        identity=one.mask_identity,
+        files={MASK: fingerprint.encode()},
+        parents={"mask": fingerprint},
+    )
+
+
+def test_a_checkpoint_on_an_older_shared_mask_is_none(tmp_path: Path) -> None:
+    one = task_store(tmp_path)
+    commit_shared_mask(one, "shared", "first")
+    CheckpointFolder(one).save(checkpoint(3))
+    assert same(CheckpointFolder(task_store(tmp_path)).load(), checkpoint(3))
+    commit_shared_mask(one, "shared-2", "second")
+    other = task_store(tmp_path)
+    assert CheckpointFolder(other).load() is None
+    CheckpointFolder(other).save(checkpoint(4))
+    assert same(CheckpointFolder(other).load(), checkpoint(4))
+
+
+def test_a_checkpoint_of_an_earlier_format_names_no_mask(tmp_path: Path) -> None:
+    """Such a store has had only one mask."""
+    one = task_store(tmp_path)
+    CheckpointFolder(one).save(checkpoint(3))  # without a mask in its identity
+    commit_shared_mask(one, "shared", "first")
+    assert same(CheckpointFolder(task_store(tmp_path)).load(), checkpoint(3))
 
 
 @pytest.mark.parametrize("prepare", ["none", "trimmed"])
@@ -78,37 +135,54 @@ def test_what_is_carried_is_what_the_layout_and_the_identities_say(
     experiment, task = one.experiment, one.task
     assert one.identity == vector_identity(experiment, task) and one.identity is one.identity
     assert one.twin_identity == twin_identity(experiment, task)
-    assert one.prefix == vector_prefix(task.name) and one.vector_key == vector_key(task.name)
+    assert one.prefix == vector_prefix(task.name)
     assert one.head_prefix == head_prefix(task.name)
     assert one.checkpoint_prefix == checkpoint_prefix(task.name)
-    assert one.basis_vector_key == basis_vector_key(experiment, task.name)
+    assert one.own_mask_prefix == mask_prefix(task.name)
+    assert one.basis_vector_prefix == basis_vector_prefix(experiment, task.name)
     assert one.has_twin == (prepare != "none")
-    assert list(task_stores(experiment)) == list(experiment.task_names)
 
 
 @pytest.mark.parametrize(
-    ("talos", "expected"),
+    ("talos", "shares", "own"),
     [
-        ({"density": 1.0}, None),
-        ({"density": 1.0, "mask": "per-task"}, None),
-        ({"mask": "shared"}, "shared"),
-        ({"mask": "per-task"}, task_names()[1]),
+        ({"density": 1.0}, False, False),
+        ({"density": 1.0, "mask": "per-task"}, False, False),
+        ({"mask": "shared"}, True, False),
+        ({"mask": "per-task"}, False, True),
     ],
 )
 def test_the_mask_is_none_or_the_shared_one_or_the_tasks_own(
-    tmp_path: Path, talos: dict[str, Any], expected: str | None
+    tmp_path: Path, talos: dict[str, Any], shares: bool, own: bool
 ) -> None:
-    assert task_store(tmp_path, talos=talos).mask_id == expected
+    one = task_store(tmp_path, talos=talos)
+    experiment = one.experiment
+    assert (experiment.shares_mask, experiment.own_masks) == (shares, own)
+    assert one.shared_mask() is None
+    commit_shared_mask(one, "shared", "bits")
+    mask = one.shared_mask()
+    assert (mask is not None) == shares
+    if mask is not None:
+        assert mask == find_shared_mask(one.store, experiment) and mask.fingerprint == "bits"
+        assert mask.key == f"masks/shared/{MASK}" and mask.scored == (task_names()[1],)
 
 
 def test_the_twin_of_another_version_does_not_count(tmp_path: Path) -> None:
     one = task_store(tmp_path, basis={"prepare": "trimmed"})
-    assert one.record() is None and one.basis_vector() is None
+    name = one.task.name
+
+    def basis_vector() -> Record | None:
+        found = find_basis_vector(one.experiment, name)
+        return None if found is None else found.record
+
+    assert one.record() is None and one.vector() is None and basis_vector() is None
     for content in (b"first", b"second"):
         vector = records.commit(
             one.store, one.prefix, identity=one.identity, files={"vector.safetensors": content}
         )
-        assert one.record() == vector and one.basis_vector() is None
+        stored = one.vector()
+        assert stored is not None and stored.record == one.record() == vector
+        assert basis_vector() is None and one.twin_of(stored) is None
         twin = records.commit(
             one.store,
             one.basis_vector_prefix,
@@ -116,4 +190,4 @@ def test_the_twin_of_another_version_does_not_count(tmp_path: Path) -> None:
             files={"vector.safetensors": content},
             parents={"vector": vector.files["vector.safetensors"].sha256},
         )
-        assert one.basis_vector() == twin == one.twin_of(vector)
+        assert basis_vector() == twin == one.twin_of(stored)

@@ -13,9 +13,17 @@ from pydantic import BaseModel, ValidationError
 
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment, half, quarter
-from raytvb.experiment.freezing import freeze
-from raytvb.experiment.layout import EXPERIMENT
+from raytvb.experiment.fields import TINY_MODEL
+from raytvb.experiment.identities import base_identity
+from raytvb.experiment.layout import EXPERIMENT, EXPERIMENTS
 from raytvb.experiment.parsing import load_experiment, parse_experiment
+from raytvb.experiment.present_experiments import (
+    check_model,
+    present_experiments,
+    record_experiment,
+    store_metrics,
+    stored_experiment,
+)
 from raytvb.experiment.sections.evaluate import DisentanglementConfig, UnseenConfig
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.maths.basis_registry import BASIS_METHODS
@@ -857,7 +865,7 @@ def test_which_tasks_need_images_of_which_split(
         assert made.tasks_with(split)[:8] == made.tasks
 
 
-# What a store is made for -------------------------------------------------------------------------
+# What a store is used for -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -865,91 +873,188 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-def test_a_new_store_is_for_what_was_asked_and_the_same_changes_nothing(store: Store) -> None:
+def by_name(name: str = "experiment") -> str:
+    """Key of the latest version of an experiment."""
+    return f"{EXPERIMENTS}/{name}/{records.RECORD}"
+
+
+def test_a_new_store_has_what_was_asked_and_the_same_changes_nothing(store: Store) -> None:
     made = experiment()
-    freeze(store, made)
-    assert store.keys() == [EXPERIMENT, records.RECORD]
-    assert yaml.safe_load(store.read(EXPERIMENT)) == made.identity()
+    assert stored_experiment(store) is None and present_experiments(store) == {}
+    record_experiment(store, made, grows=True)
+    assert store.keys() == [EXPERIMENT, by_name(), records.RECORD]
+    assert yaml.safe_load(store.read(EXPERIMENT)) == made.identity() == stored_experiment(store)
     record = records.find(store, "")
     assert record is not None and record.identity == made.identity()
-    written = store.read(EXPERIMENT)
-    freeze(store, experiment(name="other", resources={"max_retries": 1}))
-    assert store.read(EXPERIMENT) == written
+    written = {key: store.read(key) for key in store.keys()}
+    for grows in (False, True):
+        record_experiment(store, experiment(resources={"max_retries": 1}), grows=grows)
+        assert {key: store.read(key) for key in store.keys()} == written
 
 
-LATER = [
+def test_a_store_knows_the_latest_version_of_each_experiment(store: Store) -> None:
+    first, other = experiment(name="one"), experiment(name="two", tasks=TASKS[:3], seed=1)
+    again = experiment(name="one", tasks=TASKS[:5])
+    for each in (first, other, again):
+        record_experiment(store, each, grows=True)
+        assert stored_experiment(store) == each.identity()
+    assert present_experiments(store) == {"one": again.identity(), "two": other.identity()}
+    assert store_metrics(store).name == "one"
+    assert store.keys() == [EXPERIMENT, by_name("one"), by_name("two"), records.RECORD]
+
+
+def test_the_store_that_vectors_are_taken_from_is_recorded(store: Store, tmp_path: Path) -> None:
+    library = str(tmp_path / "library")
+    record_experiment(store, experiment(), grows=True)
+    assert store_metrics(store).vectors is None
+    record_experiment(store, experiment(vectors=library), grows=False)
+    assert store_metrics(store).vectors == library
+    assert stored_experiment(store) == experiment().identity()
+
+
+RESULTS = [
     {"search": {"sizes": [1, 3], "keep": 0.25}},
     {"search": {"objective": "all"}},
     {"basis": {"method": "svd"}},
     {"evaluate": {"control": "none"}},
     {"evaluate": {"unseen": "glyphs/clean", "precision": "bf16"}},
 ]
-NEVER = [
-    ({"seed": 1}, "seed: stored 0, asked for 1"),
-    ({"tasks": TASKS[:7]}, f"tasks: {TASKS[7]} stored only"),
-    ({"talos": {"density": 0.2}}, "talos.density: stored 0.1, asked for 0.2"),
-    ({"finetune": {"epochs": 3}}, "finetune.epochs: stored 10.0, asked for 3.0"),
-    ({"basis": {"prepare": "trimmed"}}, "basis.prepare: stored 'none', asked for 'trimmed'"),
-    ({"basis": {"online": True}}, "basis.online: stored False, asked for True"),
+VECTORS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"tasks": TASKS[:7]},
+    {"tasks": [*TASKS[1:], "glyphs/clean"]},
+    {"talos": {"density": 0.2}},
+    {"finetune": {"epochs": 3}},
+    {"basis": {"prepare": "trimmed"}},
+    {"basis": {"online": True}},
 ]
+OTHER_MODEL: list[tuple[dict[str, Any], str]] = [
+    (
+        {"name": "ViT-B-32", "pretrained": "openai"},
+        "model.pretrained: stored None, asked for 'openai'",
+    ),
+    (
+        {"name": "local-dir:/models/mine"},
+        f"model.name: stored {TINY_MODEL!r}, asked for 'local-dir:/models/mine'",
+    ),
+]
+
+
+def with_base(store: Store) -> None:
+    """A store that holds the experiment's pretrained model, and nothing made with it."""
+    record_experiment(store, experiment(), grows=True)
+    records.commit(store, "base", identity=base_identity(experiment()), files={"some.bin": b"x"})
+    for prefix in (f"splits/val/{TASKS[0]}", f"heads/{TASKS[0]}"):
+        records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
+    store.write(f"vectors/{TASKS[0]}/head.safetensors", b"x")
 
 
 def with_vectors(store: Store) -> list[str]:
     """A store that holds results of the experiment."""
-    freeze(store, experiment())
-    for prefix in ("base", f"splits/val/{TASKS[0]}", f"vectors/{TASKS[0]}"):
-        records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
+    with_base(store)
+    records.commit(store, f"vectors/{TASKS[0]}", identity={}, files={"some.bin": b"x"})
     return store.keys()
 
 
-@pytest.mark.parametrize("fields", LATER)
-def test_what_is_asked_of_the_vectors_may_change(store: Store, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [*RESULTS, *VECTORS])
+def test_everything_but_the_model_may_change(store: Store, fields: dict[str, Any]) -> None:
     keys = with_vectors(store)
-    freeze(store, experiment(**fields))
-    assert (
-        yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity()
-        and store.keys() == keys
-    )
-    freeze(store, experiment())
-    assert (
-        yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
-    )
+    for asked in (experiment(**fields), experiment()):
+        check_model(store, asked)
+        record_experiment(store, asked, grows=True)
+        assert yaml.safe_load(store.read(EXPERIMENT)) == asked.identity()
+        assert stored_experiment(store) == asked.identity() and store.keys() == keys
+        assert present_experiments(store) == {"experiment": asked.identity()}
 
 
-@pytest.mark.parametrize(("fields", "line"), NEVER)
-def test_what_the_vectors_are_made_of_may_not(
+def model_of(fields: dict[str, Any]) -> Experiment:
+    return experiment(model=fields, search={"sizes": [1]})
+
+
+@pytest.mark.parametrize(("fields", "line"), OTHER_MODEL)
+@pytest.mark.parametrize("made", [f"vectors/{TASKS[0]}", "masks/shared", "basis/svd-m2"])
+def test_the_model_of_what_is_stored_may_not_change(
+    store: Store, fields: dict[str, Any], line: str, made: str
+) -> None:
+    with_base(store)
+    records.commit(store, made, identity={}, files={"some.bin": b"x"})
+    keys = store.keys()
+    for refused in (
+        lambda: check_model(store, model_of(fields)),
+        lambda: record_experiment(store, model_of(fields), grows=True),
+    ):
+        with pytest.raises(UserError, match="belongs to another pretrained model") as caught:
+            refused()
+        lines = str(caught.value).splitlines()
+        assert f"  {line}" in lines and not any("search" in each for each in lines)
+    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity()
+    assert store.keys() == keys
+
+
+@pytest.mark.parametrize(("fields", "line"), OTHER_MODEL)
+def test_a_store_without_vectors_is_given_to_another_model(
     store: Store, fields: dict[str, Any], line: str
 ) -> None:
-    keys = with_vectors(store)
-    with pytest.raises(UserError, match="belongs to another experiment") as caught:
-        freeze(store, experiment(**fields, search={"sizes": [1]}))
-    lines = str(caught.value).splitlines()
-    assert f"  {line}" in lines and not any("search" in each for each in lines)
-    assert (
-        yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity() and store.keys() == keys
-    )
+    with_base(store)
+    check_model(store, model_of(fields))
+    record_experiment(store, model_of(fields), grows=True)
+    assert store.keys() == [EXPERIMENT, by_name(), records.RECORD]
+    assert yaml.safe_load(store.read(EXPERIMENT)) == model_of(fields).identity()
 
 
-@pytest.mark.parametrize(("fields", "line"), NEVER)
-def test_a_store_without_vectors_is_given_to_another_experiment(
-    store: Store, fields: dict[str, Any], line: str
-) -> None:
-    freeze(store, experiment())
-    for prefix in ("base", f"splits/val/{TASKS[0]}", f"heads/{TASKS[0]}"):
-        records.commit(store, prefix, identity={}, files={"some.bin": b"x"})
-    store.write(f"vectors/{TASKS[0]}/head.safetensors", b"x")
-    freeze(store, experiment(**fields))
-    assert store.keys() == [EXPERIMENT, records.RECORD]
-    assert yaml.safe_load(store.read(EXPERIMENT)) == experiment(**fields).identity()
+@pytest.mark.parametrize("fields", VECTORS)
+def test_the_pretrained_model_stays_for_other_vectors(store: Store, fields: dict[str, Any]) -> None:
+    with_base(store)
+    keys = store.keys()
+    record_experiment(store, experiment(**fields), grows=True)
+    assert store.keys() == keys
+
+
+# Stores of earlier formats ------------------------------------------------------------------------
+
+
+def of_the_first_format(store: Store) -> JsonObject:
+    """A store with vectors whose experiment is only a file, of before vectors were prepared."""
+    with_vectors(store)
+    stored = experiment().identity()
+    del section(stored, "basis")["prepare"]
+    store.delete(EXPERIMENTS)
+    store.delete(records.RECORD)
+    store.write(EXPERIMENT, yaml.safe_dump(stored).encode())
+    return stored
 
 
 def test_a_store_of_before_vectors_were_prepared_is_one_of_vectors_as_they_are(
     store: Store,
 ) -> None:
-    with_vectors(store)
-    stored = experiment().identity()
-    del section(stored, "basis")["prepare"]
-    store.delete(records.RECORD)  # the first format has none
-    store.write(EXPERIMENT, yaml.safe_dump(stored).encode())
-    freeze(store, experiment())
+    """Its results still count, as the vectors that they were measured on are the present ones."""
+    stored = of_the_first_format(store)
+    assert present_experiments(store) == {"": stored}
+    record_experiment(store, experiment(), grows=False)
     assert yaml.safe_load(store.read(EXPERIMENT)) == experiment().identity()
+    assert not store_metrics(store).dated
+
+
+@pytest.mark.parametrize("fields", RESULTS)
+def test_results_of_earlier_formats_count_while_the_vectors_are_the_same(
+    store: Store, fields: dict[str, Any]
+) -> None:
+    of_the_first_format(store)
+    for asked in (experiment(**fields), experiment()):
+        record_experiment(store, asked, grows=False)
+        assert not store_metrics(store).dated and stored_experiment(store) == asked.identity()
+
+
+@pytest.mark.parametrize("fields", [{}, *VECTORS])
+def test_results_of_earlier_formats_do_not_count_once_the_vectors_have_changed(
+    store: Store, fields: dict[str, Any]
+) -> None:
+    """They stay so, also after the old experiment has come back: what they were measured on is not
+    known any more.
+    """
+    of_the_first_format(store)
+    record_experiment(store, experiment(**fields), grows=not fields)
+    assert store_metrics(store).dated
+    record_experiment(store, experiment(), grows=False)
+    assert store_metrics(store).dated
+    assert present_experiments(store) == {"experiment": experiment().identity()}

@@ -51,7 +51,7 @@ def test_a_merge_is_an_ordinary_open_clip_model(
     merge(store, out, *mix, "--basis", "full", "--coefficient", "0.7")
     merged = open_clip.create_model(f"local-dir:{out}").state_dict()
     base = load_file(store.path("base/model.safetensors"))
-    mask = load_mask(store, "shared").tensors()
+    mask = load_mask(store, "masks/shared/mask.safetensors").tensors()
     vectors = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS[:2]]
     for name, value in base.items():
         expected = value.double()
@@ -106,7 +106,7 @@ def difference(store: Store, out: Path) -> Tensor:
         load_file(store.path("base/model.safetensors")),
         load_file(out / "model.safetensors"),
     )
-    mask = load_mask(store, "shared").tensors()
+    mask = load_mask(store, "masks/shared/mask.safetensors").tensors()
     assert all(torch.equal(merged[n][~mask[n]], base[n][~mask[n]]) for n in mask)
     return torch.cat([(merged[n].double() - base[n].double())[mask[n]] for n in sorted(mask)])
 
@@ -167,7 +167,7 @@ def test_methods_of_the_literature_on_kept_entries(
         load_file(store.path("base/model.safetensors")),
         load_file(tmp_path / "out/model.safetensors"),
     )
-    mask = load_mask(store, "shared").tensors()
+    mask = load_mask(store, "masks/shared/mask.safetensors").tensors()
     loaded = [load_file(store.path(f"vectors/{t}/vector.safetensors")) for t in TASKS]
     rows = {
         n: torch.stack([w * v[n] for w, v in zip((1.0, 0.5, -1.0), loaded, strict=True)])

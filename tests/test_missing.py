@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_basis_actor import commit, experiment, filled
+from committed_vectors import commit, experiment, filled
 from vector_files import problems_of
 
 from raytvb.bases.builder import BasisBuilder
-from raytvb.errors import FailedPart, UserError
+from raytvb.errors import FailedPart
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs
+from raytvb.experiment.changes import Changes, changes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import check_frozen, freeze
-from raytvb.experiment.identities import basis_identity, covers_other_tasks, mask_identity
+from raytvb.experiment.identities import basis_identity
 from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.missing import commit_failure, failures, missing_parts, without
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.present_experiments import record_experiment
 from raytvb.experiment.stored import load_coefficients
 from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.online_basis import arrivals, stored_arrivals
@@ -57,25 +58,8 @@ def test_an_experiment_without_a_task_measures_what_is_left(tmp_path: Path) -> N
     assert again.control == whole.control and again.missing == NAMES[:1]
 
 
-def test_other_tasks_are_told_from_another_experiment(tmp_path: Path) -> None:
-    def identity(experiment: Experiment) -> JsonObject:
-        return mask_identity(experiment, experiment.tasks)
-
-    whole = asked(tmp_path)
-    some = whole.restricted(NAMES[1:3])
-    for stored, now in ((some, whole), (whole, some), (whole.restricted(NAMES[:1]), some)):
-        assert covers_other_tasks(identity(stored), identity(now), now.missing)
-    strange = asked(tmp_path, tasks=[*NAMES[:3], "glyphs/latin-blur"])
-    for stored, now in (
-        (whole, whole),
-        (strange, whole),
-        (asked(tmp_path, seed=1).restricted(NAMES[:2]), whole),
-        (asked(tmp_path, tasks=[{"name": NAMES[0], "epochs": 3}]), whole),
-    ):
-        assert not covers_other_tasks(identity(stored), identity(now), now.missing)
-
-
 def test_a_vector_of_the_first_format_lists_the_tasks_of_its_mask(tmp_path: Path) -> None:
+    """They do not count. Nor does the seed beside that of the fine-tune."""
     whole = asked(tmp_path)
     task_store = TaskStore(whole, whole.tasks[0])
     assert "mask_tasks" not in task_store.identity
@@ -84,8 +68,30 @@ def test_a_vector_of_the_first_format_lists_the_tasks_of_its_mask(tmp_path: Path
         records.commit(task_store.store, task_store.prefix, identity=identity)
         assert task_store.record() is not None
     records.commit(task_store.store, task_store.prefix, identity={**identity, "seed": 1})
-    with pytest.raises(UserError, match="seed: stored 1, asked for 0"):
-        task_store.record()
+    assert task_store.record() is None
+    state = task_store.state()
+    assert state.is_outdated and state.differing == ("finetune.seed: stored 1, asked for 0",)
+    assert task_store.vector() is not None
+
+
+def test_a_vector_that_is_not_asked_for_counts_as_missing(tmp_path: Path) -> None:
+    whole, store = asked(tmp_path), Store(str(tmp_path))
+    for task in whole.tasks:
+        identity = vector_identity(whole, task)
+        records.commit(store, vector_prefix(task.name), identity=identity)
+    assert missing_parts(store, whole) == []
+    other = asked(tmp_path, tasks=[{"name": NAMES[0], "lr": 0.25}, *NAMES[1:]])
+    (part,) = missing_parts(store, other)
+    reason = f"finetune.lr: stored {whole.finetune.lr}, asked for 0.25"
+    assert part == FailedPart(
+        NAMES[0],
+        "",
+        f"its vector is not the one that is asked for ({reason}): run `raytvb finetune`",
+    )
+    assert without(other, [part]).task_names == NAMES[1:]
+    assert [part.name for part in missing_parts(store, asked(tmp_path, seed=1))] == [*NAMES]
+    fewer = asked(tmp_path, tasks=list(NAMES[2:]))
+    assert missing_parts(store, fewer) == []
 
 
 def test_failures_are_kept_until_they_do_not_count(tmp_path: Path) -> None:
@@ -98,8 +104,8 @@ def test_failures_are_kept_until_they_do_not_count(tmp_path: Path) -> None:
         f"left out: {NAMES[0]}: data: no folder",
         f"left out: {NAMES[1]}: images: no images (3 attempts)",
     ]
-    for name in NAMES[:3]:
-        records.commit(store, vector_prefix(name), identity={})
+    for task in whole.tasks[:3]:
+        records.commit(store, vector_prefix(task.name), identity=vector_identity(whole, task))
     parts = missing_parts(store, whole)
     assert [(part.name, part.stage, part.attempts) for part in parts] == [
         (NAMES[1], "images", 3),  # the first has a vector now, so its failure is over
@@ -116,24 +122,33 @@ def test_failures_are_kept_until_they_do_not_count(tmp_path: Path) -> None:
     assert store.keys("failed") == ["failed/glyphs/clean/record.json"]
 
 
-def test_only_a_task_of_which_nothing_was_made_may_be_mended(tmp_path: Path) -> None:
+def test_a_task_may_be_mended_renamed_and_left_out(tmp_path: Path) -> None:
+    """The other tasks keep their vectors. The one whose data are elsewhere is made again."""
     store = Store(str(tmp_path))
     tasks = [{"name": name, "data": f"/wrong/{name}"} for name in ("a", "b")]
-    freeze(store, asked(tmp_path, tasks=tasks))
-    records.commit(store, "vectors/a", identity={})
-    mended = asked(tmp_path, tasks=[tasks[0], {"name": "b", "data": "/right"}])
-    check_frozen(store, mended)
-    with pytest.raises(UserError, match=r"tasks\[a\].data: stored '/wrong/a', asked for '/right'"):
-        freeze(store, asked(tmp_path, tasks=[{"name": "a", "data": "/right"}, tasks[1]]))
-    with pytest.raises(UserError, match="tasks: b stored only"):
-        freeze(store, asked(tmp_path, tasks=[tasks[0], {"name": "c", "data": "/right"}]))
-    freeze(store, mended)
-    assert store.exists("vectors/a/record.json")
-    check_frozen(store, mended)
-    identity = mask_identity(mended, mended.tasks)
-    records.commit(store, "masks/shared", identity=identity)
-    with pytest.raises(UserError, match=r"tasks\[b\].data: stored '/right'"):
-        check_frozen(store, asked(tmp_path, tasks=tasks))
+    talos = {"density": 1.0}
+    first = asked(tmp_path, tasks=tasks, talos=talos)
+    record_experiment(store, first, grows=True)
+    records.commit(store, "vectors/a", identity=vector_identity(first, first.tasks[0]))
+
+    def changes(*tasks: object) -> Changes:
+        experiment = asked(tmp_path, tasks=list(tasks), talos=talos)
+        record_experiment(store, experiment, grows=True)
+        assert store.exists("vectors/a/record.json")
+        return changes_of(experiment)
+
+    mended = changes(tasks[0], {"name": "b", "data": "/right"})
+    assert (mended.kept, mended.new, mended.again) == (["a"], ["b"], [])
+    assert mended.question() == ""
+    moved = changes({"name": "a", "data": "/right"}, tasks[1])
+    assert (moved.kept, moved.new, moved.again) == ([], ["b"], ["a"])
+    assert moved.states["a"].differing == ("task.data: stored '/wrong/a', asked for '/right'",)
+    assert "a: task.data: stored '/wrong/a', asked for '/right'" in moved.question()
+    renamed = changes({"name": "c", "data": "/wrong/a"}, tasks[1])
+    assert (renamed.new, renamed.unused, renamed.renamed) == (["c", "b"], ("a",), {"c": "a"})
+    assert "task c has no vector, but a," in renamed.question()
+    left_out = changes(tasks[1])
+    assert (left_out.new, left_out.unused, left_out.question()) == (["b"], ("a",), "")
 
 
 @pytest.mark.parametrize("buffer", [1, 2])

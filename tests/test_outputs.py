@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raytvb.cli.main import main
 from raytvb.errors import UserError, VectorError
-from raytvb.experiment.layout import vector_key
+from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.places import check_new_store, is_store, output_folder
 from raytvb.experiment.sections.model import ModelConfig
 from raytvb.maths.merge_registry import MERGE_METHODS, merge_method
@@ -32,6 +32,7 @@ from raytvb.models.open_clip_models import load_encoder, load_folder
 from raytvb.storage.records import read_file
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
+from raytvb.storage.vectors import VECTOR
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 GREEK, LATIN = "glyphs/greek-blur", "glyphs/latin-fog"
@@ -373,7 +374,7 @@ def test_a_method_of_the_users_that_returns_nan_is_named_with_the_tensor(
 
 def test_a_vector_with_nan_is_named(store: Path) -> None:
     """The store's own vectors are compared with their records; this one has none."""
-    target, key = Store(str(store)), vector_key(GREEK)
+    target, key = Store(str(store)), f"{vector_prefix(GREEK)}/{VECTOR}"
     values = load_file(target.path(key))
     values["visual.proj"][5] = float("nan")
     from raytvb.storage.vectors import VectorFile, vector_bytes
@@ -396,7 +397,7 @@ def test_models_of_other_dtypes_are_checked_as_they_are_stored(
     base = load_file(target.path("base/model.safetensors"))
     state = {name: tensor.to(dtype) for name, tensor in base.items()}
     state["mask"] = torch.full((3, 3), -torch.inf, dtype=dtype)  # as attention masks are
-    vectors = VectorSet.open(target, [vector_key(GREEK)])
+    vectors = VectorSet.open(target, [f"{vector_prefix(GREEK)}/{VECTOR}"])
     weights = torch.tensor([1e8], dtype=torch.float64)
     if dtype == torch.float16:
         with pytest.raises(VectorError, match="merged model would have NaN or infinite values in"):

@@ -77,7 +77,8 @@ def test_a_run_without_one_folder_and_a_run_with_it(
     write_own(data)
     assert main(["run", file]) == 0
     shown = capsys.readouterr()
-    assert "finetune 1/1  own: loss" in shown.err and "mask" not in shown.err
+    assert "finetune 1/1  own: loss" in shown.err and "mask 1/" not in shown.err
+    assert "% of its own entries of lowest sensitivity" in shown.err  # the mask was made without it
     assert "missing" not in shown.out and "left out" not in shown.err
     after = untouched(store, "vectors", "masks", "base")
     assert {key: after[key] for key in made} == made
@@ -203,8 +204,8 @@ def test_a_loss_that_is_not_finite_and_an_experiment_that_mends_it(
     assert main(["finetune", experiment(epochs=1)]) == 0
     after = untouched(store, "vectors")
     assert {key: after[key] for key in made} == made
-    assert main(["basis", experiment(epochs=80)]) == 1  # it is not the experiment any more
-    assert "tasks[own].epochs" in capsys.readouterr().err
+    assert main(["basis", experiment(epochs=80)]) == 3  # its vector is of another length
+    assert "finetune.epochs: stored 1.0, asked for 80.0" in capsys.readouterr().err
     assert main(["basis", experiment(epochs=1)]) == 0
     metrics = store.read_json("basis/svd-m1/record.json")["metrics"]
     assert metrics["tasks"] == [TASKS[0], "own", TASKS[1]] and store.keys("failed") == []

@@ -13,13 +13,14 @@ from vector_files import dense, flat, flip, glued, problems_of, random_mask, val
 from raytvb.bases.builder import BasisBuilder
 from raytvb.errors import PartialRunError, UserError, VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import base_identity, vector_identity
-from raytvb.experiment.layout import BASE, basis_vector_prefix, vector_key, vector_prefix
-from raytvb.experiment.metrics import BaseMetrics
+from raytvb.experiment.identities import base_identity, mask_identity, vector_identity
+from raytvb.experiment.layout import BASE, MASK, basis_vector_prefix, mask_prefix, vector_prefix
+from raytvb.experiment.metrics import BaseMetrics, MaskMetrics
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.experiment.stored import basis_vector_set, load_coefficients, vector_set
+from raytvb.experiment.stored import load_coefficients
+from raytvb.experiment.stored_vectors import StoredVector, basis_vectors_of, vector_set, vectors_of
 from raytvb.finetuning.finetune_task import finetune_task
-from raytvb.finetuning.masks import load_mask, write_mask
+from raytvb.finetuning.masks import load_mask
 from raytvb.finetuning.twins import make_twin
 from raytvb.maths.seeds import task_seed
 from raytvb.maths.trimming import PREPARE
@@ -28,7 +29,8 @@ from raytvb.storage import records
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.masks import Mask
 from raytvb.storage.store import Store
-from raytvb.storage.vectors import VectorFile
+from raytvb.storage.vector_set import VectorSet
+from raytvb.storage.vectors import VECTOR, VectorFile
 from raytvb.suite.task_names import task_names
 
 SHAPES = {"visual.a": (40, 30), "visual.b": (17,), "visual.c": (3, 5, 7), "visual.d": (1,)}
@@ -74,7 +76,14 @@ def commit(
     store, task, mask = Store(asked.store), asked.tasks[index], mask_of(kind, index)
     mask_id = "shared" if kind == "shared" else task.name
     if mask is not None and not store.exists(f"masks/{mask_id}/mask.safetensors"):
-        write_mask(store, asked, mask_id, [task], mask)
+        records.commit(
+            store,
+            mask_prefix(mask_id),
+            identity=mask_identity(asked, [task]),
+            metrics=MaskMetrics(kept=mask.kept, total=len(mask.bits)),
+            files={MASK: mask.to_bytes()},
+            parents={"mask": mask.fingerprint},
+        )
     values = values_of(SHAPES, seed=index) if values is None else values
     records.commit(
         store,
@@ -120,7 +129,16 @@ def filled(folder: Path, kind: str, prepare: str, **basis: Any) -> tuple[Experim
 
 
 def twin(asked: Experiment, index: int) -> str:
-    return f"prepared/{asked.task_names[index]}/vector.safetensors"
+    """Key of the only twin of a task; as it is first called if there is none."""
+    folder = f"prepared/{asked.task_names[index]}"
+    keys = [key for key in Store(asked.store).keys(folder) if key.endswith(".safetensors")]
+    assert len(keys) < 2
+    return keys[0] if keys else f"{folder}/{VECTOR}"
+
+
+def vector_key(task: str) -> str:
+    """Key of a vector that has been made once."""
+    return f"{vector_prefix(task)}/{VECTOR}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,6 +164,10 @@ def test_twins_are_the_method_on_the_kept_entries(tmp_path: Path, kind: str, nam
     assert problems_of(store) == []
 
 
+def matrix(vectors: dict[str, StoredVector]) -> VectorSet:
+    return vector_set(list(vectors.values()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_bases_are_made_of_the_twins(tmp_path: Path, kind: str, name: str) -> None:
@@ -154,9 +176,11 @@ def test_bases_are_made_of_the_twins(tmp_path: Path, kind: str, name: str) -> No
     assert builder.add(asked.task_names).failed == {}
     torch.testing.assert_close(builder.gram(), V.T @ V, rtol=1e-5, atol=1e-4)
     builder.write_bases()
-    mask, raw = mask_of(kind, 0), vector_set(asked.store, asked.task_names)
+    mask, raw = mask_of(kind, 0), matrix(vectors_of(asked, asked.task_names))
     rows = V[mask.bits] if kind == "shared" and mask is not None else V
-    torch.testing.assert_close(basis_vector_set(asked).read_all(0, len(rows)).T.double(), rows)
+    torch.testing.assert_close(
+        matrix(basis_vectors_of(asked, asked.task_names)).read_all(0, len(rows)).T.double(), rows
+    )
     assert not torch.equal(raw.read_all(0, len(rows)).T.double(), rows)
     for basis in ("ae-anchored-m2", "svd-m2", "ae-anchored-m2-online", "svd-m2-online"):
         B, W = load_coefficients(store, basis)
@@ -289,18 +313,24 @@ def test_a_fine_tune_leaves_the_twin(
     assert 0 < made.count_nonzero() < whole.count_nonzero() and torch.equal(
         made[made != 0], whole[made != 0]
     )
-    assert made.count_nonzero() == pytest.approx(0.2 * load_mask(store, task.name).kept, abs=2)
+    assert made.count_nonzero() == pytest.approx(
+        0.2 * load_mask(store, f"masks/{task.name}/{MASK}").kept, abs=2
+    )
     store.delete(f"prepared/{task.name}")
     assert finetune_task(asked, fingerprint, task) == record
     assert torch.equal(dense(store, twin(asked, 0)), made)
 
 
+def run(asked: Experiment, *stages: str) -> None:
+    from raytvb.orchestration.pipeline import Pipeline, planned_changes
+    from raytvb.orchestration.progress import Reporter
+
+    Pipeline(asked, Reporter(quiet=True), planned_changes(asked, stages)).run(stages)
+
+
 @pytest.mark.ray
 def test_stages_prepare_what_is_missing(ray_cluster: None, tmp_path: Path) -> None:
     """Fine-tuning that feeds the basis, and the basis stage by itself."""
-    from raytvb.orchestration.pipeline import Pipeline
-    from raytvb.orchestration.progress import Reporter
-
     asked = experiment_in(tmp_path, "shared", "sparsified")
     store, names = Store(asked.store), asked.task_names
     columns = [reference(asked, "shared", i, commit(asked, "shared", i)) for i in range(4)]
@@ -313,10 +343,10 @@ def test_stages_prepare_what_is_missing(ray_cluster: None, tmp_path: Path) -> No
     )
     flip(store, vector_key(names[2]), -3)
     with pytest.raises(PartialRunError, match=f"{names[2]}: .*its contents have changed"):
-        Pipeline(asked, Reporter(quiet=True)).run(["finetune", "basis"])
+        run(asked, "finetune", "basis")
     assert GramState.read(store).tasks == [names[i] for i in (0, 1, 3)]
     commit(asked, "shared", 2)
-    Pipeline(asked, Reporter(quiet=True)).run(["basis"])
+    run(asked, "basis")
     assert all(torch.equal(dense(store, twin(asked, i)), columns[i]) for i in range(4))
     mask = mask_of("shared", 0)
     assert mask is not None

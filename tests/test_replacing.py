@@ -22,9 +22,10 @@ from raytvb.data.preprocess import Preprocess
 from raytvb.data.split_cache import cached_split
 from raytvb.errors import VectorError
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import VECTOR, vector_prefix
+from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.sections.tasks import TaskConfig
+from raytvb.experiment.stored_vectors import find_basis_vector
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.training_loop import Checkpoint
@@ -33,7 +34,7 @@ from raytvb.storage import records
 from raytvb.storage.records import RECORD
 from raytvb.storage.replacing import commit_over, delete_thing, new_tag, tagged
 from raytvb.storage.store import Store
-from raytvb.storage.vectors import VectorFile, vector_bytes
+from raytvb.storage.vectors import VECTOR, vector_bytes
 
 ARCHIVE = Path(__file__).parent / "stores" / "format-1.tar.xz"
 
@@ -204,16 +205,16 @@ def own(tmp_path: Path) -> Experiment:
 def train_again(experiment: Experiment, factor: float) -> TaskStore:
     """Store the first task's vector times a factor, as if it had been trained again."""
     task_store = TaskStore(experiment, experiment.tasks[0])
-    store, key = task_store.store, task_store.vector_key
-    record, info = task_store.record(), VectorFile(store, key).info
-    assert record is not None
-    values = {name: factor * tensor for name, tensor in load_file(store.path(key)).items()}
-    records.commit(
+    store, vector = task_store.store, task_store.vector()
+    assert vector is not None and task_store.record() == vector.record
+    values = {name: factor * tensor for name, tensor in load_file(store.path(vector.key)).items()}
+    data = vector_bytes(values, vector.open().info)
+    commit_over(
         store,
         task_store.prefix,
-        identity=record.identity,
-        files={VECTOR: vector_bytes(values, info)},
-        parents=record.parents,
+        identity=vector.record.identity,
+        files={tagged(VECTOR, new_tag(store, task_store.prefix, data)): data},
+        parents=vector.record.parents,
     )
     return task_store
 
@@ -223,6 +224,9 @@ def test_a_twin_is_made_again_whatever_step_its_writer_died_at(
 ) -> None:
     task_store = train_again(own, -2.0)
     store, died = task_store.store, 0
+    name, prefix = task_store.task.name, task_store.basis_vector_prefix
+    before = records.find(store, prefix)
+    assert before is not None
     for left in range(10):
         deaths.left = left
         try:
@@ -232,15 +236,20 @@ def test_a_twin_is_made_again_whatever_step_its_writer_died_at(
             died += 1
         finally:
             deaths.left = None
-        assert store.exists(task_store.basis_vector_key)
-        assert task_store.basis_vector() is None  # nothing takes the old twin for the new one
-    assert died == 2
-    assert task_store.basis_vector() is not None
-    twin, vector = (
-        VectorFile(store, key) for key in (task_store.basis_vector_key, task_store.vector_key)
-    )
-    expected = torch.cat([v.reshape(-1) for v in twin_values(vector, "trimmed", 0).values()])
-    assert torch.equal(twin.values(0, twin.stored), expected)
+        record, found = records.find(store, prefix), find_basis_vector(own, name)
+        assert record is not None and set(record.files) <= set(names_in(store, prefix))
+        # Nothing takes the old twin for the new one, and bases on the old one are still whole.
+        assert (record == before) == (found is None)
+    assert died == 3  # at the new file, the record, and the old file
+    twin, vector = find_basis_vector(own, name), task_store.vector()
+    assert twin is not None and vector is not None
+    expected = torch.cat([v.reshape(-1) for v in twin_values(vector.open(), "trimmed", 0).values()])
+    file = twin.open()
+    assert torch.equal(file.values(0, file.stored), expected)
+
+
+def names_in(store: Store, prefix: str) -> list[str]:
+    return [key.removeprefix(f"{prefix}/") for key in store.keys(prefix)]
 
 
 def test_a_twin_that_would_not_be_finite_is_refused_by_name(own: Experiment) -> None:

@@ -17,11 +17,12 @@ from raytvb.evaluation.rows import (
     SCHEMA,
     PairRow,
     Row,
-    evaluation_names,
     has_rows,
     prefix,
     read_pair_rows,
     read_rows,
+    rows_file,
+    stored_rows,
     write_pair_rows,
     write_rows,
 )
@@ -42,7 +43,19 @@ ROWS = [
 
 
 def file_of(name: str) -> str:
+    """Key of rows that have been written once."""
     return f"{prefix(name)}/{ROWS_FILE}"
+
+
+def present_file(store: Store, name: str) -> str:
+    """Key of the rows that the record lists, which are the only file beside it."""
+    record = records.read_record(store, f"{prefix(name)}/{records.RECORD}")
+    (file,) = record.files
+    assert record.files[file] == rows_file(record, name)
+    assert sorted(store.keys(prefix(name))) == sorted(
+        f"{prefix(name)}/{each}" for each in (file, records.RECORD)
+    )
+    return f"{prefix(name)}/{file}"
 
 
 def test_a_row_has_the_counts_and_what_they_are_of() -> None:
@@ -125,10 +138,12 @@ def test_rows_of_the_first_format_are_read_in_a_store_of_that_format_only(store:
     assert has_rows(store, "old", IDENTITY) and read_rows(store, "old") == ROWS
     assert not has_rows(store, "old", {})
     first_format_file(store, None)
-    assert has_rows(store, "old") and not has_rows(store, "old", {})
+    # Rows that do not say what was measured do not count, but can be read.
+    assert not has_rows(store, "old") and not has_rows(store, "old", {})
+    assert read_rows(store, "old") == ROWS
     write_rows(store, "old", ROWS[:1], {})
     assert read_rows(store, "old") == ROWS[:1] and not store.exists("evals/old.parquet")
-    assert evaluation_names(store) == {"old"}
+    assert list(records.find_all(store, "evals")) == ["evals/old"]
 
 
 def test_columns_have_their_types_also_without_rows(store: Store) -> None:
@@ -136,7 +151,22 @@ def test_columns_have_their_types_also_without_rows(store: Store) -> None:
     assert read_rows(store, "none") == [] and has_rows(store, "none", IDENTITY)
     for name, rows in (("none", ROWS[:0]), ("some", ROWS)):
         write_rows(store, name, rows, IDENTITY)
-        assert pq.read_schema(io.BytesIO(store.read(file_of(name)))) == SCHEMA
+        assert pq.read_schema(io.BytesIO(store.read(present_file(store, name)))) == SCHEMA
+
+
+def test_rows_that_are_written_again_never_have_the_name_of_the_old_ones(store: Store) -> None:
+    """So a reader has the old rows or the new ones, wherever the writer died."""
+    write_rows(store, "a", ROWS, IDENTITY, {"vectors": "1"})
+    first = present_file(store, "a")
+    assert first == file_of("a")
+    write_rows(store, "a", ROWS[:1], IDENTITY, {"vectors": "2"})
+    second = present_file(store, "a")
+    assert second != first and read_rows(store, "a") == ROWS[:1]
+    stored = stored_rows(store, "a")
+    assert stored is not None and stored.record is not None
+    assert (stored.identity, stored.record.parents) == (IDENTITY, {"vectors": "2"})
+    write_rows(store, "a", ROWS, IDENTITY)
+    assert present_file(store, "a") != second and read_rows(store, "a") == ROWS
 
 
 def test_rows_of_pairs_of_tasks(store: Store) -> None:

@@ -27,24 +27,38 @@ from raytvb.data.split_cache import cached_split, split_prefix
 from raytvb.errors import UserError, VectorError
 from raytvb.evaluation.rows import Row, has_rows, read_pair_rows, read_rows, write_rows
 from raytvb.experiment.basis_specs import basis_specs
+from raytvb.experiment.changes import changes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.freezing import check_frozen, freeze, stored_experiment
 from raytvb.experiment.inventory import verify_store
-from raytvb.experiment.layout import checkpoint_prefix
+from raytvb.experiment.layout import EXPERIMENTS, checkpoint_prefix
 from raytvb.experiment.metrics import BasisMetrics, OnlineMetrics, VectorMetrics
 from raytvb.experiment.parsing import load_experiment, parse_experiment
 from raytvb.experiment.places import is_store
-from raytvb.experiment.stored import load_coefficients
+from raytvb.experiment.present_experiments import (
+    check_model,
+    present_experiments,
+    record_experiment,
+    store_metrics,
+    stored_experiment,
+)
+from raytvb.experiment.present_versions import present_versions
+from raytvb.experiment.shared_masks import find_shared_mask
+from raytvb.experiment.stored import existing_basis
+from raytvb.experiment.stored_vectors import find_basis_vector, vector_set, vectors_of
 from raytvb.experiment.task_store import TaskStore
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.training_loop import Checkpoint
 from raytvb.maths.counts import Count
+from raytvb.merging.addends import Tasks
+from raytvb.merging.mixtures import mixture
 from raytvb.models.heads import load_head
 from raytvb.models.open_clip_models import CONFIG_FILE, Encoder, load_encoder
 from raytvb.models.pretrained_model import load_base, store_base
 from raytvb.report.summary_contracts import read_summary
 from raytvb.report.timings import read_timings
+from raytvb.search.candidates import FULL, basis_candidates
 from raytvb.search.results import Choice, parse_outcome, parse_round
+from raytvb.search.rounds import find_choice, find_result, known_rounds
 from raytvb.storage import records
 from raytvb.storage.damage import DamagedError
 from raytvb.storage.gram_rows import Arrival, RowsInfo
@@ -97,7 +111,8 @@ def experiment_of(store: Store) -> Experiment:
     """The experiment of one of the stores."""
     folder = Path(store.url)
     if folder.name == "made":
-        return parse_experiment({"store": store.url, "tasks": list(task_names()[:2])})
+        tasks = list(task_names()[:2])
+        return parse_experiment({"name": "made", "store": store.url, "tasks": tasks})
     return load_experiment(folder.parent / f"{folder.name}.yaml", {"store": store.url})
 
 
@@ -106,7 +121,7 @@ def make(folder: Path) -> None:
     store = Store(str(folder / "made"))
     experiment = experiment_of(store)
     store_base(experiment)
-    freeze(store, experiment)
+    record_experiment(store, experiment, grows=True)
     task_store = TaskStore(experiment, experiment.tasks[0])
     load_head(task_store, load_encoder(experiment.model))
     tensors = {"values": torch.zeros(4), "rng": torch.get_rng_state(), "step": torch.tensor(1.0)}
@@ -154,7 +169,9 @@ def read_basis(store: Store, key: str) -> None:
 
 
 def read_table(store: Store, key: str) -> None:
-    load_coefficients(store, prefix_of(key).removeprefix("basis/"))
+    basis = existing_basis(store, prefix_of(key).removeprefix("basis/"))
+    basis.coefficients()
+    basis.ratios()
 
 
 def read_gram(store: Store, key: str) -> None:
@@ -184,7 +201,21 @@ def read_task(store: Store, key: str) -> None:
     for task in experiment.tasks:
         task_store = TaskStore(experiment, task)
         task_store.record()
-        task_store.basis_vector()
+        find_basis_vector(experiment, task.name)
+        task_store.checkpoint()
+    vector_set(list(vectors_of(experiment, experiment.task_names).values()))
+
+
+def read_changes(store: Store, key: str) -> None:
+    """What a run looks at first."""
+    experiment = experiment_of(store)
+    list(changes_of(experiment).lines())
+    present_versions(experiment)
+
+
+def read_shared_mask(store: Store, key: str) -> None:
+    mask = find_shared_mask(store, experiment_of(store))
+    assert mask is None or (mask.fingerprint and mask.scored is not None)
 
 
 def read_online(store: Store, key: str) -> None:
@@ -199,7 +230,25 @@ def read_online(store: Store, key: str) -> None:
 def read_experiment(store: Store, key: str) -> None:
     is_store(store)
     stored_experiment(store)
-    check_frozen(store, experiment_of(store))
+    present_experiments(store)
+    store_metrics(store)
+    check_model(store, experiment_of(store))
+
+
+def read_results(store: Store, key: str) -> None:
+    """The results that count for the present vectors and bases."""
+    experiment = experiment_of(store)
+    present = present_versions(experiment)
+    candidates = [FULL, *basis_candidates(experiment)]
+    find_choice(store, experiment, candidates, present)
+    for candidate in candidates:
+        known_rounds(store, experiment, candidate, present)
+        find_result(store, experiment, candidate, present)
+
+
+def read_mixture(store: Store, key: str) -> None:
+    for source in ("full", "svd-m2"):
+        mixture(store, source, Tasks({FIRST: 1.0}))
 
 
 def read_search(store: Store, key: str) -> None:
@@ -267,15 +316,23 @@ CASES = [
     Case("shared", f"vectors/{FIRST}/vector.safetensors", read_vector),
     Case("shared", f"vectors/{FIRST}/record.json", read_task),
     Case("shared", f"vectors/{FIRST}/record.json", read_vector),
+    Case("shared", f"vectors/{FIRST}/record.json", read_changes),
+    Case("shared", f"vectors/{FIRST}/record.json", read_mixture),
     Case("own", f"prepared/{FIRST}/vector.safetensors", read_vector),
     Case("own", f"prepared/{FIRST}/record.json", read_task),
+    Case("own", f"prepared/{FIRST}/record.json", read_changes),
     Case("shared", "masks/shared/mask.safetensors", read_vector_of_mask),
     Case("shared", "masks/shared/record.json", read_vector_of_mask),
+    Case("shared", "masks/shared/record.json", read_shared_mask),
+    Case("shared", "masks/shared/record.json", read_changes),
     Case("own", f"masks/{FIRST}/mask.safetensors", read_mask),
     Case("shared", "basis/svd-m2/basis.safetensors.index.json", read_basis),
     Case("shared", f"basis/svd-m2/{PIECE}", read_basis),
     Case("shared", "basis/svd-m2/record.json", read_basis),
     Case("shared", "basis/svd-m2/record.json", read_record),
+    Case("shared", "basis/svd-m2/record.json", read_table),
+    Case("shared", "basis/svd-m2/record.json", read_changes),
+    Case("shared", "basis/svd-m2/record.json", read_mixture),
     Case("shared", "basis/svd-m2/coefficients.safetensors", read_table),
     Case("shared", "gram/000004-9cdafb03.safetensors", read_gram),
     Case("shared", "gram/record.json", read_gram),
@@ -285,9 +342,16 @@ CASES = [
     Case("shared", "online/svd-m2-online/after-000004.safetensors", read_online),
     Case("shared", "experiment.yaml", read_experiment),
     Case("made", "record.json", read_experiment),
+    Case("made", "record.json", read_changes),
+    Case("made", f"{EXPERIMENTS}/made/record.json", read_experiment),
+    Case("made", f"{checkpoint_prefix(task_names()[0])}/record.json", read_task),
     Case("shared", "search/record.json", read_search),
     Case("shared", "search/svd-m2/record.json", read_search),
     Case("shared", "search/svd-m2/round-1/record.json", read_search),
+    Case("shared", "search/record.json", read_results),
+    Case("shared", "search/svd-m2/record.json", read_results),
+    Case("shared", "search/svd-m2/record.json", read_mixture),
+    Case("shared", "search/svd-m2/round-1/record.json", read_results),
     Case("shared", "report/summary.json", lambda store, key: read_summary(store)),
     Case("shared", "report/timings.json", lambda store, key: read_timings(store)),
     Case("shared", "evals/full.parquet", read_rows_of("full")),

@@ -1,10 +1,11 @@
 """The command line. `raytvb = raytvb.cli.main:main` is its entry point.
 
 Each file holds one group of commands: `run` (an experiment and its stages), `quickstart` (the
-embedded suite), `merge`, `store_commands` (a look into a store), `methods` and `bench`. `options`
-has the options that several commands share, and `printing` has the tables that they print. A
-command imports what it needs when it is called, because torch alone takes seconds to import. So
-`--help`, or the error for a mistake in an experiment file, appears at once.
+embedded suite), `merge`, `store_commands` (a look into a store), `cleaning` (what a store no longer
+needs), `methods` and `bench`. `options` has the options that several commands share, and `printing`
+has the tables that they print. A command imports what it needs when it is called, because torch
+alone takes seconds to import. So `--help`, or the error for a mistake in an experiment file,
+appears at once.
 
 An error prints one message on standard error, and the exit code is 1 (2 for wrong options, 3 if
 some tasks failed and everything else is done).
@@ -19,6 +20,7 @@ import sys
 import click
 
 from raytvb.cli.bench import bench
+from raytvb.cli.cleaning import gc, rm
 from raytvb.cli.merge import merge
 from raytvb.cli.methods import list_methods
 from raytvb.cli.options import refuse_blanks
@@ -54,6 +56,7 @@ def cli(debug: bool) -> None:
     raytvb run experiment.yaml    run all stages; after a stop, run it again to go on
     raytvb submit experiment.yaml --address http://127.0.0.1:8265
     raytvb merge STORE --add glyphs/greek-blur --negate glyphs/latin-fog --out merged/
+    raytvb gc STORE               remove what no experiment of a store uses any more
     """
 
 
@@ -67,6 +70,8 @@ for _command in (
     spectrum,
     list_store,
     verify,
+    rm,
+    gc,
     submit,
     bench,
     list_tasks,

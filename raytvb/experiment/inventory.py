@@ -3,12 +3,17 @@
 A store is filled step by step, so a thing that is not there may just not have been made. But a
 basis shows that its task vectors were there, and a report that the evaluations were. This module
 draws such conclusions from the records, and names what is missing.
+
+A store grows, so not everything in it belongs to one experiment. A vector may lie in another store,
+a shared mask may have taken the place of another one, and a vector may be about to be replaced.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping
 
+from raytvb.experiment.identities import vector_settings
 from raytvb.experiment.layout import (
     BASE,
     OVERLAP,
@@ -31,6 +36,8 @@ from raytvb.storage.verify import (
     unclaimed,
     verify_records,
 )
+
+_SHARED = re.compile(r"masks/shared(-[0-9]+)?")
 
 ONLINE = "-online"
 """How the name of an online basis ends."""
@@ -69,10 +76,28 @@ def outlived(found: Records) -> list[Problem]:
     for prefix, record in found.items():
         vector, _, last = prefix.rpartition("/")
         if last == "checkpoint" and vector in found:
+            if _is_of_next(record, found[vector]):
+                continue
             for name in (RECORD, *record.files):
                 reason = f"the fine-tune of {vector} has ended"
                 problems.append(Problem(file_key(prefix, name), ORPHANED, reason))
     return problems
+
+
+def _is_of_next(checkpoint: Record, vector: Record) -> bool:
+    """Whether a checkpoint is not of the fine-tune that made the vector, but of one that replaces
+    it.
+    """
+    identity = dict(checkpoint.identity)
+    mask = identity.pop("mask", None)
+    if mask is not None and mask != vector.parents.get("mask"):
+        return True
+    return vector_settings(identity) != vector_settings(vector.identity)
+
+
+def _is_elsewhere(parent: str) -> bool:
+    """Whether a parent is named by its place in another store."""
+    return "://" in parent or parent.startswith("/")
 
 
 def _expected(found: Records) -> Iterator[tuple[str, str]]:
@@ -81,28 +106,37 @@ def _expected(found: Records) -> Iterator[tuple[str, str]]:
         yield BASE, "the pretrained model is a part of every store"
         if BASE in found and found[BASE].format > 1:
             yield "", "the store's own record says which experiment it belongs to"
+    borrows = "" in found and found[""].metrics.get("vectors") is not None
     for prefix, record in found.items():
         folder, _, name = prefix.partition("/")
         if folder in ("basis", REPORT):
             for parent in record.parents:
-                yield parent, f"{prefix} was made of it"
+                if not _is_elsewhere(parent):
+                    yield parent, f"{prefix} was made of it"
         if folder == "vectors" and not name.endswith("/checkpoint"):
             yield from _of_vector(prefix, name, record, found)
-        if folder == "prepared":
+        if folder == "prepared" and not borrows:
             yield f"vectors/{name}", f"{prefix} was made of it"
         if folder == "basis":
             yield GRAM, f"{prefix} was made of the Gram matrix"
             if name.endswith(ONLINE):
                 yield online_prefix(name), f"{prefix} was written from its state"
-        if prefix == GRAM:
+        if prefix == GRAM and not borrows:
             for task in record.parents:
                 yield f"vectors/{task}", "the Gram matrix has its inner products"
-    if GRAM in found and sum(prefix.startswith("masks/") for prefix in found) > 1:
+    if GRAM in found and _have_own_masks(found):
         yield OVERLAP, "the tasks have masks of their own"
     if SEARCH in found:
         yield from _of_search(found)
     if REPORT in found:
         yield SEARCH, "the report shows its choice"
+
+
+def _have_own_masks(found: Records) -> bool:
+    """Whether tasks of the experiment that ran last have masks of their own, and not just one."""
+    own = [p for p in found if p.startswith("masks/") and not _SHARED.fullmatch(p)]
+    talos = found[""].identity.get("talos") if "" in found else None
+    return len(own) > 1 and not (isinstance(talos, dict) and talos.get("mask") == "shared")
 
 
 def _of_vector(prefix: str, task: str, record: Record, found: Records) -> Iterator[tuple[str, str]]:

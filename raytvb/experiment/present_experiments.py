@@ -25,6 +25,7 @@ from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.damage import DamagedError
 from raytvb.storage.replacing import delete_thing
+from raytvb.storage.sealed_json import not_finite
 from raytvb.storage.store import Store
 
 MADE_WITH_BASE = (BASE, "heads", "splits", "failed", EXPERIMENTS, TIMINGS)
@@ -126,12 +127,15 @@ def stored_experiment(store: Store) -> JsonObject | None:
 def _first_format_identity(store: Store, data: bytes) -> JsonObject:
     """The experiment in the file of a store without a record."""
     try:
-        return TypeAdapter(JsonObject).validate_python(parse_yaml(data))
+        identity = TypeAdapter(JsonObject).validate_python(parse_yaml(data))
     except (YamlTextError, ValidationError):
+        identity = None
+    if identity is None or not_finite(identity):
         raise DamagedError(
             f"{store.where(EXPERIMENT)} is damaged: it is not an experiment",
             "delete this file and run again with the experiment file that the store was made with",
-        ) from None
+        )
+    return identity
 
 
 def _other_model(store: Store, experiment: Experiment) -> list[str]:

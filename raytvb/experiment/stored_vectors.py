@@ -118,14 +118,18 @@ def vectors_of(experiment: Experiment, tasks: Iterable[str]) -> dict[str, Stored
 def basis_vectors_of(experiment: Experiment, tasks: Iterable[str]) -> dict[str, StoredVector]:
     """The vectors that bases are made of, by task: the task vectors, or their prepared twins.
 
-    A twin of another version of its vector counts as not committed.
+    They are in the order of `tasks`. A twin of another version of its vector counts as not committed.
     """
     vectors = vectors_of(experiment, tasks)
     if experiment.basis.prepare == "none":
         return vectors
     prefixes = {basis_vector_prefix(experiment, task): task for task in vectors}
     twins = _of_store(Store(experiment.store), prefixes, "prepared")
-    return {task: twin for task, twin in twins.items() if is_twin_of(twin, vectors[task])}
+    found = {}
+    for task, vector in vectors.items():
+        if task in twins and is_twin_of(twins[task], vector):
+            found[task] = twins[task]
+    return found
 
 
 def find_basis_vector(experiment: Experiment, task: str) -> StoredVector | None:

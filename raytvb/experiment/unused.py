@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import basis_specs, sizes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.layout import BASES, EVALS, FAILED, ONLINE, OVERLAP, REPORT, SEARCH
+from raytvb.experiment.layout import (
+    BASES,
+    EVALS,
+    FAILED,
+    ONLINE,
+    OVERLAP,
+    REPORT,
+    SEARCH,
+    mask_prefix,
+)
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.present_experiments import (
     present_experiments,
@@ -35,8 +44,7 @@ Records = Mapping[str, Record]
 """The records of a store, by the folders of the things."""
 
 ORDER = (REPORT, SEARCH, EVALS, BASES, ONLINE, "prepared", OVERLAP, "vectors", "masks", "heads")
-"""What is made of other things comes before these. So a deletion that is stopped leaves no thing
-whose parts are gone."""
+"""The order of deletion. What is made of other things comes before these."""
 
 ALONE = (REPORT, SEARCH)
 """Things whose folder has other things, too: only the files in their records belong to them."""
@@ -82,8 +90,7 @@ class Unused:
     @property
     def tasks(self) -> list[str]:
         """The tasks whose vectors are among the things."""
-        names = [thing.prefix.partition("/") for thing in self.things]
-        return [task for folder, _, task in names if folder == "vectors" and not _is_part(task)]
+        return sorted(_vector_tasks(thing.prefix for thing in self.things))
 
     def has(self, prefix: str) -> bool:
         """Whether a thing, or the thing that it is a part of, is among them."""
@@ -196,12 +203,15 @@ def _dashed(task: str) -> str:
 # What is unused -----------------------------------------------------------------------------------
 
 
-def find_unused(store: Store) -> Unused:
+def find_unused(store: Store, folders: Iterable[str] = ("",)) -> Unused:
     """Everything that no present experiment uses.
 
-    Raises UserError if the store has no experiment, and DamagedError for a damaged record.
+    folders: look only at the things in these, and at what they are made of in them. Raises
+    UserError if the store has no experiment, and DamagedError for a damaged record.
     """
-    found = records.find_all(store)
+    found: dict[str, Record] = {}
+    for folder in folders:
+        found |= records.find_all(store, folder)
     needs = needs_of(store, _vector_tasks(found))
     reasons: dict[str, str] = {}
     for prefix in found:
@@ -238,14 +248,10 @@ def known_tasks(store: Store) -> list[str]:
     return sorted(names)
 
 
-def _vector_tasks(found: Records) -> set[str]:
-    names = [prefix.partition("/") for prefix in found]
-    return {task for folder, _, task in names if folder == "vectors" and not _is_part(task)}
-
-
-def _is_part(name: str) -> bool:
-    """Whether what lies below `vectors/` is the checkpoint of a task."""
-    return name.endswith("/checkpoint")
+def _vector_tasks(prefixes: Iterable[str]) -> set[str]:
+    """The tasks whose vectors are among some folders; a checkpoint is none."""
+    vectors = [prefix for prefix in prefixes if prefix.startswith("vectors/")]
+    return {p.removeprefix("vectors/") for p in vectors if not p.endswith("/checkpoint")}
 
 
 def _tasks_of(prefix: str) -> list[str]:
@@ -357,10 +363,10 @@ def _add_masks(reasons: dict[str, str], found: Records, store: Store, needs: Nee
         elif folder == BASES:
             used.add(StoredBasis(store, prefix, record.files).layout.mask or "")
     is_shared = needs.unclear or any(e.shares_mask for e in needs.experiments.values())
-    newest = f"masks/{shared_mask_ids(store)[-1]}" if is_shared and shared_mask_ids(store) else None
+    newest = [mask_prefix(mask_id) for mask_id in shared_mask_ids(store)[-1:] if is_shared]
     for prefix, record in found.items():
         if prefix.startswith("masks/"):
-            if record.parents.get("mask") in used or prefix == newest:
+            if record.parents.get("mask") in used or prefix in newest:
                 reasons.pop(prefix, None)
             elif _is_shared(prefix):
                 reasons[prefix] = "no vector was trained on this mask"

@@ -187,10 +187,8 @@ def merge(
     source = basis or chosen or FULL.name
     if isinstance(addends, Tasks):
         addends = _with_lengths(addends, coefficient)
-    base = _base(store)
-    state = load_base(store.url, base.parent("fingerprint", store.where(BASE))).model.state_dict()
-    mixed, merged = _of_one_version(store, source, addends, coefficient, state)
-    write_folder(store, base, merged, out)
+    mixed, merged = _of_one_version(store, source, addends, coefficient)
+    write_folder(store, _base(store), merged, out)
     alpha = mixed.setting.coefficient if coefficient is None else coefficient
     covers, searched = mixed.covers, choice is not None
     return Merged(mixed.source, alpha, mixed.setting.own_lengths, searched, covers)
@@ -201,9 +199,8 @@ def _of_one_version(
     source: str,
     addends: Addends,
     coefficient: float | None,
-    state: Mapping[str, Tensor],
 ) -> tuple[Mixture, dict[str, Tensor]]:
-    """The mixture, and the state dict with it added.
+    """The mixture, and the pretrained state dict with it added.
 
     All is read as one record of the source says. If a run replaces the source meanwhile, its old
     files are deleted, and the new version is read from the beginning.
@@ -213,11 +210,17 @@ def _of_one_version(
         try:
             mixed = mixture(store, source, addends, coefficient)
             alpha = mixed.setting.coefficient if coefficient is None else coefficient
-            return mixed, _apply(state, mixed, addends, alpha)
+            return mixed, _apply(_pretrained_state(store), mixed, addends, alpha)
         except (DamagedError, StoreKeyError):
             if attempt == ATTEMPTS - 1 or _version(store, source) == before:
                 raise
     raise AssertionError("unreachable")
+
+
+def _pretrained_state(store: Store) -> Mapping[str, Tensor]:
+    """The state dict of the pretrained model, which is loaded once in a process."""
+    fingerprint = _base(store).parent("fingerprint", store.where(BASE))
+    return load_base(store.url, fingerprint).model.state_dict()
 
 
 def _version(store: Store, source: str) -> object:

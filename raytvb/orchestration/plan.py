@@ -58,7 +58,7 @@ def _missing_lines(experiment: Experiment, store: Store) -> list[str]:
 
 def _changes_lines(changes: Changes) -> list[str]:
     """What a run would keep, make, and make again, and what it would ask."""
-    if not changes.kept and not changes.again:
+    if not (changes.kept or changes.again or changes.unused):
         return []  # all is new
     lines = [f"run       {line}" for line in changes.lines()]
     question = changes.question()

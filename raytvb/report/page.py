@@ -5,6 +5,7 @@ Read the files of this folder in this order:
     summary.py            builds the summary from a finished store; finished_search.py,
                           addition_entries.py, accuracies.py, operation_entries.py and arrivals.py
                           build its parts
+    history.py            reads how the store grew
     numbers.py            computes means and counts of a summary, for everything that shows it
     text.py               the lines that a command prints
     plots.py              the plots, as SVG; plot_style.py and the *_plot(s).py draw them
@@ -24,6 +25,7 @@ from raytvb.experiment.layout import EVALS, PAGE, REPORT, SUMMARY
 from raytvb.maths.counts import mean
 from raytvb.report import numbers
 from raytvb.report.formatting import format_bytes, percent
+from raytvb.report.history import History, read_history
 from raytvb.report.plot_style import short
 from raytvb.report.plots import draw_plots
 from raytvb.report.summary import summarise
@@ -34,6 +36,11 @@ from raytvb.storage.gram_rows import Arrival
 from raytvb.storage.gram_state import GramState
 from raytvb.storage.sealed_json import json_bytes
 from raytvb.storage.store import Store
+
+LAST_ARRIVALS = 50
+"""The page shows this many of the vectors that were made, the last ones."""
+
+_NO_ARRIVALS = History()
 
 _OBJECTIVES = {
     "subsets": "the mean accuracy of additions, where each number of tasks added weighs the same",
@@ -49,7 +56,7 @@ def write_report(store: Store, experiment: Experiment) -> Summary:
     """
     summary = summarise(store, experiment)
     history = GramState.read(store).history
-    page = render(summary, experiment.name, history).encode()
+    page = render(summary, experiment.name, history, read_history(store)).encode()
     files = {PAGE: page, SUMMARY: json_bytes(summary.to_json())}
     records.commit(store, REPORT, identity={}, files=files, parents=_parents(store))
     return summary
@@ -63,12 +70,18 @@ def _parents(store: Store) -> dict[str, str]:
     return parents
 
 
-def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
+def render(
+    summary: Summary,
+    name: str,
+    history: Sequence[Arrival],
+    arrivals: History = _NO_ARRIVALS,
+) -> str:
     """The HTML page of a summary. Plots are inline, and the page loads no other file.
 
     Args:
         name: name of the experiment.
         history: least errors after each vector that arrived.
+        arrivals: when vectors were made, and what online bases lost then.
     """
     negation_figures = {}
     for subject, negations in numbers.negations(summary).items():
@@ -84,6 +97,8 @@ def render(summary: Summary, name: str, history: Sequence[Arrival]) -> str:
         objective=_OBJECTIVES[summary.search.objective_of],
         on_test=_objectives_on_test(summary),
         negation_figures=negation_figures,
+        arrivals=arrivals,
+        last_arrivals=LAST_ARRIVALS,
         embedded=all(task.startswith("glyphs/") for task in summary.tasks),
         **_tables_of_additions(summary),
     )
