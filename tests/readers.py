@@ -82,14 +82,14 @@ class Readers:
                 return lambda: self._values(key)
             case "gram" if name != "owner.json":
                 return lambda: GramState.read(store)
-            case "basis" if name == "coefficients.safetensors":
+            case "basis" if name.startswith("coefficients"):
                 return lambda: load_coefficients(store, rest)
             case "basis":
                 return lambda: list(StoredBasis(store, prefix).blocks())
             case "online" if "/" in rest:
                 return lambda: list(StoredBasis(store, prefix).blocks())
             case "online":
-                return lambda: self._tables(prefix, int(name[-18:-12]))
+                return lambda: self._tables(prefix, int(name.split(".")[0].split("-")[1]))
             case "evals" if rest == "disentanglement":
                 return lambda: read_pair_rows(store, rest)
             case "evals":

@@ -90,10 +90,11 @@ def test_a_checkpoint_does_not_depend_on_where_a_setting_is_given(tmp_path: Path
     tasks = [*task_names()[:1], {"name": task_names()[1], "lr": 0.25, "seed": 4}]
     CheckpointFolder(task_store(tmp_path, tasks=tasks)).save(checkpoint(3))
     mixed = [*task_names()[:1], {"name": task_names()[1], "seed": 4}]
-    for fields in (
+    same_settings: list[dict[str, Any]] = [
         {"finetune": {"lr": 0.25}, "seed": 4},
         {"finetune": {"lr": 0.25}, "seed": 9, "tasks": mixed},
-    ):
+    ]
+    for fields in same_settings:
         assert same(CheckpointFolder(task_store(tmp_path, **fields)).load(), checkpoint(3))
 
 

@@ -3,6 +3,7 @@ once.
 """
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.parsing import parse_experiment
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.search.candidates import FULL, ZERO_SHOT, Candidate, basis_candidates
 from raytvb.search.choice import commit_decision, decide, halving_state, is_measured
-from raytvb.search.identities import search_identity
+from raytvb.search.identities import search_identity, search_parents
 from raytvb.search.results import (
     Choice,
     Invalid,
@@ -48,6 +50,14 @@ def asked(store: Store, **search: Any) -> Experiment:
     )
 
 
+def present_of(store: Store) -> PresentVersions:
+    """Versions that stand for those of the vectors, bases and images."""
+    vectors = {task: f"vector of {task}" for task in TASKS}
+    bases = {candidate.basis: candidate.name for candidate in basis_candidates(asked(store))}
+    images = {task: "images" for task in TASKS}
+    return PresentVersions(vectors, vectors, bases, images, dated=False)
+
+
 def measured(single: float, every: float, share: float = 1.0) -> Measured:
     """A round in which additions of one and of all four tasks have these accuracies."""
     row = Tried(
@@ -76,8 +86,9 @@ def put_rounds(
 ) -> None:
     for number, result in enumerate(rounds, 1):
         identity = search_identity(experiment, candidate)
+        parents = search_parents(present_of(store), candidate)
         prefix = round_prefix(candidate, number)
-        records.commit(store, prefix, identity=identity, metrics=result)
+        records.commit(store, prefix, identity=identity, parents=parents, metrics=result)
 
 
 @pytest.fixture
@@ -117,7 +128,8 @@ SIZES = {
 def test_outcomes_and_the_choice_follow_from_the_rounds(
     store: Store, candidates: list[Candidate]
 ) -> None:
-    decision = decide(store, asked(store), candidates, SIZES)
+    present = present_of(store)
+    decision = decide(store, asked(store), candidates, SIZES, present)
     choice, outcomes = decision.choice, decision.outcomes
     assert (choice.name, choice.reason, choice.best) == ("ae-m2", None, "ae-m2")
     assert choice.front == ("ae-m2", "full") and choice.stopped == ("svd-m2",)
@@ -138,25 +150,35 @@ def test_outcomes_and_the_choice_follow_from_the_rounds(
 
 
 def test_a_decision_is_written_once(store: Store, candidates: list[Candidate]) -> None:
+    present = present_of(store)
     experiment = asked(store)
-    assert is_measured(store, experiment, candidates)
-    assert find_choice(store, experiment, candidates) is None
-    assert find_result(store, experiment, FULL) is None
-    decision = decide(store, experiment, candidates, SIZES)
-    assert commit_decision(store, experiment, candidates, decision)
-    assert find_choice(store, experiment, candidates) == decision.choice
+    assert is_measured(store, experiment, candidates, present)
+    assert find_choice(store, experiment, candidates, present) is None
+    assert find_result(store, experiment, FULL, present) is None
+    decision = decide(store, experiment, candidates, SIZES, present)
+    assert commit_decision(store, experiment, candidates, decision, present)
+    assert find_choice(store, experiment, candidates, present) == decision.choice
     for candidate in candidates:
-        assert find_result(store, experiment, candidate) == decision.outcomes[candidate.name]
+        assert (
+            find_result(store, experiment, candidate, present) == decision.outcomes[candidate.name]
+        )
     before = {key: store.read(key) for key in store.keys()}
-    again = decide(store, experiment, candidates, SIZES)
-    assert again == decision and not commit_decision(store, experiment, candidates, again)
+    again = decide(store, experiment, candidates, SIZES, present)
+    assert again == decision and not commit_decision(store, experiment, candidates, again, present)
     assert {key: store.read(key) for key in store.keys()} == before
 
 
 def test_records_say_what_earlier_versions_said(store: Store, candidates: list[Candidate]) -> None:
     """Earlier versions wrote such results. They are read, and nothing is searched again."""
+    present = present_of(store)
     experiment = asked(store)
-    commit_decision(store, experiment, candidates, decide(store, experiment, candidates, SIZES))
+    commit_decision(
+        store,
+        experiment,
+        candidates,
+        decide(store, experiment, candidates, SIZES, present),
+        present,
+    )
     choice = store.read_json("search/record.json")["metrics"]
     assert "reason" not in choice and choice["tolerance"] is None
     outcome = store.read_json("search/ae-m2/record.json")["metrics"]
@@ -232,20 +254,21 @@ def test_a_measured_outcome_has_every_number(damage: JsonObject, field: str) -> 
 
 
 def test_errors_of_a_search_name_the_record(store: Store, candidates: list[Candidate]) -> None:
+    present = present_of(store)
     experiment = asked(store)
-    decision = decide(store, experiment, candidates, SIZES)
-    commit_decision(store, experiment, candidates, decision)
+    decision = decide(store, experiment, candidates, SIZES, present)
+    commit_decision(store, experiment, candidates, decision, present)
     for key in ("search/full", "search/full/round-1", "search"):
         path = f"{key}/record.json"
         fields = unsealed(store.read(path), path)
         store.write(path, sealed({**fields, "metrics": {}}))
     problem = r"record\.json cannot be read: \w+: Field required"
     with pytest.raises(StoreError, match=f"{store.url}/search/full/{problem}"):
-        find_result(store, experiment, FULL)
+        find_result(store, experiment, FULL, present)
     with pytest.raises(StoreError, match=f"{store.url}/search/full/round-1/{problem}"):
-        known_rounds(store, experiment, FULL)
+        known_rounds(store, experiment, FULL, present)
     with pytest.raises(StoreError, match=f"{store.url}/search/{problem}"):
-        find_choice(store, experiment, candidates)
+        find_choice(store, experiment, candidates, present)
     choice = decision.choice.to_json()
     for missing in choice:
         with pytest.raises(StoreError, match=f"cannot be read: {missing}: Field required"):
@@ -255,8 +278,15 @@ def test_errors_of_a_search_name_the_record(store: Store, candidates: list[Candi
 def test_the_tables_have_a_row_for_each_candidate_and_setting(
     store: Store, candidates: list[Candidate]
 ) -> None:
+    present = present_of(store)
     experiment = asked(store)
-    commit_decision(store, experiment, candidates, decide(store, experiment, candidates, SIZES))
+    commit_decision(
+        store,
+        experiment,
+        candidates,
+        decide(store, experiment, candidates, SIZES, present),
+        present,
+    )
     results = pq.read_table(io.BytesIO(store.read("search/results.parquet"))).to_pylist()
     assert [row["candidate"] for row in results] == [c.name for c in candidates]
     by_name = {row["candidate"]: row for row in results}
@@ -272,21 +302,23 @@ def test_the_tables_have_a_row_for_each_candidate_and_setting(
 def test_another_objective_chooses_anew_from_the_same_rounds(
     store: Store, candidates: list[Candidate]
 ) -> None:
+    present = present_of(store)
     single, every = asked(store, objective="single"), asked(store, objective="all")
-    full = decide(store, single, candidates, SIZES).outcomes["full"]
+    full = decide(store, single, candidates, SIZES, present).outcomes["full"]
     assert isinstance(full, MeasuredOutcome) and full.objective == 0.9
-    (first, _) = known_rounds(store, every, FULL)
+    (first, _) = known_rounds(store, every, FULL, present)
     assert isinstance(first, Measured) and first.objective == 0.6
-    state = halving_state(store, every, candidates)
+    state = halving_state(store, every, candidates, present)
     assert not state.missing and state.limits["svd-m2"] == 1
 
 
 def test_without_a_basis_that_helps_the_choice_says_why(
     store: Store, candidates: list[Candidate]
 ) -> None:
+    present = present_of(store)
     experiment = asked(store)
     put_rounds(store, experiment, ZERO_SHOT, measured(0.8, 0.8, 0.25), measured(0.8, 0.8))
-    choice = decide(store, experiment, candidates, SIZES).choice
+    choice = decide(store, experiment, candidates, SIZES, present).choice
     assert choice.name is None and choice.best is None
     assert choice.reason == (
         "no basis is better on validation data than the pretrained model (80.0 %); "
@@ -296,11 +328,91 @@ def test_without_a_basis_that_helps_the_choice_says_why(
 
 
 def test_rounds_that_are_missing_are_named(store: Store, candidates: list[Candidate]) -> None:
+    present = present_of(store)
     experiment = asked(store)
     store.delete("search/ae-m2/round-2/record.json")
-    assert halving_state(store, experiment, candidates).missing == {"ae-m2": 2}
-    assert not is_measured(store, experiment, candidates)
+    assert halving_state(store, experiment, candidates, present).missing == {"ae-m2": 2}
+    assert not is_measured(store, experiment, candidates, present)
     with pytest.raises(UserError, match="ae-m2: not searched yet"):
-        decide(store, experiment, candidates, SIZES)
+        decide(store, experiment, candidates, SIZES, present)
     other = asked(store, lengths="own")  # measures something else
-    assert known_rounds(store, other, FULL) == [] and not is_measured(store, other, candidates)
+    assert known_rounds(store, other, FULL, present) == []
+    assert not is_measured(store, other, candidates, present)
+
+
+# Versions -----------------------------------------------------------------------------------------
+
+
+def rounds_that_count(store: Store, present: PresentVersions) -> set[str]:
+    """The candidates that have rounds which count."""
+    experiment = asked(store)
+    names = set()
+    for candidate in [ZERO_SHOT, FULL, *basis_candidates(experiment)]:
+        if known_rounds(store, experiment, candidate, present):
+            names.add(candidate.name)
+    return names
+
+
+def test_a_basis_that_was_made_again_is_measured_again_and_nothing_else(
+    store: Store, candidates: list[Candidate]
+) -> None:
+    experiment, present = asked(store), present_of(store)
+    decision = decide(store, experiment, candidates, SIZES, present)
+    commit_decision(store, experiment, candidates, decision, present)
+    assert rounds_that_count(store, present) == {c.name for c in candidates}
+    other = replace(present, bases={**present.bases, "ae-m2": "made again"})
+    assert rounds_that_count(store, other) == {c.name for c in candidates} - {"ae-m2"}
+    for candidate in candidates:
+        is_there = find_result(store, experiment, candidate, other) is not None
+        assert is_there == (candidate.name != "ae-m2")
+    # How many rounds it needs depends on how it does in the first one.
+    assert halving_state(store, experiment, candidates, other).missing["ae-m2"] >= 1
+    with pytest.raises(UserError, match="ae-m2: not searched yet"):
+        decide(store, experiment, candidates, SIZES, other)
+
+
+def test_nothing_counts_that_was_measured_on_other_vectors(
+    store: Store, candidates: list[Candidate]
+) -> None:
+    experiment, present = asked(store), present_of(store)
+    decision = decide(store, experiment, candidates, SIZES, present)
+    commit_decision(store, experiment, candidates, decision, present)
+    vectors = {**present.vectors, TASKS[2]: "made again"}
+    images = {**present.images, TASKS[2]: "other images"}
+    for other in (replace(present, vectors=vectors), replace(present, images=images)):
+        assert rounds_that_count(store, other) == set()
+        assert find_choice(store, experiment, candidates, other) is None
+        assert all(find_result(store, experiment, c, other) is None for c in candidates)
+
+
+def test_a_basis_that_is_not_there_is_an_error(store: Store, candidates: list[Candidate]) -> None:
+    experiment, present = asked(store), present_of(store)
+    bases = {name: sha for name, sha in present.bases.items() if name != "ae-m2"}
+    with pytest.raises(UserError, match=r"bases are missing \(ae-m2\): run `raytvb basis` first"):
+        halving_state(store, experiment, candidates, replace(present, bases=bases))
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_results_without_parents_count_until_the_store_grows(
+    store: Store, candidates: list[Candidate], dated: bool
+) -> None:
+    """Stores of earlier formats have such results."""
+    experiment, present = asked(store), present_of(store)
+    decision = decide(store, experiment, candidates, SIZES, present)
+    commit_decision(store, experiment, candidates, decision, present)
+    for prefix, record in records.find_all(store, "search").items():
+        fields = {**record.to_json(), "parents": {}, "format": 1}
+        store.write_json(f"{prefix}/record.json", fields)
+    present = replace(present, dated=dated)
+    expected = set() if dated else {c.name for c in candidates}
+    assert rounds_that_count(store, present) == expected
+    assert (find_choice(store, experiment, candidates, present) is None) == dated
+    assert (find_result(store, experiment, FULL, present) is None) == dated
+
+
+def test_results_of_this_format_without_parents_never_count(
+    store: Store, candidates: list[Candidate]
+) -> None:
+    for prefix, record in records.find_all(store, "search").items():
+        records.commit(store, prefix, identity=record.identity)
+    assert rounds_that_count(store, present_of(store)) == set()

@@ -15,12 +15,13 @@ from raytvb.errors import FailedPart
 from raytvb.experiment.basis_specs import BasisSpec, basis_specs
 from raytvb.experiment.changes import Changes, changes_of
 from raytvb.experiment.config import Experiment
-from raytvb.experiment.identities import basis_identity
+from raytvb.experiment.identities import basis_identity, vector_identity
 from raytvb.experiment.layout import vector_prefix
 from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.missing import commit_failure, failures, missing_parts, without
 from raytvb.experiment.parsing import parse_experiment
 from raytvb.experiment.present_experiments import record_experiment
+from raytvb.experiment.present_versions import present_versions
 from raytvb.experiment.stored import load_coefficients
 from raytvb.experiment.task_store import TaskStore
 from raytvb.maths.online_basis import arrivals, stored_arrivals
@@ -29,6 +30,7 @@ from raytvb.orchestration.task_failures import TaskFailures
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
+from raytvb.storage.vectors import VECTOR
 
 NAMES = ("glyphs/greek-blur", "glyphs/latin-fog", "glyphs/clock-blur", "glyphs/greek-fog")
 
@@ -129,7 +131,8 @@ def test_a_task_may_be_mended_renamed_and_left_out(tmp_path: Path) -> None:
     talos = {"density": 1.0}
     first = asked(tmp_path, tasks=tasks, talos=talos)
     record_experiment(store, first, grows=True)
-    records.commit(store, "vectors/a", identity=vector_identity(first, first.tasks[0]))
+    identity = vector_identity(first, first.tasks[0])
+    records.commit(store, "vectors/a", identity=identity, files={VECTOR: b"x"})
 
     def changes(*tasks: object) -> Changes:
         experiment = asked(tmp_path, tasks=list(tasks), talos=talos)
@@ -205,8 +208,10 @@ def tables(asked: Experiment, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return load_coefficients(Store(asked.store), name)
 
 
-def test_a_size_that_only_fewer_tasks_have_is_removed_with_the_last_task(tmp_path: Path) -> None:
-    """T/2 is 1 for two tasks, and 2 for four."""
+def test_a_size_that_only_fewer_tasks_have_stays_with_the_tasks_it_was_made_of(
+    tmp_path: Path,
+) -> None:
+    """T/2 is 1 for two tasks, and 2 for four. Another experiment may use the smaller bases."""
     fields: dict[str, Any] = {"basis": {"method": "svd", "online": True}, "search": {"sizes": [2]}}
     whole, _ = filled(tmp_path, 4, **fields)
     builder = BasisBuilder(whole)
@@ -216,8 +221,12 @@ def test_a_size_that_only_fewer_tasks_have_is_removed_with_the_last_task(tmp_pat
         "svd-m1-online",
     )
     assert set(builder.write_bases(whole).names) == {"svd-m2", "svd-m2-online"}
-    keys = Store(whole.store).keys()
-    assert not [key for key in keys if "svd-m1" in key] and problems_of(Store(whole.store)) == []
+    for name in ("svd-m1", "svd-m1-online"):
+        assert metrics_of(whole, name).tasks == whole.task_names[:2]
+    assert set(present_versions(whole).bases) == {"svd-m2", "svd-m2-online"}
+    some = whole.restricted(whole.task_names[:2])
+    assert set(present_versions(some).bases) == {"svd-m1", "svd-m1-online"}
+    assert problems_of(Store(whole.store)) == []
 
 
 def test_a_vector_that_cannot_be_used_any_more_leaves_the_bases(tmp_path: Path) -> None:

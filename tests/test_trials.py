@@ -12,15 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
-from vector_files import flat, put_vector, values_of
+from vector_files import flat, put_vector, record_vector, values_of
 
 from raytvb.data.preprocess import Preprocess
 from raytvb.data.splits import Split
+from raytvb.errors import UserError
 from raytvb.experiment.basis_specs import BasisSpec, sizes_of
 from raytvb.experiment.config import Experiment
+from raytvb.experiment.identities import basis_identity
+from raytvb.experiment.metrics import BasisMetrics
 from raytvb.experiment.parsing import parse_experiment
-from raytvb.experiment.stored import write_coefficients
+from raytvb.experiment.present_versions import basis_parents, present_versions
+from raytvb.experiment.stored import BasisVersion, existing_basis, write_coefficients
+from raytvb.experiment.stored_vectors import vectors_of
 from raytvb.maths.basis_fit import fit_basis
 from raytvb.maths.counts import Count, even_grid, mean
 from raytvb.maths.merge_registry import MERGE_METHODS, compared_merges
@@ -103,18 +109,32 @@ class Small:
         write_combinations(
             [self.store.where(k) for k in keys], {prefix: self.fit.B}, self.store.url
         )
-        record = records.read_record(self.store, f"{prefix}/record.json")
-        table = write_coefficients(self.fit.B, self.fit.W)
+        decoded = self.V @ self.fit.B @ self.fit.W
+        self.ratios = self.V.norm(dim=0) / decoded.norm(dim=0)
+        for name in NAMES:
+            record_vector(self.store, name)
+        vectors = vectors_of(self.asked(), NAMES)
+        table = write_coefficients(self.fit.B, self.fit.W, self.ratios)
         records.commit(
             self.store,
             prefix,
-            identity=record.identity,
-            written=record.files,
+            identity=basis_identity(self.asked(), BasisSpec("ae-anchored", SIZE)),
+            written=records.read_record(self.store, f"{prefix}/record.json").files,
             files={"coefficients.safetensors": table},
+            parents=basis_parents(self.asked(), vectors),
+            metrics=BasisMetrics(
+                tasks=tuple(NAMES),
+                vectors=SIZE,
+                convex=True,
+                relative_error=self.fit.loss,
+                floor=self.fit.floor,
+                condition=self.fit.condition,
+            ),
         )
-        GramWriter(self.store).append(GramState(), [(n, "checksum") for n in NAMES], self.gram, [])
-        decoded = self.V @ self.fit.B @ self.fit.W
-        self.ratios = self.V.norm(dim=0) / decoded.norm(dim=0)
+        rows = [(name, vectors[name].checksum) for name in NAMES]
+        GramWriter(self.store).append(GramState(), rows, self.gram, [])
+        self.present = present_versions(self.asked())
+        assert len(self.present.bases) == 1
 
     def asked(self, **search: Any) -> Experiment:
         return parse_experiment(
@@ -196,7 +216,7 @@ def expected_direction(
         table = torch.tensor(candidate.table, dtype=torch.float64)
     if candidate.adds:
         return V @ table[:, list(subset)].sum(dim=1)
-    vectors, stored = candidate.open(small.asked())
+    vectors, stored = candidate.open(small.asked(), small.present)
     return method_direction(
         vectors, stored[:, list(subset)], candidate.merge_method, seed=0
     ).double()
@@ -209,7 +229,7 @@ def expected_direction(
 def test_directions_are_what_subsets_add_up_to(small: Small, name: str) -> None:
     candidate = small.candidates()[name]
     additions, subsets = (
-        Additions(small.asked(), candidate, small.evaluator()),
+        Additions(small.asked(), candidate, small.evaluator(), small.present),
         subsets_of(small, candidate),
     )
     for _ in range(2):  # read, then held
@@ -235,7 +255,7 @@ def test_directions_are_what_subsets_add_up_to(small: Small, name: str) -> None:
 def test_decoded_vectors_may_have_the_lengths_of_the_task_vectors(small: Small) -> None:
     candidate = small.candidates()["ae-anchored-m2"]
     additions, subsets = (
-        Additions(small.asked(), candidate, small.evaluator()),
+        Additions(small.asked(), candidate, small.evaluator(), small.present),
         [*SUBSETS[1], *SUBSETS[2]],
     )
     for own in (True, False, False, True, True):
@@ -250,6 +270,31 @@ def test_decoded_vectors_may_have_the_lengths_of_the_task_vectors(small: Small) 
     assert float((small.ratios - 1.0).abs().max()) > 0.01  # else both were the same
 
 
+def test_length_ratios_are_in_the_table_or_follow_from_the_gram_matrix(tmp_path: Path) -> None:
+    """Tables of earlier formats have none."""
+    small, name = Small(tmp_path, True), f"ae-anchored-m{SIZE}"
+    version = existing_basis(small.store, name)
+    assert torch.equal(version.ratios(), small.ratios)
+    tables = {"B": small.fit.B, "W": small.fit.W}
+    data = save({n: table.contiguous().clone() for n, table in tables.items()})
+    record = records.commit(
+        small.store,
+        version.prefix,
+        identity=version.record.identity,
+        files={"coefficients.safetensors": data},
+        parents=version.record.parents,
+        metrics=version.metrics,
+    )
+    older = BasisVersion(small.store, name, record)
+    torch.testing.assert_close(older.ratios(), small.ratios, rtol=1e-6, atol=0)
+    put_vector(small.store, NAMES[1], values_of(PARAMETERS, 99), small.mask)
+    record_vector(small.store, NAMES[1])
+    checksum = vectors_of(small.asked(), NAMES)[NAMES[1]].checksum
+    GramWriter(small.store).append(GramState(), [(n, checksum) for n in NAMES], small.gram, [])
+    with pytest.raises(UserError, match="was made of other vectors than those that are there now"):
+        older.ratios()
+
+
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_only_decoded_vectors_have_two_lengths(masked: Small, name: str) -> None:
     candidate, two = masked.candidates()[name], name == "ae-anchored-m2"
@@ -261,7 +306,7 @@ def test_only_decoded_vectors_have_two_lengths(masked: Small, name: str) -> None
 
 
 def test_directions_of_other_subsets_are_not_those_that_are_held(small: Small) -> None:
-    additions = Additions(small.asked(), FULL, small.evaluator())
+    additions = Additions(small.asked(), FULL, small.evaluator(), small.present)
     rng = random.Random(0)
     for _ in range(20):
         subsets = [
@@ -289,7 +334,7 @@ def test_directions_that_are_too_large_to_hold_are_made_again(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raytvb.search.additions.COMBINED_BYTES", 4 * 2 * len(small.V))
-    additions = Additions(small.asked(), FULL, small.evaluator())
+    additions = Additions(small.asked(), FULL, small.evaluator(), small.present)
     for subsets, held in ((SUBSETS[1], False), (SUBSETS[1][:2], True), (SUBSETS[1][:3], False)):
         first, second, third = (tensors(additions.directions(subsets)) for _ in range(3))
         assert len(first) == len(subsets)
@@ -308,7 +353,10 @@ def fresh_count(small: Small, direction: Tensor | None, alpha: float, task: int)
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_counts_are_those_of_a_fresh_tower(small: Small, name: str) -> None:
     candidate, used = small.candidates()[name], small.evaluator()
-    additions, subsets = Additions(small.asked(), candidate, used), subsets_of(small, candidate)
+    additions, subsets = (
+        Additions(small.asked(), candidate, used, small.present),
+        subsets_of(small, candidate),
+    )
     for alpha in (0.5, -1.0):
         directions = list(additions.directions(subsets))
         for counts, subset, direction in zip(
@@ -322,7 +370,13 @@ def test_vectors_that_add_up_to_what_is_not_finite_are_named(tmp_path: Path) -> 
     small = Small(tmp_path, False)
     put_vector(small.store, NAMES[1], {n: torch.full(s, 3e38) for n, s in PARAMETERS.items()})
     put_vector(small.store, NAMES[2], {n: torch.full(s, 3e38) for n, s in PARAMETERS.items()})
-    additions = Additions(small.asked(), FULL, small.evaluator())
+    record_vector(small.store, NAMES[1])
+    record_vector(small.store, NAMES[2])
+    with pytest.raises(UserError, match=f"{NAMES[1]} has been made again by another run meanwhile"):
+        Additions(small.asked(), FULL, small.evaluator(), small.present)
+    present = present_versions(small.asked())
+    assert not present.bases  # the basis was made of other vectors
+    additions = Additions(small.asked(), FULL, small.evaluator(), present)
     assert len(list(additions.directions([(0,), (1,), (2, 3)]))) == 3
     with pytest.raises(ValueError, match="full: its vectors add up to NaN or infinite values"):
         list(additions.directions([(0,), (1, 2)]))
@@ -331,7 +385,9 @@ def test_vectors_that_add_up_to_what_is_not_finite_are_named(tmp_path: Path) -> 
 @pytest.mark.parametrize("per_basis", [False, True])
 def test_equal_weights_say_the_same_as_one_coefficient(small: Small, per_basis: bool) -> None:
     for name, length in (("full", COUNT), ("ae-anchored-m2", SIZE)):
-        additions = Additions(small.asked(), small.candidates()[name], small.evaluator())
+        additions = Additions(
+            small.asked(), small.candidates()[name], small.evaluator(), small.present
+        )
         for alpha in (0.2, 0.7):
             own = alpha > 0.5 and name != "full"
             weights = additions.start_weights(Setting(alpha, own), per_basis=per_basis)
@@ -347,7 +403,9 @@ def test_equal_weights_say_the_same_as_one_coefficient(small: Small, per_basis: 
 
 def test_weights_are_of_the_tasks_or_of_the_stored_vectors(small: Small) -> None:
     generator = torch.Generator().manual_seed(3)
-    additions = Additions(small.asked(), small.candidates()["ae-anchored-m2"], small.evaluator())
+    additions = Additions(
+        small.asked(), small.candidates()["ae-anchored-m2"], small.evaluator(), small.present
+    )
     for per_basis, length in ((False, COUNT), (True, SIZE)):
         weights = torch.randn(length, generator=generator, dtype=torch.float64)
         direction = small.V @ small.fit.B @ (weights if per_basis else small.fit.W @ weights)
@@ -392,12 +450,12 @@ def test_a_value_does_not_depend_on_what_was_measured_when(
     candidate = small.candidates()["ae-anchored-m2"]
     direct: dict[tuple[int, Setting], list[Count]] = {}
     for size, setting in itertools.product((2, COUNT), settings):
-        additions = Additions(small.asked(), candidate, small.evaluator())
+        additions = Additions(small.asked(), candidate, small.evaluator(), small.present)
         direct[size, setting] = counts_of(additions, SUBSETS[size], setting)
     before: dict[Any, tuple[float, float]] = {}
     for _ in range(2):
         used = small.evaluator()
-        additions = Additions(small.asked(), candidate, used)
+        additions = Additions(small.asked(), candidate, used, small.present)
         classes = {s: SizeClass(additions, SUBSETS[s], shares) for s in (2, COUNT)}
         calls = [(s, a, n) for s in classes for a in settings for n in range(1, len(shares) + 1)]
         measured = set()
@@ -432,8 +490,10 @@ def test_a_value_does_not_depend_on_what_was_measured_when(
 
 def test_a_value_of_a_share_is_the_mean_over_tasks_of_the_images_so_far(small: Small) -> None:
     used = small.evaluator()
-    size_class = SizeClass(Additions(small.asked(), FULL, used), SUBSETS[2], (0.3, 1.0))
-    direct = Additions(small.asked(), FULL, small.evaluator())
+    size_class = SizeClass(
+        Additions(small.asked(), FULL, used, small.present), SUBSETS[2], (0.3, 1.0)
+    )
+    direct = Additions(small.asked(), FULL, small.evaluator(), small.present)
     for alpha, (number, share) in itertools.product((0.3, 0.6), enumerate((0.3, 1.0), 1)):
         every = counts_of(direct, SUBSETS[2], Setting(alpha), stop=share)
         assert size_class.value(Setting(alpha), number) == math.fsum(
@@ -498,13 +558,17 @@ def test_rounds_depend_on_the_candidate_alone(masked: Small, asked: dict[str, An
     )
     for name in names:
         candidate, used = masked.candidates()[name], masked.evaluator()
-        results = run_rounds(CandidateSearch(experiment, candidate, used), rounds, used)
+        results = run_rounds(
+            CandidateSearch(experiment, candidate, used, masked.present), rounds, used
+        )
         assert all(result.images == went for result, went in results)
         for number in range(1, rounds + 1):
             known = stored(results[number - 2][0]) if number > 1 else None
             disturbed = masked.evaluator()  # by the work of another candidate in the same worker
             disturbed.merge(torch.ones(sum(map(math.prod, PARAMETERS.values()))), 1.0)
-            fresh = CandidateSearch(experiment, candidate, disturbed).round(number, known)
+            fresh = CandidateSearch(experiment, candidate, disturbed, masked.present).round(
+                number, known
+            )
             assert fresh == results[number - 1][0] == stored(fresh)
             assert fresh.share == experiment.search.shares[number - 1]
             assert (fresh.vector is not None) == (number == rounds and vector is not None)
@@ -526,11 +590,13 @@ def test_what_a_round_says_is_what_a_direct_count_gives(
     experiment, candidate = masked.asked(**asked), masked.candidates()[name]
     used = masked.evaluator()
     results = run_rounds(
-        CandidateSearch(experiment, candidate, used), len(experiment.search.shares), used
+        CandidateSearch(experiment, candidate, used, masked.present),
+        len(experiment.search.shares),
+        used,
     )
     limits, direct = (
         experiment.search.coefficients,
-        Additions(experiment, candidate, masked.evaluator()),
+        Additions(experiment, candidate, masked.evaluator(), masked.present),
     )
     sizes = [COUNT] if candidate.kind == "basis-sum" else list(SUBSETS)
     for result, _ in results:
@@ -593,7 +659,7 @@ def check_weights(
 
 def test_the_zero_shot_candidate_is_measured_as_it_is(small: Small) -> None:
     used = small.evaluator()
-    results = run_rounds(CandidateSearch(small.asked(), ZERO_SHOT, used), 2, used)
+    results = run_rounds(CandidateSearch(small.asked(), ZERO_SHOT, used, small.present), 2, used)
     expected = mean([used.zero_shot(n).accuracy for n in NAMES])
     for result, _ in results:
         assert set(result.coefficient.values()) == {0.0} and len(result.tried) == len(SUBSETS)
@@ -605,7 +671,7 @@ def test_without_anything_added_the_images_of_a_task_pass_once_for_all_subsets(
 ) -> None:
     asked, used = small.asked(shares=[0.25, 0.5, 1.0]), small.evaluator()
     edges = itertools.pairwise((0.0, *asked.search.shares))
-    results = run_rounds(CandidateSearch(asked, ZERO_SHOT, used), 3, used)
+    results = run_rounds(CandidateSearch(asked, ZERO_SHOT, used, small.present), 3, used)
     for (result, images), (start, stop) in zip(results, edges, strict=True):
         new = sum(edge(stop, n) - edge(start, n) for n in IMAGES.values())
         assert result.images == images == new
@@ -614,14 +680,18 @@ def test_without_anything_added_the_images_of_a_task_pass_once_for_all_subsets(
     for row in results[-1][0].tried:
         assert row.total == sum(IMAGES[NAMES[t]] for s in SUBSETS[row.size] for t in s)
     one_size = small.evaluator()
-    (result, images), *_ = run_rounds(CandidateSearch(asked, ZERO_SHOT, one_size, [2]), 1, one_size)
+    (result, images), *_ = run_rounds(
+        CandidateSearch(asked, ZERO_SHOT, one_size, small.present, [2]), 1, one_size
+    )
     reached = {t for subset in SUBSETS[2] for t in subset}
     assert result.images == images == sum(edge(0.25, IMAGES[NAMES[t]]) for t in reached)
 
 
 def test_a_poor_search_on_the_first_share_measures_less_than_all_images(small: Small) -> None:
     used = small.evaluator()
-    (first, _), (second, _) = run_rounds(CandidateSearch(small.asked(), FULL, used), 2, used)
+    (first, _), (second, _) = run_rounds(
+        CandidateSearch(small.asked(), FULL, used, small.present), 2, used
+    )
     assert len(second.tried) < len(first.tried)
     for size in SUBSETS:
         seen = {row.setting for row in first.tried_of(size)}
@@ -666,7 +736,9 @@ def test_rounds_are_read_as_they_are_written() -> None:
 def test_the_first_round_of_a_grid_is_its_points(small: Small) -> None:
     asked = small.asked(coefficients={"strategy": "grid", "low": 0.1, "high": 0.9, "points": 5})
     used = small.evaluator()
-    size_class = SizeClass(Additions(asked, FULL, used), SUBSETS[2], asked.search.shares)
+    size_class = SizeClass(
+        Additions(asked, FULL, used, small.present), SUBSETS[2], asked.search.shares
+    )
     points = even_grid(0.1, 0.9, 5)
     assert sorted(first_round(asked, size_class, 2)) == [Setting(point) for point in points]
     assert sorted(first_round(asked, size_class, 2, (False, True))) == [
@@ -681,7 +753,7 @@ def test_the_first_round_of_a_line_search_stays_within_the_limits(
 ) -> None:
     asked = masked.asked(coefficients=limits)
     used = masked.evaluator()
-    additions = Additions(asked, masked.candidates()["ae-anchored-m2"], used)
+    additions = Additions(asked, masked.candidates()["ae-anchored-m2"], used, masked.present)
     size_class = SizeClass(additions, SUBSETS[addends], asked.search.shares)
     lengths: tuple[bool, ...] = (False, True) if addends == 2 else (addends == 1,)
     found = first_round(asked, size_class, addends, lengths)

@@ -16,10 +16,11 @@ from raytvb.experiment.inventory import verify_store
 from raytvb.storage import records
 from raytvb.storage.basis_layout import tag_of
 from raytvb.storage.masks import Mask
+from raytvb.storage.records import FileInfo
 from raytvb.storage.replacing import tagged
 from raytvb.storage.store import Store
 from raytvb.storage.vector_set import VectorSet
-from raytvb.storage.vectors import VectorFile, vector_bytes, vector_info
+from raytvb.storage.vectors import VECTOR, VectorFile, vector_bytes, vector_info
 
 Shapes = dict[str, tuple[int, ...]]
 SHAPES: Shapes = {
@@ -85,11 +86,25 @@ def put_vector(
     base: str = "base-1",
 ) -> str:
     """Store `values`, sparse if there is a mask. Returns the key."""
-    key = f"vectors/{task}/vector.safetensors"
+    key = f"vectors/{task}/{VECTOR}"
     if mask is not None:
         put_mask(store, mask_name, mask)
     store.write(key, vector_data(task, values, mask, mask_name, base))
     return key
+
+
+def record_vector(store: Store, task: str) -> None:
+    """Commit the vector file that `put_vector` has stored."""
+    prefix = f"vectors/{task}"
+    key = f"{prefix}/{VECTOR}"
+    fingerprint = VectorFile(store, key).info.mask_fingerprint
+    records.commit(
+        store,
+        prefix,
+        identity={},
+        written={VECTOR: FileInfo.of(store.read(key))},
+        parents={} if fingerprint is None else {"mask": fingerprint},
+    )
 
 
 def flat(values: dict[str, Tensor], mask: Mask | None = None) -> Tensor:

@@ -118,7 +118,8 @@ def vectors_of(experiment: Experiment, tasks: Iterable[str]) -> dict[str, Stored
 def basis_vectors_of(experiment: Experiment, tasks: Iterable[str]) -> dict[str, StoredVector]:
     """The vectors that bases are made of, by task: the task vectors, or their prepared twins.
 
-    They are in the order of `tasks`. A twin of another version of its vector counts as not committed.
+    They are in the order of `tasks`. A twin of another version of its vector counts as not
+    committed.
     """
     vectors = vectors_of(experiment, tasks)
     if experiment.basis.prepare == "none":
