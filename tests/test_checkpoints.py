@@ -159,9 +159,9 @@ def test_the_mask_is_none_or_the_shared_one_or_the_tasks_own(
     one = task_store(tmp_path, talos=talos)
     experiment = one.experiment
     assert (experiment.shares_mask, experiment.own_masks) == (shares, own)
-    assert one.shared_mask() is None
+    assert one.shared_mask is None
     commit_shared_mask(one, "shared", "bits")
-    mask = one.shared_mask()
+    mask = TaskStore(experiment, one.task).shared_mask
     assert (mask is not None) == shares
     if mask is not None:
         assert mask == find_shared_mask(one.store, experiment) and mask.fingerprint == "bits"
@@ -183,7 +183,9 @@ def test_the_twin_of_another_version_does_not_count(tmp_path: Path) -> None:
         )
         stored = one.vector()
         assert stored is not None and stored.record == one.record() == vector
-        assert basis_vector() is None and one.twin_of(stored) is None
+        assert basis_vector() is None
+        before = one.twin()
+        assert before is None or not one.is_twin(before, stored)
         twin = records.commit(
             one.store,
             one.basis_vector_prefix,
@@ -191,4 +193,4 @@ def test_the_twin_of_another_version_does_not_count(tmp_path: Path) -> None:
             files={"vector.safetensors": content},
             parents={"vector": vector.files["vector.safetensors"].sha256},
         )
-        assert basis_vector() == twin == one.twin_of(stored)
+        assert basis_vector() == twin == one.twin() and one.is_twin(twin, stored)

@@ -67,6 +67,8 @@ COMMANDS = (
     "spectrum",
     "ls",
     "verify",
+    "rm",
+    "gc",
     "submit",
     "bench",
     "tasks",

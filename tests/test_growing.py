@@ -61,8 +61,8 @@ def tables_of(asked: Experiment, name: str) -> tuple[Tensor, Tensor, Tensor]:
 def check_same(left: Experiment, right: Experiment) -> None:
     """Vectors, Gram matrix and all bases have the same bits."""
     stores = Store(left.store), Store(right.store)
-    grams = [load_gram(store, asked) for store, asked in zip(stores, (left, right), strict=True)]
-    assert grams[0] is not None and grams[1] is not None and torch.equal(*grams)
+    one, other = (load_gram(s, asked) for s, asked in zip(stores, (left, right), strict=True))
+    assert one is not None and other is not None and torch.equal(one, other)
     for spec in basis_specs(right):
         for one, other in zip(tables_of(left, spec.name), tables_of(right, spec.name), strict=True):
             assert torch.equal(one, other), spec.name

@@ -15,6 +15,7 @@ from experiments import TASKS, copy_store, write_experiment, write_images
 
 import raytvb
 from raytvb.cli.main import main
+from raytvb.errors import UserError
 from raytvb.experiment.parsing import load_experiment
 from raytvb.experiment.stored import existing_basis, load_gram
 from raytvb.experiment.stored_vectors import vectors_of
@@ -87,8 +88,19 @@ def test_one_task_more_makes_what_is_new_and_equals_a_run_on_all(
         rows = [torch.cat([r for _, r in v.vectors().blocks()], dim=1) for v in versions]
         assert torch.equal(rows[0], rows[1])
     again = fresh.read_json("report/summary.json")
-    for key in ("zero_shot", "fine_tuned", "addition", "negation", "chosen"):
-        assert summary[key] == again[key], key
+    assert without_bytes(summary) == without_bytes(again)
+
+
+def without_bytes(summary: dict[str, Any]) -> dict[str, Any]:
+    """The accuracies and choices of a summary. The files of a basis that was made again have longer
+    names, which its index lists."""
+    keys = ("zero_shot", "fine_tuned", "negation", "negation_basis", "chosen")
+    results = {key: summary[key] for key in keys}
+    results["addition"] = {name: dict(entry) for name, entry in summary["addition"].items()}
+    results["chosen"] = dict(results["chosen"])
+    for entry in (*results["addition"].values(), results["chosen"]):
+        del entry["stored_bytes"]
+    return results
 
 
 def test_a_task_is_redone_after_a_question_and_leaves_and_comes_back(
@@ -102,7 +114,7 @@ def test_a_task_is_redone_after_a_question_and_leaves_and_comes_back(
     assert "1 task vector will be made again" in message and "Say `--yes`" in message
     assert f"{TASKS[1]}: finetune.lr: stored 0.006, asked for 0.001" in message
     assert stamps(store, "vectors") == before
-    with pytest.raises(raytvb.UserError, match="replace=True"):
+    with pytest.raises(UserError, match="replace=True"):
         raytvb.run(raytvb.load_experiment(file))
     out = str(tmp_path / "out")
     assert main(["report", str(file)]) in (1, 3)

@@ -272,10 +272,14 @@ def report(file: Path, store: str | None) -> None:
     is_flag=True,
     help="Use the raytvb of the cluster's image instead of uploading this one.",
 )
-def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
+@consent_options
+def submit(
+    file: Path, address: str, no_wait: bool, no_code: bool, yes: bool, renew: str | None
+) -> None:
     """Run an experiment as a Ray job on a cluster, and show its log.
 
-    Ctrl-C stops the log. The job goes on.
+    Ctrl-C stops the log. The job goes on. A job cannot ask: a run that would replace vectors needs
+    --yes.
 
     \b
     raytvb submit experiment.yaml --address http://127.0.0.1:8265
@@ -285,6 +289,7 @@ def submit(file: Path, address: str, no_wait: bool, no_code: bool) -> None:
     read_experiment(file, None)  # reports a wrong file before Ray is imported
     from raytvb.orchestration.submit import submit as submit_job
 
-    code = submit_job(file, address, follow=not no_wait, with_code=not no_code)
+    options = [*(["--yes"] if yes else []), *(["--renew", renew] if renew else [])]
+    code = submit_job(file, address, follow=not no_wait, with_code=not no_code, options=options)
     if code:
         raise click.exceptions.Exit(code)

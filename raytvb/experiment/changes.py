@@ -20,7 +20,7 @@ from raytvb.experiment.shared_masks import (
     in_force,
     mask_changes,
 )
-from raytvb.experiment.vector_states import VectorState, vector_states
+from raytvb.experiment.vector_states import VectorState, borrowed_error, vector_states
 from raytvb.storage import records
 from raytvb.storage.contract import JsonObject
 from raytvb.storage.store import Store
@@ -78,6 +78,12 @@ class Changes:
     def grows(self) -> bool:
         """Whether any vector is made."""
         return bool(self.new or self.again)
+
+    def check_borrowed(self) -> None:
+        """Raise UserError if a vector of another store, which is only read, has other settings."""
+        for state in self.states.values():
+            if state.is_outdated and state.is_borrowed(self.own):
+                raise borrowed_error(state)
 
     def without_vectors(self) -> Changes:
         """The changes of a run that makes no vectors: only those that are there are used."""

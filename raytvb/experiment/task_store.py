@@ -38,7 +38,8 @@ from raytvb.storage.store import Store
 class TaskStore:
     """Keys, identities and records of one task.
 
-    The methods read the store each time they are called. The properties do not touch it.
+    The methods read the store each time they are called. Of the properties, only `shared_mask` and
+    `checkpoint_identity` read it, once.
     """
 
     experiment: Experiment
@@ -94,10 +95,11 @@ class TaskStore:
         """Folder of the vector that bases use: the task vector, or its prepared twin."""
         return basis_vector_prefix(self.experiment, self.task.name)
 
+    @cached_property
     def shared_mask(self) -> SharedMask | None:
         """The mask that all tasks share; None if they do not share one, or if it is missing.
 
-        Raises UserError if it was made with other settings.
+        Read from the store at the first use. Raises UserError if it was made with other settings.
         """
         return (
             find_shared_mask(self.store, self.experiment) if self.experiment.shares_mask else None
@@ -114,7 +116,9 @@ class TaskStore:
 
     def state(self) -> VectorState:
         """The task vector, and why it is to be made again if it is."""
-        return state_of(self.experiment, self.task, self.vector(), self.shared_mask())
+        vector = self.vector()
+        mask = None if vector is None else self.shared_mask
+        return state_of(self.experiment, self.task, vector, mask)
 
     def record(self) -> Record | None:
         """Record of the task vector; None if there is none, or if it is to be made again."""
@@ -126,7 +130,7 @@ class TaskStore:
         record = records.find(self.store, self.checkpoint_prefix)
         if record is None:
             return None
-        mask, identity = self.shared_mask(), dict(record.identity)
+        mask, identity = self.shared_mask, dict(record.identity)
         trained_on = identity.pop("mask", None)  # stores of earlier formats have only one mask
         if mask is not None and trained_on not in (None, mask.fingerprint):
             return None
@@ -136,15 +140,15 @@ class TaskStore:
     @cached_property
     def checkpoint_identity(self) -> JsonObject:
         """Identity of a checkpoint: that of the vector, and the shared mask that is trained on."""
-        mask = self.shared_mask()
+        mask = self.shared_mask
         return self.identity if mask is None else {**self.identity, "mask": mask.fingerprint}
 
-    def twin_of(self, vector: StoredVector) -> Record | None:
-        """Record of the prepared twin; None if this version of the vector has no such twin."""
-        record = records.find(self.store, self.basis_vector_prefix)
-        if record is None:
-            return None
+    def twin(self) -> Record | None:
+        """Record of the prepared twin, whatever it was made of; None if there is none."""
+        return records.find(self.store, self.basis_vector_prefix)
+
+    def is_twin(self, record: Record, vector: StoredVector) -> bool:
+        """Whether this is the record of a twin of this version of the vector, as asked for."""
         twin = StoredVector(self.task.name, self.store, self.basis_vector_prefix, record)
         wanted = twin_settings(self.twin_identity)
-        is_same = is_twin_of(twin, vector) and twin_settings(record.identity) == wanted
-        return record if is_same else None
+        return is_twin_of(twin, vector) and twin_settings(record.identity) == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from raytvb.errors import UserError
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.identities import vector_identity, vector_settings
 from raytvb.experiment.sections.tasks import TaskConfig
@@ -87,3 +88,13 @@ def vector_states(
     for task in listed:
         states[task.name] = state_of(experiment, task, stored.get(task.name), mask)
     return states
+
+
+def borrowed_error(state: VectorState) -> UserError:
+    """The error about a vector of another store, which is only read, with other settings."""
+    assert state.vector is not None
+    return UserError(
+        f"{state.vector.where} was made with other settings:\n  "
+        + "\n  ".join(state.differing)
+        + f"\nGive task {state.task.name} these settings, or another name to fine-tune it here."
+    )

@@ -26,7 +26,7 @@ from raytvb.experiment.metrics import Made, VectorMetrics
 from raytvb.experiment.sections.tasks import TaskConfig
 from raytvb.experiment.stored_vectors import StoredVector
 from raytvb.experiment.task_store import TaskStore
-from raytvb.experiment.vector_states import VectorState
+from raytvb.experiment.vector_states import VectorState, borrowed_error
 from raytvb.finetuning.checkpoints import CheckpointFolder
 from raytvb.finetuning.interruption import noted_interruption
 from raytvb.finetuning.masks import drop_old_masks, load_mask, made_mask, own_mask
@@ -39,7 +39,7 @@ from raytvb.models.worker_process import device, threads, worker_setup
 from raytvb.storage.damage import DamagedError
 from raytvb.storage.masks import Mask
 from raytvb.storage.records import Record
-from raytvb.storage.replacing import commit_over, new_tag, tagged
+from raytvb.storage.replacing import commit_version
 from raytvb.storage.vectors import VECTOR, VectorInfo, vector_bytes, vector_info
 
 
@@ -64,16 +64,6 @@ def finetune_task(experiment: Experiment, fingerprint: str, task: TaskConfig) ->
         vector = StoredVector(task.name, task_store.store, task_store.prefix, record)
     write_twin(task_store, vector)
     return vector.record
-
-
-def borrowed_error(state: VectorState) -> UserError:
-    """The error about a vector of another store, which is only read, with other settings."""
-    assert state.vector is not None
-    return UserError(
-        f"{state.vector.where} was made with other settings:\n  "
-        + "\n  ".join(state.differing)
-        + f"\nGive task {state.task.name} these settings, or another name to fine-tune it here."
-    )
 
 
 @dataclass(frozen=True)
@@ -110,22 +100,22 @@ def _train_and_commit(task_store: TaskStore, fingerprint: str, before: VectorSta
     tuned = _trained(task_store, pretrained, trainable, split, checkpoints)
     _check_finite(tuned.values, task_store.store.where(task_store.prefix))
     overlap = _mask_overlap(task_store, pretrained, trainable)
-    finished = task_store.record()
-    if finished is not None:
+    state = task_store.state()
+    if state.vector is not None and state.is_current:
         # Another run has finished this task meanwhile. On GPUs its vector has other bits, and its
         # Gram matrix and bases name that vector, so the first one stays.
         checkpoints.delete()
-        return finished
+        return state.vector.record
     parents = {"base": fingerprint, "head": pretrained.head.file.sha256}
     if trainable.mask is not None:
         parents["mask"] = trainable.mask.fingerprint
-    data = vector_bytes(tuned.values, trainable.info)
-    tag = new_tag(task_store.store, task_store.prefix, data)
-    record = commit_over(
+    record = commit_version(
         task_store.store,
         task_store.prefix,
+        VECTOR,
+        vector_bytes(tuned.values, trainable.info),
+        before=None if state.vector is None else state.vector.record,
         identity=task_store.identity,
-        files={tagged(VECTOR, tag): data},
         parents=parents,
         metrics=_metrics(tuned, split, overlap, history_with(before)),
     )
@@ -170,7 +160,7 @@ def _trainable(task_store: TaskStore, pretrained: PretrainedTask, fingerprint: s
     if experiment.own_masks:
         mask, key = own_mask(task_store, pretrained)
     else:
-        shared = task_store.shared_mask()
+        shared = task_store.shared_mask
         if shared is None:
             where = task_store.store.where(mask_prefix(SHARED_MASK))
             raise UserError(f"{where} is missing: run `raytvb finetune` again")

@@ -26,7 +26,8 @@ from raytvb.maths.thresholds import global_thresholds
 from raytvb.maths.trimming import PREPARE
 from raytvb.models.worker_process import worker_setup
 from raytvb.storage.mirror import Mirror
-from raytvb.storage.replacing import commit_over, new_tag, tagged
+from raytvb.storage.records import Record
+from raytvb.storage.replacing import commit_version
 from raytvb.storage.vectors import VECTOR, VectorFile, vector_bytes, vector_info
 
 
@@ -50,7 +51,8 @@ def make_twin(experiment: Experiment, task: TaskConfig) -> None:
 
 def write_twin(task_store: TaskStore, stored: StoredVector) -> None:
     """As `make_twin`, for this vector of the task."""
-    if not task_store.has_twin or task_store.twin_of(stored) is not None:
+    before = task_store.twin() if task_store.has_twin else None
+    if not task_store.has_twin or (before is not None and task_store.is_twin(before, stored)):
         return
     # A new mirror: its copies live only as long as the mirror.
     copies = Mirror(stored.store)
@@ -58,11 +60,15 @@ def write_twin(task_store: TaskStore, stored: StoredVector) -> None:
     experiment = task_store.experiment
     seed = task_seed(experiment.seed, f"{task_store.task.name}/prepare")
     values = twin_values(vector, experiment.basis.prepare, seed)
-    _commit_twin(task_store, stored, vector, values)
+    _commit_twin(task_store, stored, vector, values, before)
 
 
 def _commit_twin(
-    task_store: TaskStore, stored: StoredVector, vector: VectorFile, values: dict[str, Tensor]
+    task_store: TaskStore,
+    stored: StoredVector,
+    vector: VectorFile,
+    values: dict[str, Tensor],
+    before: Record | None,
 ) -> None:
     """Write the twin of a stored vector, and its record."""
     store, prefix = task_store.store, task_store.basis_vector_prefix
@@ -78,13 +84,14 @@ def _commit_twin(
             f"{store.where(prefix)} would have NaN or infinite values in {listed(bad)}",
             "use another method for basis.prepare",
         )
-    data = vector_bytes(values, info)
     # The folder may hold the twin of another version of the vector, which stays until then.
-    commit_over(
+    commit_version(
         store,
         prefix,
+        VECTOR,
+        vector_bytes(values, info),
+        before=before,
         identity=task_store.twin_identity,
-        files={tagged(VECTOR, new_tag(store, prefix, data)): data},
         parents=parents,
         metrics=TwinMetrics(
             norm=norm(values), nonzero=sum(int(v.count_nonzero()) for v in values.values())

@@ -180,4 +180,5 @@ def planned_changes(
     check_new_store(store)
     check_model(store, experiment)
     changes = changes_of(experiment, renew_mask=renew_mask)
+    changes.check_borrowed()
     return changes if "finetune" in stages else changes.without_vectors()

@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ def submit(
     follow: bool = True,
     command: str = "run",
     with_code: bool = True,
+    options: Sequence[str] = (),
 ) -> int:
     """Run `raytvb COMMAND experiment` as a job on the cluster at `address`.
 
@@ -55,6 +56,7 @@ def submit(
             stops following, not the job, and returns 130.
         command: `run` or a stage.
         with_code: upload this raytvb's source; otherwise the job uses the raytvb of the cluster.
+        options: of the command, such as `--yes`.
 
     Raises UserError for a wrong experiment file, a store that the cluster cannot share, an address
     where no cluster answers, a refused token, or a cluster that refuses the job.
@@ -69,14 +71,15 @@ def submit(
         if not working_dir:
             pack(experiment, Path(folder), with_code=with_code)
         variables = job_environment(os.environ if env is None else env)
-        job = _send(client, working_dir or Path(folder), job_command(command, file), variables)
+        words = job_command(command, file, options)
+        job = _send(client, working_dir or Path(folder), words, variables)
     say(f"Submitted {job}.\n{ways_to_follow(client, job)}")
     return follow_job(client, job) if follow else 0
 
 
-def job_command(command: str, file: str) -> list[str]:
+def job_command(command: str, file: str, options: Sequence[str] = ()) -> list[str]:
     """The command that runs in the uploaded folder, with its raytvb or else the cluster's own."""
-    return ["python", "-m", "raytvb", command, file]
+    return ["python", "-m", "raytvb", command, file, *options]
 
 
 def _send(

@@ -77,6 +77,28 @@ def commit_over(
     return record
 
 
+def commit_version(
+    store: Store,
+    prefix: str,
+    name: str,
+    data: bytes,
+    *,
+    before: Record | None,
+    identity: Mapping[str, JsonValue],
+    parents: Mapping[str, str],
+    metrics: Contract,
+) -> Record:
+    """Commit a thing of one file, in the place of the one before, which stays until then.
+
+    name: of the file; it gets a tag if there is a thing before. before: the record of that thing.
+    """
+    if before is None:
+        files, write = {name: data}, records.commit
+    else:
+        files, write = {tagged(name, new_tag(store, prefix, data)): data}, commit_over
+    return write(store, prefix, identity=identity, files=files, parents=parents, metrics=metrics)
+
+
 def _names(store: Store, prefix: str) -> set[str]:
     """The files of a thing; none if it has no record, or one that cannot be read."""
     try:
