@@ -1,7 +1,7 @@
 """The experiment file as frozen, validated objects, with all defaults filled in.
 
 A field belongs to the identity or to the execution of an experiment. Identity (model, tasks, seed,
-hyperparameters) says what is computed, and is frozen in the store at the first run. Execution
+hyperparameters) says what is computed, and is recorded in the store at each run. Execution
 (`store`, `resources`) says where and how it is computed, and changes no result.
 """
 

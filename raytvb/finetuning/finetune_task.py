@@ -205,9 +205,7 @@ def _trained(
                 f"; its last good checkpoint, after step {checkpoints.latest}, is kept in "
                 f"{checkpoints.where}"
             )
-        raise UserError(
-            f"task {task.name}: {error} (that is another experiment, with another store){kept}"
-        ) from None
+        raise UserError(f"task {task.name}: {error}{kept}") from None
 
 
 def _metrics(

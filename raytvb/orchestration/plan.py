@@ -23,7 +23,7 @@ def describe(experiment: Experiment) -> str:
     """The plan of an experiment, as lines of text.
 
     Writes, deletes and makes nothing, not even the store's folder. Raises StoreError if a run could
-    not write the store, and UserError if the store belongs to another experiment.
+    not write the store, and UserError if the store belongs to another pretrained model.
     """
     store = Store(experiment.store)
     store.check_reachable()

@@ -6,19 +6,19 @@ validation data. The test split is read once for each candidate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
 
-from raytvb.errors import UserError
+from raytvb.errors import FailedPart, UserError
 from raytvb.evaluation.rows import read_rows
 from raytvb.evaluation.store_names import SINGLE_MODELS
 from raytvb.experiment.basis_specs import basis_specs
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import BASE, OVERLAP, PRECISION, basis_prefix
 from raytvb.experiment.metrics import BaseMetrics, BasisMetrics, OverlapMetrics, PrecisionMetrics
-from raytvb.experiment.missing import missing_parts, without
+from raytvb.experiment.missing import built_from, missing_parts, without
 from raytvb.experiment.stored import load_gram, stored_bytes
 from raytvb.report.accuracies import accuracies_of
 from raytvb.report.addition_entries import Entries
@@ -50,9 +50,19 @@ from raytvb.storage.store import Store
 def summarise(store: Store, whole: Experiment) -> Summary:
     """The results of an experiment, built from the tasks that are there.
 
-    Raises UserError if results are missing. The message names the stage to run.
+    Raises UserError if results are missing. The message names the stage to run, and the tasks that
+    are not there as the experiment asks for them.
     """
     parts = missing_parts(store, whole)
+    try:
+        return _summary(store, whole, parts)
+    except UserError as error:
+        if not parts:
+            raise
+        raise UserError(f"{error}\n{built_from(whole, parts)}") from None
+
+
+def _summary(store: Store, whole: Experiment, parts: Sequence[FailedPart]) -> Summary:
     experiment = without(whole, parts)
     gram, base = _gram_and_base(store, experiment)
     precision = _precision(store)

@@ -227,7 +227,7 @@ class Provenance(Contract):
     """What the results depend on."""
 
     experiment: JsonObject
-    """The frozen part of the experiment."""
+    """The identity of the experiment: what it computes."""
     base: str
     """Fingerprint of the pretrained model."""
     selection: str
