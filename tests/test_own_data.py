@@ -159,8 +159,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     base = store_base(experiment)
     with pytest.raises(
         UserError,
-        match=r"task pets: the loss is nan at step 2 of 9; lower finetune.lr \(1e\+30\); its last good "
-        r"checkpoint, after step 1, is kept in .*vectors/pets/checkpoint",
+        match=r"task pets: the loss is nan at step 2 of 9; lower finetune.lr \(1e\+30\); "
+        r"its last good checkpoint, after step 1, is kept in .*vectors/pets/checkpoint",
     ):
         finetune_task(experiment, base.parents["fingerprint"], experiment.tasks[0])
     kept = CheckpointFolder(TaskStore(experiment, experiment.tasks[0])).load()

@@ -102,6 +102,19 @@ class PresentVersions:
                 raise _replaced(store, GRAM)
         return state.ordered(experiment.task_names)
 
+    def check_present(self, experiment: Experiment) -> None:
+        """Raise UserError if a vector or basis of these is no longer the present one.
+
+        For a reader whose files have gone: another run has replaced them.
+        """
+        now = present_versions(experiment)
+        for task, checksum in self.vectors.items():
+            if now.vectors.get(task) != checksum:
+                raise _replaced(Store(experiment.store), vector_prefix(task))
+        for name, checksum in self.bases.items():
+            if now.bases.get(name) != checksum:
+                raise _replaced(Store(experiment.store), basis_prefix(name))
+
     def counts(self, record: Record, parents: Parents) -> bool:
         """Whether a result counts whose parents should be these."""
         if not record.parents:

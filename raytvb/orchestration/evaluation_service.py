@@ -19,6 +19,7 @@ from raytvb.experiment.present_versions import PresentVersions
 from raytvb.models.evaluator import Evaluator
 from raytvb.models.worker_process import worker_setup
 from raytvb.orchestration.connect import slots
+from raytvb.storage.store_errors import StoreError
 
 Refs = tuple[tuple[str, Any], ...]
 """Pairs of a task and the object reference of its `SplitArrays`."""
@@ -82,6 +83,14 @@ def evaluate_group(service: Service, group: Sequence[Evaluation]) -> dict[str, s
                 evaluation.run(context)
         except (UserError, ValueError) as error:
             failed[evaluation.name] = str(error)
+        except StoreError:
+            # Files that are gone: has another run replaced what is measured?
+            try:
+                service.present.check_present(service.experiment)
+            except UserError as replaced:
+                failed[evaluation.name] = str(replaced)
+                continue
+            raise
     return failed
 
 

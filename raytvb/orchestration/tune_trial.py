@@ -22,7 +22,7 @@ from raytvb.search.rounds import known_rounds, round_prefix
 from raytvb.search.trial import CandidateSearch
 from raytvb.storage import records
 from raytvb.storage.store import Store
-from raytvb.storage.store_errors import StoreKeyError
+from raytvb.storage.store_errors import StoreError, StoreKeyError
 
 Report = dict[str, float | int | str]
 """What a trial reports to Tune about one round."""
@@ -102,7 +102,8 @@ def run_trial(
         if len(rounds.results) < number:
             try:
                 result = rounds.measure_next()
-            except Exception as error:
+            except Exception as problem:
+                error = _explained(service, problem)
                 if isinstance(error, PASSING_ERRORS) and not isinstance(error, LASTING_ERRORS):
                     raise
                 # Tune repeats every trial that raises, so that a worker may die. This trial
@@ -114,6 +115,19 @@ def run_trial(
         tune.report(_report(experiment, candidate, number, result))
         if isinstance(result, Invalid):
             return
+
+
+def _explained(service: Service, error: Exception) -> Exception:
+    """The error of a trial, or that another run has replaced what the trial reads."""
+    if not isinstance(error, StoreError):
+        return error
+    try:
+        service.present.check_present(service.experiment)
+    except UserError as replaced:
+        return replaced
+    except StoreError:
+        return error
+    return error
 
 
 def _reason(error: BaseException) -> str:
