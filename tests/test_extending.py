@@ -22,6 +22,7 @@ import raytvb
 from raytvb.cli.main import main
 from raytvb.errors import UserError
 from raytvb.experiment.parsing import load_experiment
+from raytvb.experiment.present_versions import PresentVersions
 from raytvb.maths import online_basis
 from raytvb.maths.basis_registry import BASIS_METHODS, basis_method, convex_methods, online_methods
 from raytvb.maths.gram_factor import GramFactor
@@ -609,7 +610,8 @@ def test_a_trial_is_repeated_only_for_errors_that_may_pass(
     monkeypatch.setattr(tune_trial, "Rounds", Rounds)
     monkeypatch.setattr("ray.tune.report", reports.append)
     service: Any = SimpleNamespace(
-        experiment=load_experiment(write_experiment(tmp_path, str(tmp_path / "store")))
+        experiment=load_experiment(write_experiment(tmp_path, str(tmp_path / "store"))),
+        present=PresentVersions({}, {}, {}, {}, dated=True),
     )
     candidates: list[Any] = [None]
     if not is_final:

@@ -74,7 +74,7 @@ COMMANDS = (
     "tasks",
     "methods",
 )
-BENCHMARKS = ("fisher", "finetune", "basis", "gram", "arrivals", "search", "chaos")
+BENCHMARKS = ("fisher", "finetune", "basis", "gram", "arrivals", "search", "chaos", "growth")
 
 
 def packages_after(*arguments: str, status: int = 0) -> tuple[set[str], set[str]]:

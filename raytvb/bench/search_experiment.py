@@ -112,7 +112,7 @@ run(load_experiment(sys.argv[1]), ("finetune", "basis"))
 
 
 def make_bases(experiment: Experiment, folder: Path) -> None:
-    """Make the vectors and bases in a separate process, so that no Ray runs while the searches are
+    """Make the vectors and bases in a separate process, so that no Ray runs while something else is
     timed. The output of that process goes to standard error.
     """
     file = folder / "experiment.yaml"
@@ -121,7 +121,7 @@ def make_bases(experiment: Experiment, folder: Path) -> None:
     environment.pop("RAY_ADDRESS", None)  # another machine would not see the folder
     command = [sys.executable, "-c", SETUP, str(file)]
     if subprocess.run(command, stdout=2, env=environment, check=False).returncode:
-        raise UserError("the vectors and bases to search could not be made: the reason is above")
+        raise UserError("the vectors and bases could not be made: the reason is above")
 
 
 def basis_candidates(experiment: Experiment) -> list[Candidate]:

@@ -1,6 +1,6 @@
 """`raytvb bench`: times our implementations beside plain versions of published algorithms.
 
-`bench_chaos` has the benchmark of faults.
+`bench_chaos` has the benchmark of faults, and `bench_growth` that of a store that grows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytvb.cli.bench_chaos import chaos
+from raytvb.cli.bench_growth import growth
 from raytvb.cli.options import AS_JSON_OPTION, BASIS_METHOD, SUITE_COUNT, Command
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def bench() -> None:
 
     raytvb has a plain version of every published algorithm. Both sides get the same input in the
     same process. In the output, `ratio` is the time of the published algorithm divided by ours.
-    `chaos` compares nothing with an algorithm: it kills processes of a real run.
+    `chaos` compares nothing with an algorithm: it kills processes of a real run. `growth` compares
+    one more task with the whole run before it.
 
     \b
     raytvb bench fisher               sensitivity scores of all parameters
@@ -62,6 +64,7 @@ def bench() -> None:
     raytvb bench arrivals             the Gram matrix while 1,000 vectors arrive one by one
     raytvb bench search               the choice of basis size and coefficients (takes minutes)
     raytvb bench chaos                what a run survives: kills, and a store that fails (minutes)
+    raytvb bench growth               what one more task costs in a finished store (minutes)
     """
 
 
@@ -284,12 +287,7 @@ def gram(as_json: bool, **options: Any) -> None:
 
 
 @bench.command()
-@_number(
-    "--tasks",
-    1000,
-    "Number of random task vectors that arrive.",
-    least=2,
-)
+@_number("--tasks", 1000, "Number of random task vectors that arrive.", least=2)
 @_number(
     "--values",
     47_700,
@@ -397,3 +395,4 @@ def _print(result: Result, as_json: bool) -> None:
 
 
 bench.add_command(chaos)
+bench.add_command(growth)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TypeVar
@@ -215,6 +216,12 @@ def stored_rows(store: Store, name: str) -> StoredRows | None:
         return StoredRows(record.identity, record)
     identity = _first_format_identity(data)
     return None if identity is None else StoredRows(identity, None)
+
+
+def check_whole(store: Store, name: str) -> None:
+    """Raise DamagedError if the rows of an evaluation are there and damaged."""
+    with suppress(StoreKeyError):
+        _stored(store, name)
 
 
 def has_rows(store: Store, name: str, identity: JsonObject | None = None) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raytvb.errors import UserError
 from raytvb.evaluation.plan import chosen_basis, evaluations, is_tested
+from raytvb.evaluation.rows import check_whole
 from raytvb.evaluation.store_names import online_name
 from raytvb.experiment.config import Experiment
 from raytvb.experiment.layout import SEARCH
@@ -54,6 +55,7 @@ def finished_search(store: Store, experiment: Experiment, precision: str) -> Fin
     for evaluation in evaluations(experiment, candidates, outcomes, choice, precision):
         planned.add(evaluation.name)
         if not evaluation.is_done(store, present):
+            check_whole(store, evaluation.name)
             raise _missing(evaluation.name, "evaluated")
     tested = [c for c in candidates if is_tested(experiment, c, outcomes[c.name])]
     chosen = chosen_basis(tested, choice)
